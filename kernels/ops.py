@@ -1,0 +1,64 @@
+"""The operators a compiled graph calls: torch.ops.kvmix.append and torch.ops.kvmix.attend.
+
+A precision travels through a schema as the integers [bits, group, scale_bits]. Devices without a kernel of their own
+run the reference; one that has its own registers it under the device's dispatch key.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.precision import Precision
+
+# Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
+_library = torch.library.Library("kvmix", "DEF")
+
+_library.define(
+    "append(Tensor k, Tensor v, Tensor lengths, Tensor starts, "
+    "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) tail_k, "
+    "Tensor(f!) tail_v, int[] key, int[] value, int recent) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
+    "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor tail_k, Tensor tail_v, "
+    "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@lru_cache
+def _precision(*ints: int) -> Precision:
+    return Precision.from_ints(ints)
+
+
+def _append(*arguments: Any) -> None:
+    reference.append(*_with_precisions(arguments, key=10))
+
+
+def _attend(*arguments: Any) -> Tensor:
+    return reference.attend(*_with_precisions(arguments, key=11))
+
+
+def _with_precisions(arguments: tuple[Any, ...], key: int) -> tuple[Any, ...]:
+    """Integers become precisions: the keys' at this place, the values' at the next."""
+    value = key + 1
+    return *arguments[:key], _precision(*arguments[key]), _precision(*arguments[value]), *arguments[value + 1 :]
+
+
+def _append_fake(*arguments: Any) -> None:
+    """Nothing to say: the state's shapes do not change."""
+
+
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *state_and_options: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+for _name, _kernel, _fake in (("append", _append, _append_fake), ("attend", _attend, _attend_fake)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kvmix::{_name}", _fake, lib=_library)

@@ -1,0 +1,123 @@
+"""How many bits a cached element takes, and how its scales and zero points are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import gcd
+
+from kvmix_compile.kernels.errors import KVMixError
+
+# Tokens of one head that are quantized together. KVmix and KIVI quantize keys in groups of 32 tokens.
+BLOCK_TOKENS = 32
+
+UNQUANTIZED_BITS = 16
+BIT_WIDTHS = (1, 2, 3, 4, 8, UNQUANTIZED_BITS)
+SCALE_BIT_WIDTHS = (4, 16)
+
+# A channel count divisible by 8 lets a plane of one-bit codes fill whole bytes.
+CHANNEL_MULTIPLE = 8
+
+# With 4-bit scales a block begins its metadata with four float16 numbers (see packing.py).
+BLOCK_EXTREMES_BYTES = 8
+
+
+class Axis(StrEnum):
+    """The direction in which the elements of one group follow each other."""
+
+    TOKENS = "tokens"  # keys: a group is one channel of several tokens
+    CHANNELS = "channels"  # values: a group is several channels of one token
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """One way of storing keys or values.
+
+    bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in their own dtype.
+    group: elements that share a scale and a zero point.
+    scale_bits: bits of a scale and of a zero point: 16 (float16) or 4 (relative to the block's own extremes).
+    """
+
+    bits: int
+    group: int = 32
+    scale_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.bits not in BIT_WIDTHS:
+            raise KVMixError(f"{self.bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
+        if self.group < 1:
+            raise KVMixError(f"a group holds at least one element, not {self.group}; 32 is the usual size")
+        if self.scale_bits not in SCALE_BIT_WIDTHS:
+            raise KVMixError(
+                f"scales of {self.scale_bits} bits cannot be stored; choose one of {_listed(SCALE_BIT_WIDTHS)}"
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """False when elements are kept in their own dtype."""
+        return self.bits < UNQUANTIZED_BITS
+
+    @property
+    def levels(self) -> int:
+        """The highest code."""
+        return 2**self.bits - 1
+
+    def groups(self, head_dim: int) -> int:
+        """Groups in a block of 32 tokens of one head."""
+        return BLOCK_TOKENS * head_dim // self.group
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of a block's codes."""
+        return BLOCK_TOKENS * head_dim * self.bits // 8
+
+    def block_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of a block of 32 tokens of one head, everything counted.
+
+        itemsize: bytes of an element of the model's dtype; matters only where nothing is quantized.
+        """
+        if not self.is_quantized:
+            return BLOCK_TOKENS * head_dim * itemsize
+        per_group_bits = 2 * self.scale_bits  # a scale and a zero point
+        extremes = BLOCK_EXTREMES_BYTES if self.scale_bits == 4 else 0
+        return self.code_bytes(head_dim) + extremes + self.groups(head_dim) * per_group_bits // 8
+
+    def stored_bits(self, head_dim: int) -> float:
+        """Bits an element takes, scales and zero points counted."""
+        if not self.is_quantized:
+            return float(self.bits)
+        return 8 * self.block_bytes(head_dim, itemsize=2) / (BLOCK_TOKENS * head_dim)
+
+    def check(self, head_dim: int, axis: Axis) -> None:
+        """Raises KVMixError, naming what would do, where heads of this size cannot be stored like this."""
+        if not self.is_quantized:
+            return
+        if head_dim < 1 or head_dim % CHANNEL_MULTIPLE:
+            raise KVMixError(
+                f"a head of {head_dim} channels cannot be quantized: the count must be a multiple of "
+                f"{CHANNEL_MULTIPLE}; keep this site at {UNQUANTIZED_BITS} bits"
+            )
+        extent = BLOCK_TOKENS if axis == Axis.TOKENS else head_dim
+        if extent % self.group:
+            raise KVMixError(
+                f"groups of {self.group} do not fill {extent} {axis}; choose a group of {_listed(_divisors(extent))}"
+            )
+
+    def as_ints(self) -> list[int]:
+        """For an operator's schema, which knows integers only."""
+        return [self.bits, self.group, self.scale_bits]
+
+    @classmethod
+    def from_ints(cls, ints: Sequence[int]) -> Precision:
+        """The inverse of as_ints."""
+        if len(ints) != 3:
+            raise KVMixError(f"a precision is [bits, group, scale_bits], not {list(ints)}")
+        return cls(*ints)
+
+
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(candidate for candidate in range(1, number + 1) if gcd(candidate, number) == candidate)
+
+
+def _listed(choices: Sequence[int]) -> str:
+    return ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}" if len(choices) > 1 else str(choices[0])

@@ -1,0 +1,259 @@
+"""append and attend in plain PyTorch: the specification every other kernel is held to, and the CPU's way of running.
+
+Shapes: B rows, H heads of keys and values, Hq query heads (a multiple of H), M new tokens.
+- q [B, Hq, M, key_dim], k [B, H, M, key_dim], v [B, H, M, value_dim]: any strides.
+- lengths int64 [B]: tokens each row holds already.
+- starts int64 [B]: the padding tokens a row's chunk begins with, 0 to M; token j >= start is the row's token number
+  length + j - start.
+- the six tensors of a SiteState (state.py).
+Rows never see each other. Neighbouring rows of one length and start are worked on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.packing import dequantize_into, quantize_block
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.state import packed_blocks
+
+# Elements of the largest temporary with a query and a key dimension: 256 MB in float32.
+MAX_SCORE_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """Neighbouring rows that hold equally many tokens and whose chunks begin with equally much padding."""
+
+    rows: slice
+    length: int
+    start: int
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Either the keys or the values: a chunk [B, H, M, dim] and the state it is added to."""
+
+    chunk: Tensor
+    sink: Tensor
+    packed: Tensor
+    tail: Tensor
+    precision: Precision
+    axis: Axis
+    recent: int
+
+    def of(self, group: _RowGroup) -> _Side:
+        """Views of a group's rows; its padding is gone."""
+        rows = group.rows
+        return replace(
+            self,
+            chunk=self.chunk[rows, :, group.start :],
+            sink=self.sink[rows],
+            packed=self.packed[rows],
+            tail=self.tail[rows],
+        )
+
+    @property
+    def sinks(self) -> int:
+        return self.sink.shape[2]
+
+    def blocks(self, length: int) -> int:
+        """Packed blocks of a row of this many tokens."""
+        return packed_blocks(length, self.sinks, self.recent)
+
+    def tail_pieces(self, first: int, last: int) -> Iterator[Tensor]:
+        """Views of the ring's slots of tokens first to last - 1, in order: none, one, or two where the ring wraps."""
+        slots = self.tail.shape[2]
+        while first < last:
+            slot = (first - self.sinks) % slots
+            count = min(last - first, slots - slot)
+            yield self.tail[:, :, slot : slot + count]
+            first += count
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    packed_k: Tensor,
+    packed_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    key: Precision,
+    value: Precision,
+    recent: int,
+) -> None:
+    """Writes a chunk's keys and values into the state, in place, packing the blocks that leave the recent window.
+
+    lengths are those before the chunk and are left as they are. Shapes: see the head of this file.
+    Raises KVMixError, with nothing written, where the packed blocks have no room.
+    """
+    keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
+    values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
+    groups = list(_row_groups(lengths, starts))
+    longest = max((group.length + k.shape[2] - group.start for group in groups), default=0)
+    _check_room(longest, keys)
+    for group in groups:
+        _append_rows(keys.of(group), group.length)
+        _append_rows(values.of(group), group.length)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    packed_k: Tensor,
+    packed_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    key: Precision,
+    value: Precision,
+    recent: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+) -> Tensor:
+    """Causal attention of a chunk's queries to the past as stored and to the chunk itself in full precision.
+
+    Token number t attends to tokens u <= t, and with a sliding window only to u > t - sliding_window (0: no window).
+    Weights are ``softmax(scale * q . k)``, with a softcap c (0: none) ``softmax(c * tanh(scale * q . k / c))``.
+    Returns [B, Hq, M, value_dim] in q's dtype, contiguous; zeros for padding. Shapes: see the head of this file.
+    """
+    keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
+    values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
+    outputs = []
+    for group in _row_groups(lengths, starts):
+        queries = q[group.rows, :, group.start :]
+        last = group.length + queries.shape[2]
+        window = sliding_window if sliding_window < last else 0
+        first = max(0, group.length - window + 1) if window else 0
+        if queries.shape[2]:
+            all_keys = _history(keys.of(group), first, group.length)
+            all_values = _history(values.of(group), first, group.length)
+            attended = _causal_attention(queries, all_keys, all_values, scale, softcap, window)
+        else:
+            attended = queries.new_empty(*queries.shape[:-1], v.shape[-1])
+        outputs.append(F.pad(attended, (0, 0, group.start, 0)) if group.start else attended)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).contiguous()
+
+
+def _row_groups(lengths: Tensor, starts: Tensor) -> Iterator[_RowGroup]:
+    begin = 0
+    for (length, start), members in groupby(zip(lengths.tolist(), starts.tolist(), strict=True)):
+        end = begin + sum(1 for _ in members)
+        yield _RowGroup(slice(begin, end), length, start)
+        begin = end
+
+
+def _check_room(length: int, side: _Side) -> None:
+    needed, room = side.blocks(length), side.packed.shape[2]
+    if needed > room:
+        raise KVMixError(
+            f"{length} tokens need room for {needed} packed blocks and the state has room for {room}: grow it first"
+        )
+
+
+def _append_rows(side: _Side, length: int) -> None:
+    """The chunk follows a history of `length` tokens."""
+    chunk, sinks = side.chunk, side.sinks
+    end = length + chunk.shape[2]
+    if length < sinks:
+        side.sink[:, :, length:end] = chunk[:, :, : sinks - length]
+    first_block, end_block = side.blocks(length), side.blocks(end)
+    if end_block > first_block:
+        first, last = sinks + first_block * BLOCK_TOKENS, sinks + end_block * BLOCK_TOKENS
+        earlier = side.tail_pieces(first, min(length, last))
+        tokens = torch.cat([*earlier, chunk[:, :, max(0, first - length) : last - length]], dim=2)
+        packed = quantize_block(tokens.unflatten(2, (-1, BLOCK_TOKENS)), side.precision, side.axis)
+        side.packed[:, :, first_block:end_block] = packed
+    # Only now may the ring be overwritten: the tokens just packed lay in it.
+    token = max(length, sinks, end - side.tail.shape[2])
+    for piece in side.tail_pieces(token, end):
+        count = piece.shape[2]
+        piece.copy_(chunk[:, :, token - length : token - length + count])
+        token += count
+
+
+def _history(side: _Side, first: int, length: int) -> Tensor:
+    """Tokens `first` to `length` as stored, and the chunk behind them: [rows, H, length - first + tokens, dim]."""
+    chunk, sinks = side.chunk, side.sinks
+    if first >= length:
+        return chunk
+    # A block is unpacked whole, so the history may have to begin a little earlier.
+    first_block, end_block = max(0, first - sinks) // BLOCK_TOKENS, side.blocks(length)
+    begin = first if first < sinks else min(first, sinks + first_block * BLOCK_TOKENS)
+    rows, heads, tokens, dim = chunk.shape
+    history = chunk.new_empty(rows, heads, length - begin + tokens, dim)
+    sink = side.sink[:, :, begin:length]
+    history[:, :, : sink.shape[2]] = sink
+    place = sink.shape[2]
+    if first_block < end_block:
+        blocks = history[:, :, place : place + (end_block - first_block) * BLOCK_TOKENS]
+        dequantize_into(
+            blocks.unflatten(2, (-1, BLOCK_TOKENS)), side.packed[:, :, first_block:end_block], side.precision, side.axis
+        )
+        place += blocks.shape[2]
+    for piece in (*side.tail_pieces(begin + place, length), chunk):
+        history[:, :, place : place + piece.shape[2]] = piece
+        place += piece.shape[2]
+    return history[:, :, first - begin :]
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:
+    """The queries are the last of the tokens whose keys and values are given."""
+    tokens, context = q.shape[2], k.shape[2]
+    past = context - tokens
+    if past == 0 and not softcap and not window and k.shape[3] == v.shape[3]:
+        # Only this way does PyTorch attend causally without a mask of the whole prompt, given equal dimensions.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    outputs = []
+    step = max(1, MAX_SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * context))
+    for begin in range(0, tokens, step):
+        end = min(begin + step, tokens)
+        first = max(0, past + begin - window + 1) if window else 0
+        keys, values = k[:, :, first : past + end], v[:, :, first : past + end]
+        mask = _mask(past + begin - first, end - begin, keys.shape[2], window, q.device)
+        outputs.append(_attention(q[:, :, begin:end], keys, values, mask, scale, softcap))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _mask(past: int, tokens: int, context: int, window: int, device: torch.device) -> Tensor | None:
+    """Bool [tokens, context], True where attended to; None where everything is."""
+    if tokens == 1:
+        return None
+    query = torch.arange(past, past + tokens, device=device).unsqueeze(1)
+    token = torch.arange(context, device=device)
+    mask = token <= query
+    return mask & (token > query - window) if window else mask
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Keys and values serve all the query heads of a group as if these were more queries, and are never repeated."""
+    heads, tokens = k.shape[1], q.shape[2]
+    shared = q.shape[1] // heads
+    queries = q.unflatten(1, (heads, shared)).flatten(2, 3)
+    if mask is not None and shared > 1:
+        mask = mask.repeat(shared, 1)
+    if softcap:
+        scores = queries.float() @ k.float().mT
+        scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        attended = (scores.softmax(-1) @ v.float()).to(q.dtype)
+    else:
+        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    return attended.unflatten(2, (shared, tokens)).flatten(1, 2)

@@ -1,0 +1,159 @@
+"""What one attention site keeps of its past, and which token lies where.
+
+    [ sink: first tokens | packed blocks of 32 tokens | tail: recent tokens ]
+
+Of a row that holds n tokens, token u lies in
+- ``sink[u]`` for u < sinks;
+- block ``(u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n);
+- slot ``(u - sinks) % slots`` of the tail, a ring, from there to n. These are recent - 31 to recent tokens once any is
+  packed.
+The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
+function of the tokens alone, not of the chunks they came in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
+
+Length = TypeVar("Length", int, Tensor)
+
+
+def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
+    """Blocks packed of a row that holds this many tokens; as many as keep at most `recent` of them in the tail.
+
+    length: a number, or an int64 tensor of any shape.
+    """
+    # max and clamp in one spelling for numbers and tensors: a comparison times the rounded-up quotient.
+    beyond = length - sinks - recent
+    return (beyond + BLOCK_TOKENS - 1) // BLOCK_TOKENS * (beyond > 0)
+
+
+def required_blocks(length: int, sinks: int, recent: int) -> int:
+    """Blocks a state must have room for before a row can hold this many tokens."""
+    return packed_blocks(length, sinks, recent)
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """The shape of one site's state.
+
+    kv_heads: heads of keys and values, before they are repeated for grouped queries.
+    key_dim, value_dim: channels of a head.
+    sinks: first tokens of a row that are never quantized (attention sinks, arXiv:2309.17453).
+    recent: the most tokens that wait in the tail to be packed, at least 32.
+    rollback: the most tokens by which a row may be shortened again.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    key: Precision
+    value: Precision
+    sinks: int
+    recent: int
+    rollback: int = 0
+
+    def __post_init__(self) -> None:
+        self.key.check(self.key_dim, Axis.TOKENS)
+        self.value.check(self.value_dim, Axis.CHANNELS)
+        if self.recent < BLOCK_TOKENS:
+            raise KVMixError(f"at least {BLOCK_TOKENS} recent tokens must stay unpacked, not {self.recent}")
+        if self.sinks < 0 or self.rollback < 0:
+            raise KVMixError(f"sinks ({self.sinks}) and rollback ({self.rollback}) cannot be negative")
+
+    @property
+    def tail_slots(self) -> int:
+        """Tokens the tail has room for."""
+        return self.recent + self.rollback
+
+    def required_blocks(self, length: int) -> int:
+        """Blocks a state must have room for before a row can hold this many tokens."""
+        return required_blocks(length, self.sinks, self.recent)
+
+    def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
+        """What a state of this many rows and blocks occupies."""
+        unpacked = (self.sinks + self.tail_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
+        packed = self.key.block_bytes(self.key_dim, dtype.itemsize) + self.value.block_bytes(
+            self.value_dim, dtype.itemsize
+        )
+        return batch * self.kv_heads * (unpacked + blocks * packed)
+
+
+@dataclass
+class SiteState:
+    """One site's tensors, for B rows, H heads of keys and values, and room for C packed blocks.
+
+    sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
+    packed_k, packed_v: uint8 [B, H, C, bytes of a block].
+    tail_k [B, H, slots, key_dim], tail_v [B, H, slots, value_dim]: the model's dtype.
+    """
+
+    sink_k: Tensor
+    sink_v: Tensor
+    packed_k: Tensor
+    packed_v: Tensor
+    tail_k: Tensor
+    tail_v: Tensor
+
+    @classmethod
+    def allocate(
+        cls, layout: StateLayout, batch: int, blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """An empty state, all zeros."""
+
+        def zeros(count: int, extent: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, layout.kv_heads, count, extent, dtype=dtype, device=device)
+
+        return cls(
+            sink_k=zeros(layout.sinks, layout.key_dim),
+            sink_v=zeros(layout.sinks, layout.value_dim),
+            packed_k=zeros(blocks, layout.key.block_bytes(layout.key_dim, dtype.itemsize), torch.uint8),
+            packed_v=zeros(blocks, layout.value.block_bytes(layout.value_dim, dtype.itemsize), torch.uint8),
+            tail_k=zeros(layout.tail_slots, layout.key_dim),
+            tail_v=zeros(layout.tail_slots, layout.value_dim),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order the operators take them."""
+        return self.sink_k, self.sink_v, self.packed_k, self.packed_v, self.tail_k, self.tail_v
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.packed_k.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """Packed blocks there is room for in each row."""
+        return self.packed_k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors occupy."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def grow(self, blocks: int) -> None:
+        """Makes room for at least this many blocks in all; what is stored stays, new room is zero."""
+        missing = blocks - self.blocks
+        if missing > 0:
+            self.packed_k = _lengthened(self.packed_k, missing)
+            self.packed_v = _lengthened(self.packed_v, missing)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replaces the rows by those at these places: reorders, repeats or drops them.
+
+        index: int64 [new number of rows].
+        """
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor.index_select(0, index))
+
+
+def _lengthened(packed: Tensor, missing: int) -> Tensor:
+    return torch.nn.functional.pad(packed, (0, 0, 0, missing))

@@ -1,0 +1,14 @@
+"""kvmix_compile: a compiler pass that shrinks the KV cache of unmodified causal language models.
+
+    model = kvmix_compile.apply(model, budget=2.3)
+"""
+
+from kvmix_compile.cache import KVMixCache
+from kvmix_compile.compiler import analyze, apply, diagnose
+from kvmix_compile.errors import KVMixError
+from kvmix_compile.evaluation import perplexity
+from kvmix_compile.passes.importance import Importance
+from kvmix_compile.passes.plan import Plan
+
+__version__ = "0.1.0"
+__all__ = ["Importance", "KVMixCache", "KVMixError", "Plan", "analyze", "apply", "diagnose", "perplexity"]

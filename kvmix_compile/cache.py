@@ -1,0 +1,194 @@
+"""KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvmix_compile.errors import CacheError
+from kvmix_compile.kernels.state import SiteState, packed_blocks
+from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.passes.plan import capacity_blocks
+
+if TYPE_CHECKING:
+    from kvmix_compile.model import CompiledModel
+
+
+class KVMixCache(Cache):
+    """The KV cache of one compiled model, for one batch. Empty at first; the model's forward fills it.
+
+    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, all between them quantized as
+    the plan says. Rows are independent: the padding that leads a row is not stored.
+
+    Args:
+        model: what `kvmix_compile.apply` returned.
+        rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
+            model's dtype. Assisted generation sets it by itself.
+    """
+
+    def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
+        super().__init__(layers=[])
+        program = model.kvmix_program
+        self.plan = program.plan
+        self.rollback = rollback
+        self.dtypes = program.dtypes
+        self.device = program.device
+        self.layouts = self.plan.layouts(rollback)
+        self.states: list[SiteState] = []
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.seen = 0
+
+    # What the model asks of its cache
+
+    def begin(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Make room for `tokens` more tokens in each of `batch` rows. Allocates on the first call, grows by an eighth at least later."""
+        if self.states and batch != self.batch_size:
+            raise CacheError(
+                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another batch, or "
+                "batch_select_indices and batch_repeat_interleave to change the rows"
+            )
+        blocks = capacity_blocks(self.seen + tokens, self.plan.sinks, self.plan.recent)
+        if not self.states:
+            self.states = [
+                SiteState.allocate(layout, batch, blocks, dtype, device)
+                for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
+            ]
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            return
+        for state in self.states:
+            if state.blocks < blocks:
+                state.grow(blocks)
+
+    def tensors(self) -> list[Tensor]:
+        """The state as the rewritten graph takes it: six tensors a site."""
+        return [tensor for state in self.states for tensor in state.tensors()]
+
+    def advance(self, tokens: int, starts: Tensor) -> None:
+        """Count `tokens` more positions, of which the first `starts[row]` were padding."""
+        self.seen += tokens
+        self.lengths = self.lengths + tokens - starts
+
+    # What it holds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache's tensors occupy, room to grow into included."""
+        return sum(state.nbytes for state in self.states) + self.lengths.nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits occupied for each key or value element of each token held: sinks, recent tokens, scales and spare room included."""
+        per_token = sum(site.key_elements + site.value_elements for site in self.plan.sites)
+        elements = int(self.lengths.sum()) * per_token
+        return 8 * self.nbytes / elements if elements else 0.0
+
+    # transformers' interface
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that each row has seen, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def __repr__(self) -> str:
+        return f"KVMixCache({self.batch_size} rows, {self.seen} tokens, {self.nbytes} bytes)"
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.states)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.rollback > 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: what may be taken back is settled by `rollback`."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(
+            "a KVMixCache is filled by the compiled model that it was made for; pass it to that model, not to the original one"
+        )
+
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self.states, self.seen = [], 0
+        self.lengths = self.lengths.new_zeros(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was: beam search's choice."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, int64 `[rows]`, in that order."""
+        if not self.states:
+            return
+        indices = indices.to(self.lengths.device)
+        for state in self.states:
+            state.select_rows(indices)
+        self.lengths = self.lengths[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        rows = torch.arange(self.batch_size, device=self.lengths.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every row (a positive number: all beyond that many, as older transformers
+        call it).
+
+        Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback` prevents that.
+        """
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if removed == 0 or not self.states:
+            return
+        before, after = self.lengths.tolist(), (self.lengths - removed).clamp(min=0).tolist()
+        kept = self.plan.recent + self.rollback
+        for held, left in zip(before, after, strict=True):
+            first_unpacked = self.plan.sinks + BLOCK_TOKENS * packed_blocks(left, self.plan.sinks, self.plan.recent)
+            if left > first_unpacked and first_unpacked < held - kept:
+                raise CacheError(
+                    f"cannot take back {removed} tokens: those before them are kept in quantized form only. Make the cache with "
+                    f"KVMixCache(model, rollback={removed})"
+                )
+        self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
+        self.seen = max(0, self.seen - removed)
+
+
+def starts_of(attention_mask: Tensor | None, cache: KVMixCache, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """How many of the coming `tokens` are padding at the beginning of each row, int64 `[batch]`.
+
+    `attention_mask`: 1 for tokens and 0 for padding, `[batch, tokens seen + tokens]` or `[batch, tokens]`.
+    Raises CacheError for padding anywhere but at the beginning of a row.
+    """
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens or attention_mask.shape[0] != batch:
+        raise CacheError(
+            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], 1 for a token and 0 for "
+            "padding. Other masks are the model's own and need not be passed"
+        )
+    valid = attention_mask[:, -tokens:].to(device) != 0
+    starts = tokens - valid.sum(dim=1)
+    leads = (~valid).cumprod(dim=1).sum(dim=1)
+    begun = cache.lengths > 0 if cache.states else torch.zeros(batch, dtype=torch.bool, device=device)
+    if bool(((leads != starts) | (begun & (starts > 0))).any()):
+        raise CacheError("attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')")
+    return starts.to(torch.int64)
+

@@ -1,0 +1,194 @@
+"""The pipeline, top to bottom: capture, find sites, verify, measure, allocate, rewrite."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from kvmix_compile.calibration import Calibration, build_calibration
+from kvmix_compile.errors import PlanError, UnsupportedModelError
+from kvmix_compile.model import Program, attach, returns_tensor
+from kvmix_compile.passes.allocate import Policy
+from kvmix_compile.passes.capture import Captured, capture
+from kvmix_compile.passes.importance import Importance, fingerprint, measure
+from kvmix_compile.passes.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.rewrite import rewrite
+from kvmix_compile.passes.sites import AttentionSite, find_sites
+from kvmix_compile.passes.verify import verify as verify_rewrite
+from kvmix_compile.progress import progress_bar
+from kvmix_compile.report import Report, SiteReport
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
+DEFAULT_BUDGET = 2.3
+# Attention sinks and recent tokens kept in the model's dtype (shared design: at most 64 and 128).
+DEFAULT_SINKS = 64
+DEFAULT_RECENT = 128
+
+
+@dataclass(frozen=True)
+class Found:
+    """A captured model and its sites, all of them understood."""
+
+    captured: Captured
+    sites: tuple[AttentionSite, ...]
+    longest_context: int | None
+
+
+def apply(
+    model: Model,
+    *,
+    budget: float | None = None,
+    storage_budget: float | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    policy: Policy = "fisher",
+    tokenizer: Any = None,
+    calibration: Any = None,
+    sinks: int = DEFAULT_SINKS,
+    recent: int = DEFAULT_RECENT,
+    verify: bool = True,
+    progress: bool = False,
+) -> Model:
+    """A drop-in twin of `model` whose KV cache is compressed. It shares the model's weights; the model itself is left as it was.
+
+    Args:
+        model: a causal language model in evaluation mode: transformers', or any module that maps `input_ids` to logits.
+        budget: mean code bits per cached element, keys and values averaged (default 2.3); 16 is lossless.
+        storage_budget: instead, mean stored bits per quantized element: codes, scales and zero points.
+        plan: instead, a Plan made earlier, or the path of one.
+        policy: "fisher" (least predicted loss), "kvmix" (the paper's), or "uniform".
+        tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
+        calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and calibration, on tokens
+            that the model itself samples.
+        sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at least 32.
+        verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
+        progress: show progress bars.
+
+    Raises:
+        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError or CalibrationError; each says what to do.
+    """
+    _check_state(sinks, recent)
+    if plan is not None and (budget is not None or storage_budget is not None):
+        raise PlanError("give either a plan or a budget: a plan has its own bits")
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    report = Report(type(model).__name__)
+    found = _find(model, report)
+    if plan is not None:
+        plan.check_fingerprint(
+            fingerprint(found.captured, found.sites),
+            [site.layer for site in found.sites],
+            [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
+        )
+    if verify:
+        _verify(found, report)
+    if plan is None:
+        importance = _measure(model, found, report, tokenizer, calibration, sinks, recent, progress)
+        if budget is None and storage_budget is None:
+            budget = DEFAULT_BUDGET
+        with report.timed("allocate"):
+            plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
+    with report.timed("rewrite"):
+        return _compile(model, found, plan, report)
+
+
+def analyze(
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    sinks: int = DEFAULT_SINKS,
+    recent: int = DEFAULT_RECENT,
+    progress: bool = False,
+) -> Importance:
+    """How much each layer's keys and values matter, measured once; `importance.allocate(budget=...)` makes plans of it."""
+    _check_state(sinks, recent)
+    report = Report(type(model).__name__)
+    return _measure(model, _find(model, report), report, tokenizer, calibration, sinks, recent, progress)
+
+
+def diagnose(model: nn.Module) -> Report:
+    """What is found in a model, layer by layer, and why anything is not; never raises KVMixError."""
+    from kvmix_compile.errors import KVMixError
+
+    report = Report(type(model).__name__)
+    try:
+        _verify(_find(model, report), report)
+    except KVMixError as error:
+        report.problem = str(error)
+    return report
+
+
+def _check_state(sinks: int, recent: int) -> None:
+    if sinks < 0 or recent < 32:
+        raise PlanError(f"sinks={sinks} and recent={recent} are not possible: sinks is 0 or more, recent 32 (one block) or more")
+
+
+def _find(model: nn.Module, report: Report) -> Found:
+    with report.timed("capture"):
+        captured = capture(model)
+        limit = longest_context(captured)
+    with report.timed("find sites"):
+        sites = find_sites(captured, limit)
+    report.sites = tuple(
+        SiteReport(
+            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, str(site.mask),
+            site.score_function.scale, site.score_function.softcap,
+        )
+        for site in sites.matched
+    )  # fmt: skip
+    report.refused = sites.refused
+    if sites.refused:
+        reasons = "; ".join(f"{refusal.layer}: {refusal.reason}" for refusal in sites.refused[:3])
+        more = f"; and {len(sites.refused) - 3} more" if len(sites.refused) > 3 else ""
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be given a compressed cache. {reasons}{more}")
+    if not sites.matched:
+        raise UnsupportedModelError(f"there is no attention in {type(model).__name__}, so no KV cache to compress")
+    return Found(captured, sites.matched, limit)
+
+
+def _verify(found: Found, report: Report) -> None:
+    with report.timed("verify"):
+        report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
+
+
+def _measure(
+    model: nn.Module,
+    found: Found,
+    report: Report,
+    tokenizer: Any,
+    calibration: Any,
+    sinks: int,
+    recent: int,
+    progress: bool,
+) -> Importance:
+    with report.timed("calibration text"):
+        chosen: Calibration = build_calibration(model, tokenizer, calibration)
+    report.calibration = chosen.source
+    device = next(parameter.device for parameter in model.parameters())
+    rows = [row.to(device) for batch in chosen.batches for row in batch]
+    with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
+        return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
+
+
+def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
+    precisions = [(site.key, site.value) for site in plan.sites]
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    program = Program(
+        rewritten=rewrite(found.captured, found.sites, precisions, plan.recent),
+        plan=plan,
+        report=report,
+        dtypes=tuple(site.key.meta["val"].dtype for site in found.sites),
+        parameter_dtype=parameter.dtype,
+        device=parameter.device,
+        vocabulary=vocabulary_size(found.captured),
+        longest_context=found.longest_context,
+        returns_tensor=returns_tensor(model),
+    )
+    return attach(model, program)  # type: ignore[return-value]
+
+

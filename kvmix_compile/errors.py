@@ -1,0 +1,26 @@
+"""Every error that kvmix_compile raises on purpose. All derive from KVMixError and say what to do about it."""
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.passes.allocate import AllocationError, BudgetError
+from kvmix_compile.passes.errors import CaptureError, UnsupportedModelError, VerifyError
+from kvmix_compile.passes.plan import PlanError
+
+__all__ = [
+    "AllocationError",
+    "BudgetError",
+    "CacheError",
+    "CaptureError",
+    "InputError",
+    "KVMixError",
+    "PlanError",
+    "UnsupportedModelError",
+    "VerifyError",
+]
+
+
+class InputError(KVMixError):
+    """A call of the compiled model that it cannot answer; nothing was added to the cache."""
+
+
+class CacheError(KVMixError):
+    """A cache used with the wrong model, batch or operation."""

@@ -1,0 +1,230 @@
+"""The compiled model: the user's own class, its forward replaced by the rewritten graph and its cache by a KVMixCache."""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvmix_compile.cache import KVMixCache, starts_of
+from kvmix_compile.errors import InputError
+from kvmix_compile.passes.device import move_constants
+from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.rewrite import Rewritten
+from kvmix_compile.report import Report
+
+# Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
+ASSISTED_ROLLBACK = 64
+
+# Arguments that ask for nothing when they are None or False, and that a rewritten graph has no answer to otherwise.
+_CORRUPTING = ("inputs_embeds", "head_mask", "output_attentions", "output_hidden_states")
+
+
+@dataclass
+class Program:
+    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them."""
+
+    rewritten: Rewritten
+    plan: Plan
+    report: Report
+    dtypes: tuple[torch.dtype, ...]
+    parameter_dtype: torch.dtype
+    device: torch.device
+    vocabulary: int
+    longest_context: int | None
+    returns_tensor: bool
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not captured for."""
+        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        if parameter.dtype != self.parameter_dtype:
+            raise InputError(
+                f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: convert the "
+                "original model and call kvmix_compile.apply again"
+            )
+        if parameter.device != self.device:
+            move_constants(self.rewritten.module, parameter.device)
+            self.device = parameter.device
+
+
+class CompiledModel(nn.Module):
+    """Mixed into the class of the user's model by `kvmix_compile.apply`. Weights are those of the original, not copies."""
+
+    kvmix_program: Program
+
+    @property
+    def kvmix_plan(self) -> Plan:
+        """At which precision each site's keys and values are kept."""
+        return self.kvmix_program.plan
+
+    @property
+    def kvmix_report(self) -> Report:
+        """What was found, what was measured, and where the time went."""
+        return self.kvmix_program.report
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVMixCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of `input_ids`, int64 `[batch, tokens]`, after what `past_key_values` holds.
+
+        attention_mask: 1 for tokens and 0 for padding, which must lead its row; `[batch, tokens held + tokens]` or `[batch, tokens]`.
+        position_ids: int64 `[batch, tokens]`; by default each row counts on from the tokens that it holds.
+        past_key_values: a KVMixCache, filled further; by default a new one.
+        labels: as `input_ids`, -100 ignored; the next-token cross-entropy is then returned as `loss`.
+        logits_to_keep: how many of the last positions' logits to compute (0: all), or which, int64 `[positions]`.
+
+        Returns what the original's forward returned: transformers' CausalLMOutputWithPast (a tuple without `return_dict`), or the
+        logits alone for a plain module that returned them so and was given no cache.
+        """
+        program = self.kvmix_program
+        program.follow(self)
+        self._check(input_ids, past_key_values, kwargs)
+        cache = past_key_values if past_key_values is not None else KVMixCache(self)
+        logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
+        if program.returns_tensor and past_key_values is None and not use_cache and not return_dict and loss is None:
+            return logits
+        if use_cache is None:
+            use_cache = getattr(getattr(self, "config", None), "use_cache", True)
+        output = CausalLMOutputWithPast(
+            loss=cast(torch.FloatTensor | None, loss),
+            logits=cast(torch.FloatTensor, logits),
+            past_key_values=cache if use_cache else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `past_key_values`."""
+        if kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None):
+            raise InputError(
+                "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this model is a KVMixCache"
+            )
+        caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
+        if caching is not False and kwargs.get("past_key_values") is None:
+            assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
+            kwargs["past_key_values"] = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)
+        generator = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
+        return generator.generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc, union-attr]
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVMixCache,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        program = self.kvmix_program
+        batch, tokens = input_ids.shape
+        starts = starts_of(attention_mask, cache, batch, tokens, input_ids.device)
+        if program.rewritten.equal_rows and bool((starts > 0).any()):
+            raise InputError(
+                "this model counts its positions itself, from the beginning of the batch, so its rows cannot be padded: pass rows of "
+                "equal length, one at a time if need be"
+            )
+        cache.begin(batch, tokens, input_ids.device)
+        every = torch.arange(tokens, device=input_ids.device)
+        if position_ids is None:
+            position_ids = (cache.lengths - starts)[:, None] + every
+        position_ids = position_ids.expand(batch, tokens).clamp(min=0)
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
+        logits = program.rewritten.module(
+            input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors()
+        )
+        cache.advance(tokens, starts)
+        return logits
+
+    def _check(self, input_ids: Tensor, cache: object, kwargs: dict[str, Any]) -> None:
+        program = self.kvmix_program
+        if cache is not None and not isinstance(cache, KVMixCache):
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__}; this model keeps its keys and values in a kvmix_compile.KVMixCache(model)"
+            )
+        if cache is not None and (cache.plan != program.plan):
+            raise InputError("this cache was made for a model with another plan; make one with kvmix_compile.KVMixCache(model)")
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.shape[0] == 0:
+            raise InputError("input_ids must be an int64 tensor [batch, tokens] with at least one row and one token")
+        if input_ids.device != program.device:
+            raise InputError(
+                f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with input_ids.to(model.device)"
+            )
+        for name in _CORRUPTING:
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+        seen = cache.seen if cache is not None else 0
+        if program.longest_context is not None and seen + input_ids.shape[1] > program.longest_context:
+            raise InputError(
+                f"{seen + input_ids.shape[1]} tokens are more than the {program.longest_context} positions that the model has: shorten "
+                "the prompt, or continue with a new cache"
+            )
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of each next token. `logits` `[batch, tokens, vocabulary]`, `labels` int64 `[batch, tokens]` (-100: ignored)."""
+    if logits.shape[1] != labels.shape[1]:
+        raise InputError("labels need the logits of every token: leave logits_to_keep out, and give one label for each token")
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def attach(model: nn.Module, program: Program) -> nn.Module:
+    """A twin of `model` that shares its weights and runs `program`. The original is left as it was.
+
+    Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the class by
+    instance or by name still finds it.
+    """
+    twin = copy.copy(model)
+    twin.__dict__.pop("forward", None)
+    original = type(model)
+    twin.__class__ = type(original.__name__, (CompiledModel, original), {"__module__": original.__module__})
+    twin.__dict__["kvmix_program"] = program
+    return twin
+
+
+class _PlainGenerator(PreTrainedModel, GenerationMixin):
+    """Lends transformers' `generate` to a compiled model whose own class is not transformers'."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, compiled: CompiledModel) -> None:
+        program = compiled.kvmix_program
+        limit = program.longest_context
+        super().__init__(PreTrainedConfig(vocab_size=program.vocabulary, max_position_embeddings=limit, is_decoder=True))
+        self.generation_config = GenerationConfig()
+        self.compiled = compiled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVMixCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = True,
+    ) -> Any:
+        return self.compiled(
+            input_ids, attention_mask, position_ids, past_key_values,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True,
+        )  # fmt: skip
+
+
+def returns_tensor(model: nn.Module) -> bool:
+    """Whether a model's forward returns its logits alone: it is no transformers model, whose outputs have names."""
+    return not isinstance(model, GenerationMixin) and "return_dict" not in inspect.signature(model.forward).parameters

@@ -1,0 +1,68 @@
+"""The report: what was found in a model, what was done with it, and where the time went."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from kvmix_compile.passes.sites import Refusal
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention that was matched: its module's path, heads, dimensions and mask."""
+
+    layer: str
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    mask: str
+    scale: float
+    softcap: float
+
+
+@dataclass
+class Report:
+    """What `apply`, `analyze` or `doctor` found and did.
+
+    verified: largest difference between the rewritten graph's logits and the captured graph's, as a share of the logits' standard
+        deviation; None where it was not checked.
+    calibration: what the importance was measured on; None where a plan was given.
+    seconds: how long each stage took.
+    """
+
+    model: str
+    sites: tuple[SiteReport, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    verified: float | None = None
+    calibration: str | None = None
+    problem: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to `seconds[stage]`."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.sites)} attention sites matched, {len(self.refused)} refused"]
+        lines += [
+            f"  {site.layer}: {site.query_heads} query heads, {site.kv_heads} KV heads, head_dim {site.key_dim}/{site.value_dim}, {site.mask}"
+            + (f", soft cap {site.softcap:g}" if site.softcap else "")
+            for site in self.sites
+        ]
+        lines += [f"  {refusal.layer}: REFUSED: {refusal.reason}" for refusal in self.refused]
+        if self.verified is not None:
+            lines.append(f"verified: logits agree to {self.verified:.1e} of their standard deviation")
+        if self.calibration is not None:
+            lines.append(f"calibrated on {self.calibration}")
+        if self.problem is not None:
+            lines.append(f"PROBLEM: {self.problem}")
+        if self.seconds:
+            lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        return "\n".join(lines)

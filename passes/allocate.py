@@ -1,0 +1,257 @@
+"""Allocation: from what the quantization of each site would cost in loss, and a budget of bits, to precisions."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.passes.knapsack import choose
+
+Policy = Literal["fisher", "kvmix", "uniform"]
+Allocation = tuple[tuple[Precision, Precision], ...]
+
+# KVmix (arXiv 2506.08018, AAAI 2026), allocation: the layers that matter most, and all others.
+KVMIX_IMPORTANT_KEY_BITS = 3
+KVMIX_IMPORTANT_VALUE_BITS = 4
+KVMIX_OTHER_BITS = 2
+# Group size of KVmix and of KIVI (arXiv 2402.02750).
+PUBLISHED_GROUP = 32
+# (key bits, value bits) from poor to rich. Keys are at least as rich as values and at most one step richer: on
+# SmolLM2-135M at 2.5 code bits, 3-bit keys with 2-bit values have a perplexity of 20.89, the reverse 22.78.
+UNIFORM_BITS = (
+    (1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16),
+)  # fmt: skip
+# Budgets are decimal fractions such as 2.3: a plan that exceeds one by less than this fraction of it meets it.
+BUDGET_ROUNDING = 1e-9
+# Unquantized elements count as 16 bits, whatever the model's dtype.
+UNQUANTIZED_BYTES = 2
+
+
+class AllocationError(KVMixError):
+    """Importances, a policy or a budget that no allocation can be made from."""
+
+
+class BudgetError(AllocationError):
+    """A budget outside what the policy can reach."""
+
+
+@dataclass(frozen=True)
+class SiteImportance:
+    """What is known about one attention site when bits are allocated.
+
+    layer: name of the site in the model.
+    kv_heads, key_dim, value_dim: shape of what it caches for a token.
+    key_gradient_norm, value_gradient_norm: s_k and s_v of KVmix, the L2 norms of the loss's gradients with respect to
+        the weights of the key and the value projection.
+    key_sensitivity, value_sensitivity: the candidate precisions, each with the increase of the loss (nats a token)
+        that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
+    """
+
+    layer: str
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    key_gradient_norm: float
+    value_gradient_norm: float
+    key_sensitivity: Mapping[Precision, float]
+    value_sensitivity: Mapping[Precision, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A mean number of bits an element, in one of the two units.
+
+    bits: the most that the mean over all cached elements may be.
+    unit: the name of the argument, "budget" or "storage_budget".
+    """
+
+    bits: float
+    unit: Literal["budget", "storage_budget"]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.bits) and self.bits > 0):
+            raise AllocationError(f"{self.unit} must be a positive number of bits an element, not {self.bits}")
+
+    def cost(self, precision: Precision, head_dim: int) -> int:
+        """Bits that a block of 32 tokens of one head costs in this unit."""
+        if self.unit == "budget":
+            return precision.bits * BLOCK_TOKENS * head_dim
+        return 8 * precision.block_bytes(head_dim, UNQUANTIZED_BYTES)
+
+    def capacity(self, sites: Sequence[SiteImportance]) -> int:
+        """Bits that a block of 32 tokens of all heads of all sites may cost."""
+        return math.floor(self.bits * _block_elements(sites) * (1 + BUDGET_ROUNDING))
+
+    def check_reachable(self, sites: Sequence[SiteImportance], lowest: int, highest: int, advice: str = "") -> None:
+        """Raise BudgetError where the capacity is below `lowest`, the cost of the cheapest allocation."""
+        if self.capacity(sites) < lowest:
+            raise self.out_of_reach(sites, lowest, highest, advice)
+
+    def out_of_reach(self, sites: Sequence[SiteImportance], lowest: int, highest: int, advice: str = "") -> BudgetError:
+        """The error that names the reachable range; `lowest` and `highest` are costs."""
+        elements = _block_elements(sites)
+        # Rounded outwards at the low end, so that the number printed is itself reachable.
+        low, high = math.ceil(lowest / elements * 1e4 - 1e-6) / 1e4, math.floor(highest / elements * 1e4 + 1e-6) / 1e4
+        meaning = "code bits" if self.unit == "budget" else "stored bits (scales and zero points included)"
+        return BudgetError(
+            f"{self.unit}={self.bits:g} cannot be met: {meaning} per cached element can average "
+            f"{low:g} to {high:g} here{advice}"
+        )
+
+
+def allocate(
+    sites: Sequence[SiteImportance],
+    *,
+    policy: Policy = "fisher",
+    budget: float | None = None,
+    storage_budget: float | None = None,
+) -> Allocation:
+    """The precision of keys and of values, for every site.
+
+    policy:
+        "fisher": the candidates with the least total sensitivity; the optimum.
+        "kvmix": the published method. The sites with the largest key gradient norms get 3-bit keys, as many with the
+            largest value gradient norms get 4-bit values, everything else 2 bits; as many as fit.
+        "uniform": the same bits everywhere, groups of 32, 16-bit scales and zero points (KIVI's recipe).
+    budget: the most code bits a cached element, averaged over the elements of all keys and values.
+    storage_budget: the same with all that is stored counted: codes, scales, zero points. One of the two is given.
+
+    Raises BudgetError where the policy cannot meet the budget, AllocationError on other bad input.
+    """
+    if policy not in POLICIES:
+        raise AllocationError(f"there is no policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if budget is not None and storage_budget is None:
+        limit = Budget(budget, "budget")
+    elif storage_budget is not None and budget is None:
+        limit = Budget(storage_budget, "storage_budget")
+    else:
+        raise AllocationError("give either budget (code bits an element) or storage_budget (all bits stored for one)")
+    if not sites:
+        raise AllocationError("there is no attention site to allocate bits to")
+    allocation = POLICIES[policy](sites, limit)
+    for site, (key, value) in zip(sites, allocation, strict=True):
+        _check_storable(site, key, value)
+    return allocation
+
+
+def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
+    _check_sensitivities(sites)
+    candidates: list[list[Precision]] = []
+    items: list[list[tuple[int, float]]] = []
+    for site in sites:
+        for sensitivity, head_dim in (
+            (site.key_sensitivity, site.key_dim),
+            (site.value_sensitivity, site.value_dim),
+        ):
+            candidates.append(list(sensitivity))
+            items.append(
+                [(site.kv_heads * budget.cost(precision, head_dim), loss) for precision, loss in sensitivity.items()]
+            )
+    lowest = sum(min(cost for cost, _ in options) for options in items)
+    highest = sum(max(cost for cost, _ in options) for options in items)
+    budget.check_reachable(sites, lowest, highest)
+    chosen = choose(items, budget.capacity(sites))
+    precisions = [options[index] for options, index in zip(candidates, chosen, strict=True)]
+    return tuple(zip(precisions[::2], precisions[1::2], strict=True))
+
+
+def _allocate_kvmix(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
+    by_key = _ranked(sites, "key_gradient_norm")
+    by_value = _ranked(sites, "value_gradient_norm")
+
+    def with_important(count: int) -> Allocation:
+        important_keys, important_values = set(by_key[:count]), set(by_value[:count])
+        return tuple(
+            (
+                _published_key(KVMIX_IMPORTANT_KEY_BITS if index in important_keys else KVMIX_OTHER_BITS),
+                _published_value(
+                    KVMIX_IMPORTANT_VALUE_BITS if index in important_values else KVMIX_OTHER_BITS, site.value_dim
+                ),
+            )
+            for index, site in enumerate(sites)
+        )
+
+    def cost(count: int) -> int:
+        return _total_cost(sites, with_important(count), budget)
+
+    lowest, highest = cost(0), cost(len(sites))
+    # A budget above the highest mean, other than by rounding, would silently go unspent.
+    above = budget.bits * _block_elements(sites) * (1 - BUDGET_ROUNDING) > highest
+    if budget.capacity(sites) < lowest or above:
+        raise budget.out_of_reach(sites, lowest, highest, " with policy 'kvmix'; policy 'fisher' reaches further")
+    most_that_fit = bisect_right(range(len(sites) + 1), budget.capacity(sites), key=cost) - 1
+    return with_important(most_that_fit)
+
+
+def _allocate_uniform(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
+    allocations: list[Allocation] = [
+        tuple((_published_key(key_bits), _published_value(value_bits, site.value_dim)) for site in sites)
+        for key_bits, value_bits in UNIFORM_BITS
+    ]
+    costs = [_total_cost(sites, allocation, budget) for allocation in allocations]
+    budget.check_reachable(sites, min(costs), max(costs), " with policy 'uniform'")
+    capacity = budget.capacity(sites)
+    return [allocation for allocation, cost in zip(allocations, costs, strict=True) if cost <= capacity][-1]
+
+
+POLICIES: Mapping[Policy, Callable[[Sequence[SiteImportance], Budget], Allocation]] = {
+    "fisher": _allocate_fisher,
+    "kvmix": _allocate_kvmix,
+    "uniform": _allocate_uniform,
+}
+
+
+def _published_key(bits: int) -> Precision:
+    return Precision(bits, PUBLISHED_GROUP, 16)
+
+
+def _published_value(bits: int, head_dim: int) -> Precision:
+    """Groups of values run along the head: of 32 elements, or the next smaller number that divides the head."""
+    group = next(size for size in range(PUBLISHED_GROUP, 0, -1) if head_dim % size == 0)
+    return Precision(bits, group, 16)
+
+
+def _ranked(sites: Sequence[SiteImportance], norm: Literal["key_gradient_norm", "value_gradient_norm"]) -> list[int]:
+    """Indices of the sites, the largest gradient norm first; of equal ones, the earlier site first."""
+    for site in sites:
+        if not math.isfinite(getattr(site, norm)):
+            raise AllocationError(f"{norm} of {site.layer} is {getattr(site, norm)}; calibrate on other texts")
+    return sorted(range(len(sites)), key=lambda index: -getattr(sites[index], norm))
+
+
+def _check_sensitivities(sites: Sequence[SiteImportance]) -> None:
+    for site in sites:
+        for what, sensitivity in (("keys", site.key_sensitivity), ("values", site.value_sensitivity)):
+            if not sensitivity:
+                raise AllocationError(f"no precision was measured for the {what} of {site.layer}")
+            for precision, loss in sensitivity.items():
+                if not math.isfinite(loss):
+                    raise AllocationError(
+                        f"the sensitivity of the {what} of {site.layer} to {precision} is {loss}; "
+                        "calibrate on other texts"
+                    )
+
+
+def _check_storable(site: SiteImportance, key: Precision, value: Precision) -> None:
+    try:
+        key.check(site.key_dim, Axis.TOKENS)
+        value.check(site.value_dim, Axis.CHANNELS)
+    except KVMixError as error:
+        raise AllocationError(f"{site.layer}: {error}") from error
+
+
+def _block_elements(sites: Sequence[SiteImportance]) -> int:
+    """Cached elements of 32 tokens, keys and values of all sites."""
+    return sum(BLOCK_TOKENS * site.kv_heads * (site.key_dim + site.value_dim) for site in sites)
+
+
+def _total_cost(sites: Sequence[SiteImportance], allocation: Allocation, budget: Budget) -> int:
+    return sum(
+        site.kv_heads * (budget.cost(key, site.key_dim) + budget.cost(value, site.value_dim))
+        for site, (key, value) in zip(sites, allocation, strict=True)
+    )

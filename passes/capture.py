@@ -1,0 +1,197 @@
+"""Capture: a model becomes one graph of `(input_ids, position_ids, logit_positions) -> logits`, without a cache.
+
+The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Parameters and buffers are read from the live
+model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.errors import CaptureError
+
+# Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
+# and none is specialised as a broadcast.
+EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS = 3, 11, 5
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph, and the graph's symbols.
+
+    `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`, and gives
+    `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`.
+    """
+
+    module: fx.GraphModule
+    batch: torch.SymInt
+    tokens: torch.SymInt
+    has_position_input: bool
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module.get_submodule(MODEL)
+
+    def placeholder(self, name: str) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
+
+
+class _LogitsOnly(nn.Module):
+    """What is exported: the model called without a cache, giving nothing but the logits asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.parameters_taken = frozenset(inspect.signature(model.forward).parameters)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_positions: Tensor) -> Tensor:
+        options: dict[str, object] = {}
+        if "position_ids" in self.parameters_taken:
+            options["position_ids"] = position_ids
+        if "use_cache" in self.parameters_taken:
+            options["use_cache"] = False
+        if "logits_to_keep" in self.parameters_taken:
+            options["logits_to_keep"] = logit_positions
+        logits = logits_of(self.model(input_ids, **options))
+        return logits if "logits_to_keep" in options else logits[:, logit_positions]
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits in what a model returned: a tensor, a tuple that begins with one, or an object with `.logits`."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise CaptureError(
+            f"the model returned {type(output).__name__}, in which there are no logits: pass a causal language model whose "
+            "forward returns logits, a tuple that begins with them, or an object with `.logits`"
+        )
+    return logits
+
+
+def capture(model: nn.Module) -> Captured:
+    """Export `model`, in evaluation mode, as one graph with dynamic batch and sequence.
+
+    Raises:
+        CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
+    """
+    _check(model)
+    wrapper = _LogitsOnly(model).eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    positions = torch.arange(EXAMPLE_TOKENS, device=device)
+    example = (
+        torch.zeros(EXAMPLE_BATCH, EXAMPLE_TOKENS, dtype=torch.int64, device=device),
+        positions.expand(EXAMPLE_BATCH, -1).contiguous(),
+        positions[:EXAMPLE_LOGITS].clone(),
+    )
+    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    try:
+        # Under no_grad the regions that transformers marks with @torch.no_grad() need no subgraph of their own.
+        with torch.no_grad():
+            program = torch.export.export(
+                wrapper, example, dynamic_shapes=(dynamic, dynamic, {0: Dim.DYNAMIC}), strict=False
+            )
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}: {_first_line(error)}. The model's forward must take "
+            "token ids and return logits, with no control flow that depends on their values or on the sequence length"
+        ) from error
+    return _captured(program, wrapper)
+
+
+def _check(model: nn.Module) -> None:
+    if model.training:
+        raise CaptureError("the model is in training mode: call `model.eval()` first, so that dropout is off")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder; kvmix_compile compresses decoder-only causal language models"
+        )
+    if "input_ids" not in _first_parameters(model.forward):
+        raise CaptureError(
+            f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids to logits"
+        )
+
+
+def _first_parameters(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)[:1]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
+    graph, constants = program.graph_module.graph, nn.Module()
+    for spec, node in zip(
+        program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
+    ):
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        assert spec.target is not None
+        target = spec.target
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            target = target.replace(".", "_")
+            constants.register_buffer(target, program.constants[spec.target], persistent=False)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", target)
+            attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (output.args[0][0],)
+    root = nn.Module()
+    root.add_module(MODEL, wrapper.model)
+    for name, buffer in constants.named_buffers():
+        root.register_buffer(name, buffer, persistent=False)
+    module = bind(root, graph)
+    clean_up(module)
+    input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
+    batch, tokens = input_ids.meta["val"].shape
+    _check_dynamic(program, batch, tokens)
+    return Captured(module, batch, tokens, "position_ids" in wrapper.parameters_taken)
+
+
+def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose attributes are `root`'s own submodules and buffers, not copies of the tensors that it reads."""
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    for name, child in root.named_children():
+        module.add_module(name, child)
+    for name, buffer in root.named_buffers(recurse=False):
+        module.register_buffer(name, buffer, persistent=False)
+    module.graph = graph
+    return module
+
+
+def graph_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's placeholders, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _check_dynamic(program: ExportedProgram, *sizes: torch.SymInt | int) -> None:
+    for size, name in zip(sizes, ("batch", "sequence"), strict=True):
+        if isinstance(size, int):
+            raise CaptureError(f"the model's forward works only for a {name} of {size}; it must take any {name}")
+        bounds = program.range_constraints.get(size.node.expr)
+        if bounds is not None and bounds.upper.is_number and bounds.upper < 4096 and bounds.upper.is_finite:
+            raise CaptureError(
+                f"the model's forward takes another path for a {name} beyond {bounds.upper}; "
+                "kvmix_compile needs one graph that serves every length"
+            )

@@ -1,0 +1,42 @@
+"""Cleanup: what export leaves in a graph and a rewritten graph must not keep."""
+
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvmix_compile.passes.vocabulary import is_active_dropout, operation
+
+# Checks that hold for the example's shapes; the rewritten graph sees others (a single token), and checks its own inputs.
+_ASSERTIONS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+                         "sym_constrain_range_for_size"})
+_POSSIBLE_IDENTITIES = frozenset({"to", "slice", "dropout", "alias", "lift_fresh_copy"})
+
+
+def clean_up(module: fx.GraphModule) -> None:
+    """Remove assertions, operations that do nothing, and dead code; then recompile. In place."""
+    for node in list(module.graph.nodes):
+        if operation(node) in _ASSERTIONS:
+            module.graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if operation(node) not in _POSSIBLE_IDENTITIES or is_active_dropout(node):
+        return False
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.dtype == after.dtype and before.device == after.device and _same_shape(before, after)
+
+
+def _same_shape(first: Tensor, second: Tensor) -> bool:
+    return first.dim() == second.dim() and all(
+        statically_known_true(a == b) for a, b in zip(first.shape, second.shape, strict=True)
+    )

@@ -1,0 +1,48 @@
+"""Dataflow: a networkx view of a graph, for questions about who feeds whom."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import networkx
+from torch import fx
+
+from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation
+
+
+class Dataflow:
+    """Who feeds whom in an FX graph. A snapshot: make a new one after the graph changes."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.edges: networkx.DiGraph[fx.Node] = networkx.DiGraph()
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            self.edges.add_node(node, operation=operation(node))
+            self.edges.add_edges_from((source, node) for source in node.all_input_nodes)
+
+    def ancestors(self, node: fx.Node) -> set[fx.Node]:
+        return networkx.ancestors(self.edges, node)
+
+    def descendants(self, node: fx.Node) -> set[fx.Node]:
+        return networkx.descendants(self.edges, node)
+
+    @cached_property
+    def token_dependent(self) -> frozenset[fx.Node]:
+        """The nodes whose values depend on which tokens were given, not merely on how many or where."""
+        by_value = networkx.subgraph_view(
+            self.edges, filter_edge=lambda _, target: self.edges.nodes[target]["operation"] not in SHAPE_ONLY
+        )
+        inputs = [node for node in self.edges if node.op == "placeholder" and node.name == "input_ids"]
+        return frozenset(inputs).union(*(networkx.descendants(by_value, node) for node in inputs))
+
+    def between(self, sources: set[fx.Node], target: fx.Node) -> set[fx.Node]:
+        """The nodes on any path from one of `sources` to `target`, both ends included."""
+        behind = self.ancestors(target) | {target}
+        ahead = set(sources).union(*(self.descendants(source) for source in sources))
+        return behind & ahead
+
+    def walk_back(self, start: fx.Node, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """`start` and the chain of first inputs behind it, for as long as `through` admits the node being left."""
+        chain = [start]
+        while through(chain[-1]) and chain[-1].all_input_nodes:
+            chain.append(chain[-1].all_input_nodes[0])
+        return chain

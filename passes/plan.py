@@ -1,0 +1,282 @@
+"""The plan: at which precision every attention site keeps its keys and values, and how that is kept in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import StateLayout, required_blocks
+
+FORMAT = "kvmix-plan"
+VERSION = 1
+
+# A cache grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
+GROWTH_SHIFT = 3
+
+FieldType = TypeVar("FieldType", str, int, dict, list)
+
+
+class PlanError(KVMixError):
+    """A plan that is impossible, damaged, or made for another model."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one attention site stores.
+
+    layer: name of the site in the model, such as "model.layers.3.self_attn".
+    key, value: precision of the cached keys and values.
+    kv_heads: heads of the keys and values, before they are repeated for the query heads.
+    key_dim, value_dim: elements of one head's key and of its value.
+    """
+
+    layer: str
+    key: Precision
+    value: Precision
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(kv_heads, key_dim, value_dim)."""
+        return self.kv_heads, self.key_dim, self.value_dim
+
+    @property
+    def key_elements(self) -> int:
+        """Key elements of one token."""
+        return self.kv_heads * self.key_dim
+
+    @property
+    def value_elements(self) -> int:
+        """Value elements of one token."""
+        return self.kv_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's KV cache is stored.
+
+    sites: one entry an attention site, in the order of the model.
+    policy: the allocation policy that chose the precisions.
+    fingerprint: identifies the structure of the model that the plan was made for.
+    sinks: leading tokens of a row that stay in the model's own dtype.
+    recent: recent tokens of a row that stay in the model's own dtype.
+    """
+
+    sites: tuple[SitePlan, ...]
+    policy: str
+    fingerprint: str
+    sinks: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise PlanError("a plan needs at least one attention site")
+        if self.sinks < 0 or self.recent < 0:
+            raise PlanError(f"sinks and recent count tokens: {self.sinks} and {self.recent} cannot be negative")
+
+    @property
+    def key_bits(self) -> float:
+        """Code bits of a cached key element, averaged over all elements."""
+        return _mean([(site.key.bits, site.key_elements) for site in self.sites])
+
+    @property
+    def value_bits(self) -> float:
+        """Code bits of a cached value element, averaged over all elements."""
+        return _mean([(site.value.bits, site.value_elements) for site in self.sites])
+
+    @property
+    def code_bits(self) -> float:
+        """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts."""
+        keys = [(site.key.bits, site.key_elements) for site in self.sites]
+        return _mean(keys + [(site.value.bits, site.value_elements) for site in self.sites])
+
+    @property
+    def storage_bits(self) -> float:
+        """Stored bits of a quantized element, scales and zero points included: what `storage_budget` counts."""
+        keys = [(site.key.stored_bits(site.key_dim), site.key_elements) for site in self.sites]
+        return _mean(keys + [(site.value.stored_bits(site.value_dim), site.value_elements) for site in self.sites])
+
+    def layouts(self, rollback: int = 0) -> tuple[StateLayout, ...]:
+        """The state of each site; `rollback` is the number of tokens that can be taken back."""
+        return tuple(
+            StateLayout(
+                site.kv_heads, site.key_dim, site.value_dim, site.key, site.value, self.sinks, self.recent, rollback
+            )
+            for site in self.sites
+        )
+
+    def cache_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, rollback: int = 0) -> int:
+        """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of `batch` rows."""
+        blocks = capacity_blocks(tokens, self.sinks, self.recent)
+        counters = torch.int64.itemsize * batch
+        return counters + sum(layout.bytes(batch, blocks, dtype) for layout in self.layouts(rollback))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, one site a line. A file already at `path` is replaced in one step.
+
+        Raises PlanError where the file cannot be written; what was at `path` before is then still there.
+        """
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            try:
+                unfinished.write_text(_to_json(self), encoding="utf-8")
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises PlanError where the file cannot be read, is no plan, is damaged, or comes from a newer version.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON, or is damaged ({error}); save the plan again") from error
+        try:
+            return _from_document(document)
+        except KVMixError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def check_fingerprint(
+        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None = None
+    ) -> None:
+        """Raise PlanError, saying what differs, unless the plan was made for this model.
+
+        fingerprint, layers: of the model at hand; `layers` names its attention sites in order.
+        shapes: (kv_heads, key_dim, value_dim) of each site where known, to say more precisely what differs.
+        """
+        planned_layers = [site.layer for site in self.sites]
+        if fingerprint == self.fingerprint and list(layers) == planned_layers:
+            return
+        difference = _difference(self.sites, layers, shapes)
+        raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
+
+
+def capacity_blocks(tokens: int, sinks: int, recent: int) -> int:
+    """Packed blocks that a cache has room for once it has seen `tokens` tokens.
+
+    What is required, rounded up to three significant binary digits and one more: a function of the length alone, so that
+    the size of a cache can be predicted, and at most an eighth above what is required.
+    """
+    required = required_blocks(tokens, sinks, recent)
+    step = 1 << max(0, required.bit_length() - 1 - GROWTH_SHIFT)
+    return -(-required // step) * step
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    """Mean of (number, weight) pairs."""
+    return sum(number * weight for number, weight in weighted) / sum(weight for _, weight in weighted)
+
+
+def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None) -> str:
+    if len(sites) != len(layers):
+        return f"the plan has {len(sites)} attention sites, this model {len(layers)}"
+    for site, layer in zip(sites, layers, strict=True):
+        if site.layer != layer:
+            return f"the plan has an attention site {site.layer!r} where this model has {layer!r}"
+    for site, shape in zip(sites, shapes or [], strict=bool(shapes)):
+        for name, planned, actual in zip(("kv_heads", "key_dim", "value_dim"), site.shape, shape, strict=True):
+            if planned != actual:
+                return f"at {site.layer} the plan has {name}={planned}, this model {name}={actual}"
+    return "the attention sites have the same names, but the structure of the model differs"
+
+
+def _to_json(plan: Plan) -> str:
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "policy": plan.policy,
+        "fingerprint": plan.fingerprint,
+        "sinks": plan.sinks,
+        "recent": plan.recent,
+    }
+    fields = [f"  {json.dumps(name)}: {json.dumps(content)}" for name, content in head.items()]
+    sites = ",\n".join("    " + json.dumps(_site_record(site)) for site in plan.sites)
+    return "{\n" + ",\n".join(fields) + ',\n  "sites": [\n' + sites + "\n  ]\n}\n"
+
+
+def _site_record(site: SitePlan) -> dict[str, object]:
+    return {
+        "layer": site.layer,
+        "kv_heads": site.kv_heads,
+        "key_dim": site.key_dim,
+        "value_dim": site.value_dim,
+        "key": _precision_record(site.key),
+        "value": _precision_record(site.value),
+    }
+
+
+def _precision_record(precision: Precision) -> dict[str, int]:
+    return {"bits": precision.bits, "group": precision.group, "scale_bits": precision.scale_bits}
+
+
+def _from_document(document: object) -> Plan:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PlanError('this is JSON, but not a plan: a plan says "format": "kvmix-plan"')
+    version = _field(document, "version", int, "the plan")
+    if version > VERSION:
+        raise PlanError(f"this plan (version {version}) was made by a newer kvmix_compile; upgrade kvmix_compile")
+    if version != VERSION:
+        raise PlanError(f"there is no plan version {version}; save the plan again")
+    records = _field(document, "sites", list, "the plan")
+    return Plan(
+        sites=tuple(_site_plan(record, f"site {index}") for index, record in enumerate(records)),
+        policy=_field(document, "policy", str, "the plan"),
+        fingerprint=_field(document, "fingerprint", str, "the plan"),
+        sinks=_field(document, "sinks", int, "the plan"),
+        recent=_field(document, "recent", int, "the plan"),
+    )
+
+
+def _site_plan(record: object, where: str) -> SitePlan:
+    return SitePlan(
+        layer=_field(record, "layer", str, where),
+        key=_precision(_field(record, "key", dict, where), f"the key of {where}"),
+        value=_precision(_field(record, "value", dict, where), f"the value of {where}"),
+        kv_heads=_field(record, "kv_heads", int, where),
+        key_dim=_field(record, "key_dim", int, where),
+        value_dim=_field(record, "value_dim", int, where),
+    )
+
+
+def _precision(record: object, where: str) -> Precision:
+    numbers = [_field(record, name, int, where) for name in ("bits", "group", "scale_bits")]
+    try:
+        return Precision(*numbers)
+    except KVMixError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _field(record: object, name: str, kind: type[FieldType], where: str) -> FieldType:
+    """The field `name` of a JSON object, which must be there and of this type."""
+    if not isinstance(record, dict):
+        raise PlanError(f"{where} is not a JSON object; save the plan again")
+    if name not in record:
+        raise PlanError(f"{where} lacks the field {name!r}; save the plan again")
+    content = record[name]
+    # Not isinstance: JSON's true is an int to Python.
+    if type(content) is not kind:
+        raise PlanError(f"{name!r} of {where} is {content!r}, of the wrong type; save the plan again")
+    return content

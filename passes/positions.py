@@ -1,0 +1,54 @@
+"""Positions: a model that counts its positions itself, from zero, is made to count on from the tokens already in the cache."""
+
+from torch import fx, ops
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvmix_compile.passes.capture import graph_inputs
+from kvmix_compile.passes.dataflow import Dataflow
+from kvmix_compile.passes.vocabulary import argument, operation
+
+
+def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
+    """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the number of tokens in the cache. In place.
+
+    A single shift serves all rows, so such a model can only be given rows of equal length. Returns whether anything was shifted.
+    """
+    dataflow = Dataflow(graph)
+    counters = [node for node in graph.nodes if _counts_tokens(node, tokens)]
+    tables = [node for node in graph.nodes if _reads_table(node, tokens) and node not in dataflow.token_dependent]
+    if not counters and not tables:
+        return False
+    with graph.inserting_after(graph_inputs(graph)[-1]):
+        past = graph.call_function(ops.aten.select.int, (lengths, 0, 0))
+    for node in counters:
+        with graph.inserting_after(node):
+            shifted = graph.call_function(ops.aten.add.Tensor, (node, past))
+        node.replace_all_uses_with(shifted, delete_user_cb=lambda user, shifted=shifted: user is not shifted)
+    for node in tables:
+        table, axis, end = node.args[0], argument(node, 1, "dim", 0), argument(node, 3, "end")
+        with graph.inserting_before(node):
+            index = graph.call_function(ops.aten.arange.default, (end,), {"device": node.meta["val"].device})
+            index = graph.call_function(ops.aten.add.Tensor, (index, past))
+            read = graph.call_function(ops.aten.index_select.default, (table, axis, index))
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    return True
+
+
+def _counts_tokens(node: fx.Node, tokens: object) -> bool:
+    """`arange(tokens)`: one number for each new token, from zero."""
+    if operation(node) != "arange":
+        return False
+    value = node.meta["val"]
+    return not value.is_floating_point() and statically_known_true(value.shape[0] == tokens)
+
+
+def _reads_table(node: fx.Node, tokens: object) -> bool:
+    """`table[:tokens]`: the first rows of what was computed for every position beforehand."""
+    end = argument(node, 3, "end")
+    return (
+        operation(node) == "slice"
+        and argument(node, 2, "start") in (None, 0)
+        and isinstance(end, fx.Node)
+        and statically_known_true(end.meta["val"] == tokens)
+    )

@@ -1,0 +1,92 @@
+"""Rewrite: each site's attention becomes `kvmix::attend` on the cache, followed by `kvmix::append` to it.
+
+The mask and everything only it needed dies, and the graph gains the cache's tensors as inputs. One graph serves prefill, chunked
+prefill and decode.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend and kvmix::append)
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.passes.capture import Captured, bind, graph_inputs
+from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.positions import shift_positions
+from kvmix_compile.passes.sites import AttentionSite
+
+# The six tensors of kernels.state.SiteState, in its order.
+STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "tail_key", "tail_value")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The graph with its cache as inputs.
+
+    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts` are int64
+    `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six tensors of each
+    site in turn, which it updates in place. `equal_rows`: the model counts positions itself, so all rows must be equally long.
+    """
+
+    module: fx.GraphModule
+    sites: tuple[AttentionSite, ...]
+    equal_rows: bool
+
+
+def rewrite(
+    captured: Captured, sites: Sequence[AttentionSite], precisions: Sequence[tuple[Precision, Precision]], recent: int
+) -> Rewritten:
+    """A copy of the captured graph in which every site reads and writes a cache.
+
+    `precisions`: for each site that of its keys and of its values. `recent`: tokens kept in full precision, at most.
+    """
+    graph, copies = _copy(captured.graph)
+    lengths, starts = _add_inputs(graph, ["lengths", "starts"])
+    for index, (site, (key, value)) in enumerate(zip(sites, precisions, strict=True)):
+        state = _add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
+        _attend_and_append(graph, site, copies, (lengths, starts, *state), (key, value), recent)
+    graph.eliminate_dead_code()
+    shifted = not captured.has_position_input and shift_positions(graph, lengths, captured.tokens)
+    module = bind(captured.module, graph)
+    clean_up(module)
+    return Rewritten(module, tuple(sites), shifted)
+
+
+def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.output(copied.graph_copy(graph, nodes))
+    return copied, nodes
+
+
+def _add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
+    added = []
+    for name in names:
+        with graph.inserting_after(graph_inputs(graph)[-1]):
+            added.append(graph.placeholder(name))
+    return added
+
+
+def _attend_and_append(
+    graph: fx.Graph,
+    site: AttentionSite,
+    copies: dict[fx.Node, fx.Node],
+    cache: tuple[fx.Node, ...],
+    precisions: tuple[Precision, Precision],
+    recent: int,
+) -> None:
+    query, key, value, output = (copies[node] for node in (site.query, site.key, site.value, site.output))
+    formats = tuple(list(precision.as_ints()) for precision in precisions)
+    function = site.score_function
+    window = function.mask.size if function.mask.kind == "sliding" else 0
+    with graph.inserting_before(output):
+        attended = graph.call_function(
+            torch.ops.kvmix.attend.default,
+            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
+        )
+        attended.meta = dict(output.meta)
+        # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
+        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent))
+    output.replace_all_uses_with(attended)
+    graph.erase_node(output)

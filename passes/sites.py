@@ -1,0 +1,285 @@
+"""Find sites: every place where keys and values are attended to, matched by structure.
+
+An attention is either one `scaled_dot_product_attention` or a softmax between two matrix products. From it the matcher walks
+back through layout operations to the keys and values as they were *before* the heads were repeated for grouped queries.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvmix_compile.passes.capture import Captured
+from kvmix_compile.passes.dataflow import Dataflow
+from kvmix_compile.passes.errors import UnsupportedModelError
+from kvmix_compile.passes.evaluate import evaluate
+from kvmix_compile.passes.masks import Mask, Probe, ScoreFunction
+from kvmix_compile.passes.vocabulary import LAYOUT, argument, is_active_dropout, operation, tensor_of
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention as the graph spells it. `query` `[batch, query heads, tokens, head_dim]`; `key` and `value` likewise, their heads
+    perhaps repeated; `output` `[batch, query heads, tokens, value dim]`."""
+
+    layer: str
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    output: fx.Node
+    score_function: ScoreFunction
+
+    @classmethod
+    def fused(cls, node: fx.Node, layer: str, probe: Probe) -> Self:
+        """Match `scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=...)`."""
+        query, key, value = (_node(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
+        if argument(node, 4, "dropout_p", 0.0) != 0.0:
+            raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
+        scale = node.kwargs.get("scale")
+        if scale is None:
+            scale = _shape(query)[-1] ** -0.5
+        mask = _fused_mask(node, layer, probe)
+        return cls(layer, query, key, value, node, ScoreFunction(float(scale), 0.0, mask))
+
+    @classmethod
+    def spelled_out(cls, softmax: fx.Node, layer: str, probe: Probe) -> Self:
+        """Match `softmax(f(query @ key^T)) @ value`, whatever pointwise f (scale, soft cap, mask) is."""
+        scores = _scores_behind(softmax, probe.dataflow, layer)
+        output, value = _weighted_sum_after(softmax, layer)
+        query, key = _node(scores.args[0]), _node(scores.args[1])
+        function = probe.score_function(scores, _node(softmax.args[0]), layer)
+        return cls(layer, query, _transposed(key, layer), value, output, function)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention whose keys and values are to be cached.
+
+    `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have `query_heads`.
+    """
+
+    layer: str
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    output: fx.Node
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    score_function: ScoreFunction
+
+    @property
+    def mask(self) -> Mask:
+        return self.score_function.mask
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An attention that was seen and cannot be given a cache, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What was found in a graph."""
+
+    matched: tuple[AttentionSite, ...]
+    refused: tuple[Refusal, ...]
+
+
+def find_sites(captured: Captured, longest_context: int | None = None) -> Sites:
+    """Every attention of the graph: matched, or refused with a reason.
+
+    `longest_context` (tokens): windows beyond it are no windows.
+    """
+    dataflow = Dataflow(captured.graph)
+    probe = Probe(captured, dataflow, longest_context)
+    matched: list[AttentionSite] = []
+    refused: list[Refusal] = []
+    for layer, node in _named(_candidates(captured, dataflow)):
+        try:
+            find = Attention.fused if operation(node) == ATTENTION else Attention.spelled_out
+            matched.append(_site(find(node, layer, probe), captured))
+        except UnsupportedModelError as error:
+            refused.append(Refusal(layer, str(error).removeprefix(f"{layer}: ")))
+    return Sites(tuple(matched), tuple(refused))
+
+
+def _candidates(captured: Captured, dataflow: Dataflow) -> Iterable[fx.Node]:
+    """The nodes that are attention, or look like it: fused ones, and softmaxes over scores of tokens against tokens."""
+    for node in captured.graph.nodes:
+        if operation(node) == ATTENTION:
+            yield node
+        elif operation(node) == "softmax" and node in dataflow.token_dependent and _is_over_tokens(node, captured):
+            yield node
+
+
+def _is_over_tokens(node: fx.Node, captured: Captured) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.dim() >= 3 and all(
+        statically_known_true(size == captured.tokens) for size in value.shape[-2:]
+    )  # fmt: skip
+
+
+def _named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
+    """Each attention with the path of the module that it was traced in, made unique."""
+    taken: dict[str, int] = {}
+    named = []
+    for index, node in enumerate(nodes):
+        layer = module_path(node) or f"attention {index}"
+        taken[layer] = taken.get(layer, 0) + 1
+        named.append((layer if taken[layer] == 1 else f"{layer} ({taken[layer]})", node))
+    return named
+
+
+def module_path(node: fx.Node) -> str:
+    """The path in the user's model of the innermost module that `node` was traced in, or an empty string."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1].removeprefix("model").removeprefix(".") if stack else ""
+
+
+def _site(attention: Attention, captured: Captured) -> AttentionSite:
+    layer, mask = attention.layer, attention.score_function.mask
+    if mask.kind == "chunked":
+        raise UnsupportedModelError(f"{layer}: chunked attention (chunks of {mask.size} tokens) is not supported")
+    query_heads, key_dim = _heads_and_dim(attention.query, captured, f"{layer}: its queries")
+    key = _before_repeat(attention.key, query_heads, captured, layer)
+    value = _before_repeat(attention.value, query_heads, captured, layer)
+    kv_heads, _ = _heads_and_dim(key, captured, f"{layer}: its keys")
+    value_heads, value_dim = _heads_and_dim(value, captured, f"{layer}: its values")
+    if kv_heads != value_heads or query_heads % kv_heads:
+        raise UnsupportedModelError(
+            f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go together"
+        )
+    return AttentionSite(
+        layer, attention.query, key, value, attention.output, query_heads, kv_heads, key_dim, value_dim, attention.score_function
+    )  # fmt: skip
+
+
+def _fused_mask(node: fx.Node, layer: str, probe: Probe) -> Mask:
+    mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+    if isinstance(mask, fx.Node):
+        return probe.mask_of(mask, layer)
+    if is_causal:
+        return Mask("causal")
+    raise UnsupportedModelError(
+        f"{layer}: its attention has no mask, so that a token attends to later ones. An encoder or a bidirectional model has no "
+        "KV cache to compress"
+    )
+
+
+def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
+    """The matrix product that the softmax's input comes from, along the path that depends on tokens."""
+    node = _node(softmax.args[0])
+    while operation(node) != "matmul":
+        behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
+        if len(behind) != 1:
+            raise UnsupportedModelError(
+                f"{layer}: its attention weights are not a softmax over query-key products alone ({operation(node)} joins "
+                f"{len(behind)} inputs)"
+            )
+        node = behind[0]
+    return node
+
+
+def _weighted_sum_after(softmax: fx.Node, layer: str) -> tuple[fx.Node, fx.Node]:
+    """The matrix product of attention weights and values, and the values."""
+    weights = softmax
+    while True:
+        users = list(weights.users)
+        if len(users) != 1:
+            raise UnsupportedModelError(f"{layer}: its attention weights are used elsewhere too, so they cannot be fused away")
+        user = users[0]
+        if is_active_dropout(user):
+            raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
+        if operation(user) == "matmul" and user.args[0] is weights:
+            return user, _node(user.args[1])
+        if operation(user) not in ("to", "dropout", "contiguous", "clone", "expand", "view", "reshape"):
+            raise UnsupportedModelError(f"{layer}: {operation(user)} is applied to its attention weights, which is not supported")
+        weights = user
+
+
+def _transposed(key: fx.Node, layer: str) -> fx.Node:
+    """The keys `[.., tokens, head_dim]` of which `key` `[.., head_dim, tokens]` is the transpose."""
+    node = key
+    while operation(node) in ("to", "contiguous", "clone"):
+        node = _node(node.args[0])
+    rank = len(_shape(node))
+    swapped = list(range(rank - 2)) + [rank - 1, rank - 2]
+    if operation(node) == "permute" and [axis % rank for axis in node.args[1]] == swapped:  # type: ignore[union-attr, operator]
+        return _node(node.args[0])
+    if operation(node) == "transpose" and {axis % rank for axis in node.args[1:3]} == {rank - 1, rank - 2}:  # type: ignore[operator]
+        return _node(node.args[0])
+    raise UnsupportedModelError(f"{layer}: its scores are not the product of queries and transposed keys")
+
+
+def _before_repeat(node: fx.Node, query_heads: int, captured: Captured, layer: str) -> fx.Node:
+    """The keys or values before their heads are repeated: the earliest node of the layout chain that still has its shape
+    `[batch, heads, tokens, dim]`, and whose repetition gives exactly `node`."""
+    dim = _shape(node)[-1]
+    best = node
+    current = node
+    while operation(current) in LAYOUT and operation(current) != "to" and len(current.all_input_nodes) >= 1:
+        current = current.all_input_nodes[0]
+        if _is_heads(current, captured) and _shape(current)[-1] == dim and _repeats(current, node, query_heads, captured):
+            best = current
+    return best
+
+
+def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Captured) -> bool:
+    """Whether `repeated` is `source` with each head repeated in place for its group of queries, seen on a probe."""
+    heads, dim = _shape(source)[1], _shape(source)[-1]
+    if query_heads % heads:
+        return False
+    batch, tokens = 2, 3
+    inputs = {
+        node: torch.zeros(batch, tokens, dtype=torch.int64)
+        for node in captured.graph.nodes
+        if node.op == "placeholder" and node.name in ("input_ids", "position_ids")
+    }
+    value = tensor_of(source)
+    assert value is not None
+    numbers = torch.arange(batch * heads * tokens * dim, dtype=torch.float32, device=value.device)
+    numbers = numbers.reshape(batch, heads, tokens, dim)
+    result = evaluate(captured.module, repeated, {**inputs, source: numbers})
+    expected = numbers if _shape(repeated)[1] == heads else numbers.repeat_interleave(query_heads // heads, dim=1)
+    return isinstance(result, Tensor) and torch.equal(result, expected)
+
+
+def _heads_and_dim(node: fx.Node, captured: Captured, what: str) -> tuple[int, int]:
+    if not _is_heads(node, captured):
+        raise UnsupportedModelError(
+            f"{what} have the shape {list(_shape(node))}, where [batch, heads, tokens, head_dim] is needed"
+        )
+    _, heads, _, dim = _shape(node)
+    return heads, dim
+
+
+def _is_heads(node: fx.Node, captured: Captured) -> bool:
+    """Whether `node` is `[batch, heads, tokens, dim]` with the graph's own batch and tokens."""
+    shape = _shape(node)
+    return (
+        len(shape) == 4
+        and isinstance(shape[1], int)
+        and isinstance(shape[3], int)
+        and statically_known_true(shape[0] == captured.batch)
+        and statically_known_true(shape[2] == captured.tokens)
+    )
+
+
+def _shape(node: fx.Node) -> tuple:
+    value = tensor_of(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+def _node(value: object) -> fx.Node:
+    assert isinstance(value, fx.Node), value
+    return value
