@@ -177,7 +177,7 @@ def _append_rows(side: _Side, length: int) -> None:
     if end_block > first_block:
         first, last = sinks + first_block * BLOCK_TOKENS, sinks + end_block * BLOCK_TOKENS
         earlier = side.tail_pieces(first, min(length, last))
-        tokens = torch.cat([*earlier, chunk[:, :, max(0, first - length) : last - length]], dim=2)
+        tokens = torch.cat([*earlier, chunk[:, :, max(0, first - length) : max(0, last - length)]], dim=2)
         packed = quantize_block(tokens.unflatten(2, (-1, BLOCK_TOKENS)), side.precision, side.axis)
         side.packed[:, :, first_block:end_block] = packed
     # Only now may the ring be overwritten: the tokens just packed lay in it.
@@ -195,7 +195,7 @@ def _history(side: _Side, first: int, length: int) -> Tensor:
         return chunk
     # A block is unpacked whole, so the history may have to begin a little earlier.
     first_block, end_block = max(0, first - sinks) // BLOCK_TOKENS, side.blocks(length)
-    begin = first if first < sinks else min(first, sinks + first_block * BLOCK_TOKENS)
+    begin = min(first, sinks + first_block * BLOCK_TOKENS)
     rows, heads, tokens, dim = chunk.shape
     history = chunk.new_empty(rows, heads, length - begin + tokens, dim)
     sink = side.sink[:, :, begin:length]

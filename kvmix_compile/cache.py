@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import Cache
 
 from kvmix_compile.errors import CacheError
-from kvmix_compile.kernels.state import SiteState, packed_blocks
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.state import SiteState, packed_blocks
 from kvmix_compile.passes.plan import capacity_blocks
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class KVMixCache(Cache):
     """The KV cache of one compiled model, for one batch. Empty at first; the model's forward fills it.
 
-    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, all between them quantized as
-    the plan says. Rows are independent: the padding that leads a row is not stored.
+    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, all between them
+    quantized as the plan says. Rows are independent: the padding that leads a row is not stored.
 
     Args:
         model: what `kvmix_compile.apply` returned.
@@ -42,11 +42,14 @@ class KVMixCache(Cache):
     # What the model asks of its cache
 
     def begin(self, batch: int, tokens: int, device: torch.device) -> None:
-        """Make room for `tokens` more tokens in each of `batch` rows. Allocates on the first call, grows by an eighth at least later."""
+        """Make room for `tokens` more tokens in each of `batch` rows.
+
+        Allocates on the first call, grows by an eighth at least later.
+        """
         if self.states and batch != self.batch_size:
             raise CacheError(
-                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another batch, or "
-                "batch_select_indices and batch_repeat_interleave to change the rows"
+                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
+                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
             )
         blocks = capacity_blocks(self.seen + tokens, self.plan.sinks, self.plan.recent)
         if not self.states:
@@ -78,7 +81,9 @@ class KVMixCache(Cache):
 
     @property
     def bits_per_element(self) -> float:
-        """Bits occupied for each key or value element of each token held: sinks, recent tokens, scales and spare room included."""
+        """Bits occupied for each key or value element of each token held: sinks, recent tokens, scales and
+        spare room included.
+        """
         per_token = sum(site.key_elements + site.value_elements for site in self.plan.sites)
         elements = int(self.lengths.sum()) * per_token
         return 8 * self.nbytes / elements if elements else 0.0
@@ -123,7 +128,8 @@ class KVMixCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise CacheError(
-            "a KVMixCache is filled by the compiled model that it was made for; pass it to that model, not to the original one"
+            "a KVMixCache is filled by the compiled model that it was made for; pass it to that model, not to the "
+            "original one"
         )
 
     def reset(self) -> None:
@@ -150,10 +156,11 @@ class KVMixCache(Cache):
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens of every row (a positive number: all beyond that many, as older transformers
-        call it).
+        """Take back the last `-tokens_to_remove` tokens of every row (a positive number: all beyond that many, as
+        older transformers call it).
 
-        Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback` prevents that.
+        Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback`
+        prevents that.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.states:
@@ -164,14 +171,16 @@ class KVMixCache(Cache):
             first_unpacked = self.plan.sinks + BLOCK_TOKENS * packed_blocks(left, self.plan.sinks, self.plan.recent)
             if left > first_unpacked and first_unpacked < held - kept:
                 raise CacheError(
-                    f"cannot take back {removed} tokens: those before them are kept in quantized form only. Make the cache with "
-                    f"KVMixCache(model, rollback={removed})"
+                    f"cannot take back {removed} tokens: those before them are kept in quantized form only. Make the "
+                    f"cache with KVMixCache(model, rollback={removed})"
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)
 
 
-def starts_of(attention_mask: Tensor | None, cache: KVMixCache, batch: int, tokens: int, device: torch.device) -> Tensor:
+def starts_of(
+    attention_mask: Tensor | None, cache: KVMixCache, batch: int, tokens: int, device: torch.device
+) -> Tensor:
     """How many of the coming `tokens` are padding at the beginning of each row, int64 `[batch]`.
 
     `attention_mask`: 1 for tokens and 0 for padding, `[batch, tokens seen + tokens]` or `[batch, tokens]`.
@@ -181,8 +190,8 @@ def starts_of(attention_mask: Tensor | None, cache: KVMixCache, batch: int, toke
         return torch.zeros(batch, dtype=torch.int64, device=device)
     if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens or attention_mask.shape[0] != batch:
         raise CacheError(
-            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], 1 for a token and 0 for "
-            "padding. Other masks are the model's own and need not be passed"
+            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], 1 for a token "
+            "and 0 for padding. Other masks are the model's own and need not be passed"
         )
     valid = attention_mask[:, -tokens:].to(device) != 0
     starts = tokens - valid.sum(dim=1)
@@ -191,4 +200,3 @@ def starts_of(attention_mask: Tensor | None, cache: KVMixCache, batch: int, toke
     if bool(((leads != starts) | (begun & (starts > 0))).any()):
         raise CacheError("attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')")
     return starts.to(torch.int64)
-

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmix_compile.english import built_in_english
-from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.passes.capture import logits_of
+from kvmix_compile.passes.errors import CalibrationError
 
 CalibrationData = str | Sequence[str] | Tensor | Sequence[Sequence[int] | Tensor]
 
@@ -24,10 +24,6 @@ SAMPLED_ROWS, SAMPLED_LENGTH = 4, 128  # short, because without a cache every to
 SEED = 0
 
 ADVICE = "pass calibration=[...] with texts (and tokenizer=...) or token ids, a few hundred tokens at least"
-
-
-class CalibrationError(KVMixError):
-    """The calibration data cannot be used; the message says what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +239,7 @@ def _sample(model: nn.Module, vocabulary: int, device: torch.device, length: int
     generator = torch.Generator().manual_seed(SEED)
     start = _setting(model, "bos_token_id")
     ids = torch.randint(vocabulary, (SAMPLED_ROWS, 1), generator=generator)
-    if isinstance(start, int):
+    if isinstance(start, int) and start < vocabulary:
         ids.fill_(start)
     options = {"use_cache": True} if isinstance(model, PreTrainedModel) else {}
     cache = None

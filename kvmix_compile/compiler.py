@@ -4,10 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from kvmix_compile.calibration import Calibration, build_calibration
+from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.model import Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
@@ -28,6 +27,8 @@ DEFAULT_BUDGET = 2.3
 # Attention sinks and recent tokens kept in the model's dtype (shared design: at most 64 and 128).
 DEFAULT_SINKS = 64
 DEFAULT_RECENT = 128
+# Tokens of a calibration row: enough to reach past the sinks, little enough for a backward on a laptop.
+CALIBRATION_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def apply(
     verify: bool = True,
     progress: bool = False,
 ) -> Model:
-    """A drop-in twin of `model` whose KV cache is compressed. It shares the model's weights; the model itself is left as it was.
+    """A drop-in twin of `model` whose KV cache is compressed. It shares the model's weights; the model itself is left
+    as it was.
 
     Args:
         model: a causal language model in evaluation mode: transformers', or any module that maps `input_ids` to logits.
@@ -62,14 +64,16 @@ def apply(
         plan: instead, a Plan made earlier, or the path of one.
         policy: "fisher" (least predicted loss), "kvmix" (the paper's), or "uniform".
         tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
-        calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and calibration, on tokens
-            that the model itself samples.
-        sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at least 32.
+        calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and
+            calibration, on tokens that the model itself samples.
+        sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at
+            least 32.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
         progress: show progress bars.
 
     Raises:
-        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError or CalibrationError; each says what to do.
+        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError or CalibrationError; each
+            says what to do.
     """
     _check_state(sinks, recent)
     if plan is not None and (budget is not None or storage_budget is not None):
@@ -105,7 +109,9 @@ def analyze(
     recent: int = DEFAULT_RECENT,
     progress: bool = False,
 ) -> Importance:
-    """How much each layer's keys and values matter, measured once; `importance.allocate(budget=...)` makes plans of it."""
+    """How much each layer's keys and values matter, measured once; `importance.allocate(budget=...)` makes
+    plans of it.
+    """
     _check_state(sinks, recent)
     report = Report(type(model).__name__)
     return _measure(model, _find(model, report), report, tokenizer, calibration, sinks, recent, progress)
@@ -125,7 +131,9 @@ def diagnose(model: nn.Module) -> Report:
 
 def _check_state(sinks: int, recent: int) -> None:
     if sinks < 0 or recent < 32:
-        raise PlanError(f"sinks={sinks} and recent={recent} are not possible: sinks is 0 or more, recent 32 (one block) or more")
+        raise PlanError(
+            f"sinks={sinks} and recent={recent} are not possible: sinks is 0 or more, recent 32 (one block) or more"
+        )
 
 
 def _find(model: nn.Module, report: Report) -> Found:
@@ -167,10 +175,11 @@ def _measure(
     progress: bool,
 ) -> Importance:
     with report.timed("calibration text"):
-        chosen: Calibration = build_calibration(model, tokenizer, calibration)
+        length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
+        chosen = build_calibration(model, tokenizer, calibration, length=length)
     report.calibration = chosen.source
     device = next(parameter.device for parameter in model.parameters())
-    rows = [row.to(device) for batch in chosen.batches for row in batch]
+    rows = [row.to(device) for row in chosen.rows]
     with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
 
@@ -190,5 +199,3 @@ def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         returns_tensor=returns_tensor(model),
     )
     return attach(model, program)  # type: ignore[return-value]
-
-

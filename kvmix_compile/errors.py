@@ -2,13 +2,14 @@
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.passes.allocate import AllocationError, BudgetError
-from kvmix_compile.passes.errors import CaptureError, UnsupportedModelError, VerifyError
+from kvmix_compile.passes.errors import CalibrationError, CaptureError, UnsupportedModelError, VerifyError
 from kvmix_compile.passes.plan import PlanError
 
 __all__ = [
     "AllocationError",
     "BudgetError",
     "CacheError",
+    "CalibrationError",
     "CaptureError",
     "InputError",
     "KVMixError",

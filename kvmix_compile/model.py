@@ -1,4 +1,6 @@
-"""The compiled model: the user's own class, its forward replaced by the rewritten graph and its cache by a KVMixCache."""
+"""The compiled model: the user's own class, its forward replaced by the rewritten graph and its cache by a
+KVMixCache.
+"""
 
 import copy
 import inspect
@@ -21,8 +23,8 @@ from kvmix_compile.report import Report
 # Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
 ASSISTED_ROLLBACK = 64
 
-# Arguments that ask for nothing when they are None or False, and that a rewritten graph has no answer to otherwise.
-_CORRUPTING = ("inputs_embeds", "head_mask", "output_attentions", "output_hidden_states")
+# What generate passes along to some models and that follows from the cache.
+_BOOKKEEPING = {"cache_position"}
 
 
 @dataclass
@@ -40,12 +42,14 @@ class Program:
     returns_tensor: bool
 
     def follow(self, model: nn.Module) -> None:
-        """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not captured for."""
+        """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not
+        captured for.
+        """
         parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         if parameter.dtype != self.parameter_dtype:
             raise InputError(
-                f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: convert the "
-                "original model and call kvmix_compile.apply again"
+                f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: "
+                "convert the original model and call kvmix_compile.apply again"
             )
         if parameter.device != self.device:
             move_constants(self.rewritten.module, parameter.device)
@@ -53,7 +57,10 @@ class Program:
 
 
 class CompiledModel(nn.Module):
-    """Mixed into the class of the user's model by `kvmix_compile.apply`. Weights are those of the original, not copies."""
+    """Mixed into the class of the user's model by `kvmix_compile.apply`.
+
+    Weights are those of the original, not copies.
+    """
 
     kvmix_program: Program
 
@@ -82,14 +89,15 @@ class CompiledModel(nn.Module):
     ) -> Any:
         """Logits of `input_ids`, int64 `[batch, tokens]`, after what `past_key_values` holds.
 
-        attention_mask: 1 for tokens and 0 for padding, which must lead its row; `[batch, tokens held + tokens]` or `[batch, tokens]`.
+        attention_mask: 1 for tokens and 0 for padding, which must lead its row; `[batch, tokens held + tokens]` or
+            `[batch, tokens]`.
         position_ids: int64 `[batch, tokens]`; by default each row counts on from the tokens that it holds.
         past_key_values: a KVMixCache, filled further; by default a new one.
         labels: as `input_ids`, -100 ignored; the next-token cross-entropy is then returned as `loss`.
         logits_to_keep: how many of the last positions' logits to compute (0: all), or which, int64 `[positions]`.
 
-        Returns what the original's forward returned: transformers' CausalLMOutputWithPast (a tuple without `return_dict`), or the
-        logits alone for a plain module that returned them so and was given no cache.
+        Returns what the original's forward returned: transformers' CausalLMOutputWithPast (a tuple without
+        `return_dict`), or the logits alone for a plain module that returned them so and was given no cache.
         """
         program = self.kvmix_program
         program.follow(self)
@@ -108,11 +116,14 @@ class CompiledModel(nn.Module):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
         """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `past_key_values`."""
         if kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None):
             raise InputError(
-                "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this model is a KVMixCache"
+                "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
+                "model is a KVMixCache"
             )
         caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
         if caching is not False and kwargs.get("past_key_values") is None:
@@ -134,8 +145,8 @@ class CompiledModel(nn.Module):
         starts = starts_of(attention_mask, cache, batch, tokens, input_ids.device)
         if program.rewritten.equal_rows and bool((starts > 0).any()):
             raise InputError(
-                "this model counts its positions itself, from the beginning of the batch, so its rows cannot be padded: pass rows of "
-                "equal length, one at a time if need be"
+                "this model counts its positions itself, from the beginning of the batch, so its rows cannot be "
+                "padded: pass rows of equal length, one at a time if need be"
             )
         cache.begin(batch, tokens, input_ids.device)
         every = torch.arange(tokens, device=input_ids.device)
@@ -154,39 +165,54 @@ class CompiledModel(nn.Module):
         program = self.kvmix_program
         if cache is not None and not isinstance(cache, KVMixCache):
             raise InputError(
-                f"past_key_values is a {type(cache).__name__}; this model keeps its keys and values in a kvmix_compile.KVMixCache(model)"
+                f"past_key_values is a {type(cache).__name__}; this model keeps its keys and values in a "
+                "kvmix_compile.KVMixCache(model)"
             )
         if cache is not None and (cache.plan != program.plan):
-            raise InputError("this cache was made for a model with another plan; make one with kvmix_compile.KVMixCache(model)")
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.shape[0] == 0:
+            raise InputError(
+                "this cache was made for a model with another plan; make one with kvmix_compile.KVMixCache(model)"
+            )
+        if (
+            not isinstance(input_ids, Tensor)
+            or input_ids.dim() != 2
+            or input_ids.shape[1] == 0
+            or input_ids.shape[0] == 0
+        ):
             raise InputError("input_ids must be an int64 tensor [batch, tokens] with at least one row and one token")
         if input_ids.device != program.device:
             raise InputError(
-                f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with input_ids.to(model.device)"
+                f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with "
+                "input_ids.to(model.device)"
             )
-        for name in _CORRUPTING:
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False} - _BOOKKEEPING
+        # What the original takes by name means something to it; what falls into its **kwargs does not.
+        for name in asked & set(inspect.signature(super().forward).parameters):
+            raise InputError(f"{name} is not available from a compiled model: call the original model for it")
         seen = cache.seen if cache is not None else 0
         if program.longest_context is not None and seen + input_ids.shape[1] > program.longest_context:
             raise InputError(
-                f"{seen + input_ids.shape[1]} tokens are more than the {program.longest_context} positions that the model has: shorten "
-                "the prompt, or continue with a new cache"
+                f"{seen + input_ids.shape[1]} tokens are more than the {program.longest_context} positions that the "
+                "model has: shorten the prompt, or continue with a new cache"
             )
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of each next token. `logits` `[batch, tokens, vocabulary]`, `labels` int64 `[batch, tokens]` (-100: ignored)."""
+    """Mean cross-entropy in nats of each next token.
+
+    `logits` `[batch, tokens, vocabulary]`, `labels` int64 `[batch, tokens]` (-100: ignored).
+    """
     if logits.shape[1] != labels.shape[1]:
-        raise InputError("labels need the logits of every token: leave logits_to_keep out, and give one label for each token")
+        raise InputError(
+            "labels need the logits of every token: leave logits_to_keep out, and give one label for each token"
+        )
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def attach(model: nn.Module, program: Program) -> nn.Module:
     """A twin of `model` that shares its weights and runs `program`. The original is left as it was.
 
-    Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the class by
-    instance or by name still finds it.
+    Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the
+    class by instance or by name still finds it.
     """
     twin = copy.copy(model)
     twin.__dict__.pop("forward", None)
@@ -204,8 +230,8 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
 
     def __init__(self, compiled: CompiledModel) -> None:
         program = compiled.kvmix_program
-        limit = program.longest_context
-        super().__init__(PreTrainedConfig(vocab_size=program.vocabulary, max_position_embeddings=limit, is_decoder=True))
+        settings = {"vocab_size": program.vocabulary, "is_decoder": True}
+        super().__init__(PreTrainedConfig.from_dict(settings))
         self.generation_config = GenerationConfig()
         self.compiled = compiled
 

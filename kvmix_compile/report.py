@@ -26,8 +26,8 @@ class SiteReport:
 class Report:
     """What `apply`, `analyze` or `doctor` found and did.
 
-    verified: largest difference between the rewritten graph's logits and the captured graph's, as a share of the logits' standard
-        deviation; None where it was not checked.
+    verified: largest difference between the rewritten graph's logits and the captured graph's, as a share of the
+        logits' standard deviation; None where it was not checked.
     calibration: what the importance was measured on; None where a plan was given.
     seconds: how long each stage took.
     """
@@ -52,8 +52,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.sites)} attention sites matched, {len(self.refused)} refused"]
         lines += [
-            f"  {site.layer}: {site.query_heads} query heads, {site.kv_heads} KV heads, head_dim {site.key_dim}/{site.value_dim}, {site.mask}"
-            + (f", soft cap {site.softcap:g}" if site.softcap else "")
+            f"  {site.layer}: {site.query_heads} query heads, {site.kv_heads} KV heads, head_dim "
+            f"{site.key_dim}/{site.value_dim}, {site.mask}" + (f", soft cap {site.softcap:g}" if site.softcap else "")
             for site in self.sites
         ]
         lines += [f"  {refusal.layer}: REFUSED: {refusal.reason}" for refusal in self.refused]

@@ -99,8 +99,8 @@ class Budget:
         low, high = math.ceil(lowest / elements * 1e4 - 1e-6) / 1e4, math.floor(highest / elements * 1e4 + 1e-6) / 1e4
         meaning = "code bits" if self.unit == "budget" else "stored bits (scales and zero points included)"
         return BudgetError(
-            f"{self.unit}={self.bits:g} cannot be met: {meaning} per cached element can average "
-            f"{low:g} to {high:g} here{advice}"
+            f"{self.unit}={self.bits:g} cannot be met: {meaning} per cached element can average {low:g} to {high:g} "
+            f"here{advice}"
         )
 
 
@@ -232,8 +232,8 @@ def _check_sensitivities(sites: Sequence[SiteImportance]) -> None:
             for precision, loss in sensitivity.items():
                 if not math.isfinite(loss):
                     raise AllocationError(
-                        f"the sensitivity of the {what} of {site.layer} to {precision} is {loss}; "
-                        "calibrate on other texts"
+                        f"the sensitivity of the {what} of {site.layer} to {precision} is {loss}; calibrate on other "
+                        "texts"
                     )
 
 

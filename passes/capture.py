@@ -1,7 +1,7 @@
 """Capture: a model becomes one graph of `(input_ids, position_ids, logit_positions) -> logits`, without a cache.
 
-The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Parameters and buffers are read from the live
-model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
+The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Parameters and buffers are read from the
+live model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.logits import select_early
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -27,8 +28,8 @@ MODEL = "model"
 class Captured:
     """A model as a graph, and the graph's symbols.
 
-    `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`, and gives
-    `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`.
+    `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
+    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`.
     """
 
     module: fx.GraphModule
@@ -77,8 +78,8 @@ def logits_of(output: object) -> Tensor:
         logits = output[0]
     if not isinstance(logits, Tensor):
         raise CaptureError(
-            f"the model returned {type(output).__name__}, in which there are no logits: pass a causal language model whose "
-            "forward returns logits, a tuple that begins with them, or an object with `.logits`"
+            f"the model returned {type(output).__name__}, in which there are no logits: pass a causal language model "
+            "whose forward returns logits, a tuple that begins with them, or an object with `.logits`"
         )
     return logits
 
@@ -109,8 +110,9 @@ def capture(model: nn.Module) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {_first_line(error)}. The model's forward must take "
-            "token ids and return logits, with no control flow that depends on their values or on the sequence length"
+            f"torch.export could not capture {type(model).__name__}: {_first_line(error)}. The model's forward must "
+            "take token ids and return logits, with no control flow that depends on their values or on the sequence "
+            "length"
         ) from error
     return _captured(program, wrapper)
 
@@ -121,11 +123,13 @@ def _check(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
-            f"{type(model).__name__} is an encoder-decoder; kvmix_compile compresses decoder-only causal language models"
+            f"{type(model).__name__} is an encoder-decoder; kvmix_compile compresses decoder-only causal language "
+            "models"
         )
     if "input_ids" not in _first_parameters(model.forward):
         raise CaptureError(
-            f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids to logits"
+            f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids "
+            "to logits"
         )
 
 
@@ -163,6 +167,9 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
         root.register_buffer(name, buffer, persistent=False)
     module = bind(root, graph)
     clean_up(module)
+    if "logits_to_keep" not in wrapper.parameters_taken:
+        select_early(module.graph)
+        module.recompile()
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
     _check_dynamic(program, batch, tokens)
@@ -170,7 +177,9 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A GraphModule whose attributes are `root`'s own submodules and buffers, not copies of the tensors that it reads."""
+    """A GraphModule whose attributes are `root`'s own submodules and buffers, not copies of the tensors that it
+    reads.
+    """
     module = fx.GraphModule(nn.Module(), fx.Graph())
     for name, child in root.named_children():
         module.add_module(name, child)
@@ -192,6 +201,6 @@ def _check_dynamic(program: ExportedProgram, *sizes: torch.SymInt | int) -> None
         bounds = program.range_constraints.get(size.node.expr)
         if bounds is not None and bounds.upper.is_number and bounds.upper < 4096 and bounds.upper.is_finite:
             raise CaptureError(
-                f"the model's forward takes another path for a {name} beyond {bounds.upper}; "
-                "kvmix_compile needs one graph that serves every length"
+                f"the model's forward takes another path for a {name} beyond {bounds.upper}; kvmix_compile needs one "
+                "graph that serves every length"
             )

@@ -5,9 +5,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.passes.vocabulary import is_active_dropout, operation
 
-# Checks that hold for the example's shapes; the rewritten graph sees others (a single token), and checks its own inputs.
-_ASSERTIONS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
-                         "sym_constrain_range_for_size"})
+# Checks that hold for the example's shapes; the rewritten graph sees others (a single token), and checks its own
+# inputs.
+_ASSERTIONS = frozenset(
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    }
+)
 _POSSIBLE_IDENTITIES = frozenset({"to", "slice", "dropout", "alias", "lift_fresh_copy"})
 
 

@@ -1,6 +1,5 @@
 """Dataflow: a networkx view of a graph, for questions about who feeds whom."""
 
-from collections.abc import Callable
 from functools import cached_property
 
 import networkx
@@ -14,7 +13,6 @@ class Dataflow:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.edges: networkx.DiGraph[fx.Node] = networkx.DiGraph()
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
         for node in graph.nodes:
             self.edges.add_node(node, operation=operation(node))
             self.edges.add_edges_from((source, node) for source in node.all_input_nodes)
@@ -33,16 +31,3 @@ class Dataflow:
         )
         inputs = [node for node in self.edges if node.op == "placeholder" and node.name == "input_ids"]
         return frozenset(inputs).union(*(networkx.descendants(by_value, node) for node in inputs))
-
-    def between(self, sources: set[fx.Node], target: fx.Node) -> set[fx.Node]:
-        """The nodes on any path from one of `sources` to `target`, both ends included."""
-        behind = self.ancestors(target) | {target}
-        ahead = set(sources).union(*(self.descendants(source) for source in sources))
-        return behind & ahead
-
-    def walk_back(self, start: fx.Node, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
-        """`start` and the chain of first inputs behind it, for as long as `through` admits the node being left."""
-        chain = [start]
-        while through(chain[-1]) and chain[-1].all_input_nodes:
-            chain.append(chain[-1].all_input_nodes[0])
-        return chain

@@ -5,7 +5,10 @@ from torch import fx
 
 
 def move_constants(module: fx.GraphModule, device: torch.device) -> None:
-    """Replace every device in the graph's arguments by `device`, and move the graph's own constant tensors there. In place."""
+    """Replace every device in the graph's arguments by `device`, and move the graph's own constant tensors there.
+
+    In place.
+    """
     for node in module.graph.nodes:
         node.args, node.kwargs = fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda value: device if isinstance(value, torch.device) else value

@@ -9,7 +9,8 @@ from torch import fx
 def evaluate(module: fx.GraphModule, target: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     """The value of `target` when the nodes in `known` have the values given there.
 
-    Only what `target` needs and `known` does not cut off is run. Raises KeyError for a placeholder that is needed and not known.
+    Only what `target` needs and `known` does not cut off is run. Raises KeyError for a placeholder that is needed and
+    not known.
     """
     values = dict(known)
     interpreter = fx.Interpreter(module)

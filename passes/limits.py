@@ -1,6 +1,6 @@
 """Limits: how many token ids and positions a graph can take, read off the tables that it looks them up in."""
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.dataflow import Dataflow
@@ -15,7 +15,10 @@ def vocabulary_size(captured: Captured) -> int:
 
 
 def longest_context(captured: Captured) -> int | None:
-    """How many positions the model has: what its configuration says, or the rows of its position table. None: no limit found."""
+    """How many positions the model has: what its configuration says, or the rows of its position table.
+
+    None: no limit found.
+    """
     config = getattr(captured.model, "config", None)
     configured = getattr(config, "max_position_embeddings", None)
     if isinstance(configured, int):
@@ -44,6 +47,7 @@ def _index_sources(embedding: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _logits(graph: fx.Graph):
+def _logits(graph: fx.Graph) -> Tensor:
     output = next(node for node in graph.nodes if node.op == "output")
-    return tensor_of(output.all_input_nodes[0])
+    logits: Tensor = output.all_input_nodes[0].meta["val"]
+    return logits

@@ -1,8 +1,9 @@
-"""Masks by probing: what lies between the attention scores and the softmax is run on a probe and recognised by what it does.
+"""Masks by probing: what lies between the attention scores and the softmax is run on a probe and recognised by what
+it does.
 
-Whatever the model wrote (a boolean mask, an additive one, `where`, `masked_fill`, a scale before or after, a soft cap), the
-function of one score is `cap * tanh(scale * score / cap)`, or `scale * score`, where attention is allowed, and minus
-infinity elsewhere. What is not that is an error.
+Whatever the model wrote (a boolean mask, an additive one, `where`, `masked_fill`, a scale before or after, a soft
+cap), the function of one score is `cap * tanh(scale * score / cap)`, or `scale * score`, where attention is allowed,
+and minus infinity elsewhere. What is not that is an error.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ MaskKind = Literal["causal", "sliding", "chunked"]
 
 @dataclass(frozen=True)
 class Mask:
-    """Which past tokens a token may attend to. `size` is the window or chunk in tokens, 0 for plain causal attention."""
+    """Which past tokens a token may attend to.
+
+    `size` is the window or chunk in tokens, 0 for plain causal attention.
+    """
 
     kind: MaskKind
     size: int = 0
@@ -62,7 +66,9 @@ class Probe:
     def mask_of(self, node: fx.Node, layer: str) -> Mask:
         """The mask that `node`, boolean or additive `[.., tokens, tokens]`, stands for."""
         if node in self.dataflow.token_dependent:
-            raise UnsupportedModelError(f"{layer}: its attention mask depends on the tokens themselves, not on positions alone")
+            raise UnsupportedModelError(
+                f"{layer}: its attention mask depends on the tokens themselves, not on positions alone"
+            )
         tokens = self.tokens_for(node, layer)
         key = (node, tokens)
         if key not in self._recognised:
@@ -81,7 +87,8 @@ class Probe:
         largest = max((constant for constant in constants if SHORTEST_PROBE // 2 < constant < limit), default=0)
         if largest > LONGEST_PROBE:
             raise UnsupportedModelError(
-                f"{layer}: its attention mask depends on the constant {largest}, too long to probe (at most {LONGEST_PROBE})"
+                f"{layer}: its attention mask depends on the constant {largest}, too long to probe (at most "
+                f"{LONGEST_PROBE})"
             )
         return max(SHORTEST_PROBE, largest + SHORTEST_PROBE // 2)
 
@@ -93,7 +100,9 @@ class Probe:
         return {node: values.get(node.name, positions[:1]) for node in graph_inputs(self.captured.graph)}
 
     def score_function(self, scores: fx.Node, weights_input: fx.Node, layer: str) -> ScoreFunction:
-        """What the graph does between `scores` `[.., tokens, tokens]` and the softmax's input, as one function of a score."""
+        """What the graph does between `scores` `[.., tokens, tokens]` and the softmax's input, as one function
+        of a score.
+        """
         tokens = self.tokens_for(weights_input, layer)
         dtype, device = scores.meta["val"].dtype, scores.meta["val"].device
         rank = scores.meta["val"].dim()
@@ -125,7 +134,8 @@ class Probe:
         error = (actual - expected).masked_fill(~allowed, 0).abs().max().item()
         if error > max(TOLERANCE, 8 * torch.finfo(dtype).eps) * expected.abs().max().item():
             raise UnsupportedModelError(
-                f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a mask"
+                f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and "
+                "a mask"
             )
         return ScoreFunction(scale, softcap, mask)
 
@@ -139,8 +149,8 @@ def recognise(allowed: Tensor, layer: str) -> Mask:
         return Mask("causal")
     if (allowed & ~causal).any():
         raise UnsupportedModelError(
-            f"{layer}: its attention is not causal (a token attends to later ones). An encoder or a bidirectional model has "
-            "no KV cache to compress"
+            f"{layer}: its attention is not causal (a token attends to later ones). An encoder or a bidirectional "
+            "model has no KV cache to compress"
         )
     size = int(allowed.sum(dim=1).max())
     if torch.equal(allowed, causal & (query - key < size)):
@@ -173,4 +183,3 @@ def _integers(node: fx.Node) -> list[int]:
     found: list[int] = []
     fx.node.map_aggregate((node.args, node.kwargs), lambda value: found.append(value) if type(value) is int else None)
     return found
-

@@ -121,7 +121,9 @@ class Plan:
         )
 
     def cache_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, rollback: int = 0) -> int:
-        """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of `batch` rows."""
+        """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of
+        `batch` rows.
+        """
         blocks = capacity_blocks(tokens, self.sinks, self.recent)
         counters = torch.int64.itemsize * batch
         return counters + sum(layout.bytes(batch, blocks, dtype) for layout in self.layouts(rollback))
@@ -177,8 +179,8 @@ class Plan:
 def capacity_blocks(tokens: int, sinks: int, recent: int) -> int:
     """Packed blocks that a cache has room for once it has seen `tokens` tokens.
 
-    What is required, rounded up to three significant binary digits and one more: a function of the length alone, so that
-    the size of a cache can be predicted, and at most an eighth above what is required.
+    What is required, rounded up to three significant binary digits and one more: a function of the length alone, so
+    that the size of a cache can be predicted, and at most an eighth above what is required.
     """
     required = required_blocks(tokens, sinks, recent)
     step = 1 << max(0, required.bit_length() - 1 - GROWTH_SHIFT)

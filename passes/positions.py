@@ -1,17 +1,21 @@
-"""Positions: a model that counts its positions itself, from zero, is made to count on from the tokens already in the cache."""
+"""Positions: a model that counts its positions itself, from zero, is made to count on from the tokens already
+in the cache.
+"""
 
 from torch import fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.passes.capture import graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
-from kvmix_compile.passes.vocabulary import argument, operation
+from kvmix_compile.passes.vocabulary import argument, as_node, operation
 
 
 def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
-    """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the number of tokens in the cache. In place.
+    """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the number of tokens in the cache.
+    In place.
 
-    A single shift serves all rows, so such a model can only be given rows of equal length. Returns whether anything was shifted.
+    A single shift serves all rows, so such a model can only be given rows of equal length. Returns whether anything
+    was shifted.
     """
     dataflow = Dataflow(graph)
     counters = [node for node in graph.nodes if _counts_tokens(node, tokens)]
@@ -25,7 +29,7 @@ def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
             shifted = graph.call_function(ops.aten.add.Tensor, (node, past))
         node.replace_all_uses_with(shifted, delete_user_cb=lambda user, shifted=shifted: user is not shifted)
     for node in tables:
-        table, axis, end = node.args[0], argument(node, 1, "dim", 0), argument(node, 3, "end")
+        table, axis, end = node.args[0], node.args[1], as_node(node.args[3])
         with graph.inserting_before(node):
             index = graph.call_function(ops.aten.arange.default, (end,), {"device": node.meta["val"].device})
             index = graph.call_function(ops.aten.add.Tensor, (index, past))

@@ -10,8 +10,9 @@ from kvmix_compile.passes.vocabulary import PROJECTIONS, operation
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map with weights. `input` `[.., features in]` and `output` `[.., features out]`; of a fused projection, keys or values
-    use some of the output features."""
+    """A linear map with weights. `input` `[.., features in]` and `output` `[.., features out]`; of a fused
+    projection, keys or values use some of the output features.
+    """
 
     input: fx.Node
     output: fx.Node

@@ -1,7 +1,7 @@
 """Rewrite: each site's attention becomes `kvmix::attend` on the cache, followed by `kvmix::append` to it.
 
-The mask and everything only it needed dies, and the graph gains the cache's tensors as inputs. One graph serves prefill, chunked
-prefill and decode.
+The mask and everything only it needed dies, and the graph gains the cache's tensors as inputs. One graph serves
+prefill, chunked prefill and decode.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "tail_k
 class Rewritten:
     """The graph with its cache as inputs.
 
-    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts` are int64
-    `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six tensors of each
-    site in turn, which it updates in place. `equal_rows`: the model counts positions itself, so all rows must be equally long.
+    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts`
+    are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six
+    tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, so all
+    rows must be equally long.
     """
 
     module: fx.GraphModule

@@ -1,7 +1,8 @@
 """Find sites: every place where keys and values are attended to, matched by structure.
 
-An attention is either one `scaled_dot_product_attention` or a softmax between two matrix products. From it the matcher walks
-back through layout operations to the keys and values as they were *before* the heads were repeated for grouped queries.
+An attention is either one `scaled_dot_product_attention` or a softmax between two matrix products. From it the
+matcher walks back through layout operations to the keys and values as they were *before* the heads were repeated for
+grouped queries.
 """
 
 from collections.abc import Iterable
@@ -12,20 +13,21 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.capture import Captured
+from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.masks import Mask, Probe, ScoreFunction
-from kvmix_compile.passes.vocabulary import LAYOUT, argument, is_active_dropout, operation, tensor_of
+from kvmix_compile.passes.vocabulary import LAYOUT, argument, as_node, is_active_dropout, operation, tensor_of
 
 ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention as the graph spells it. `query` `[batch, query heads, tokens, head_dim]`; `key` and `value` likewise, their heads
-    perhaps repeated; `output` `[batch, query heads, tokens, value dim]`."""
+    """Attention as the graph spells it. `query` `[batch, query heads, tokens, head_dim]`; `key` and `value` likewise,
+    their heads perhaps repeated; `output` `[batch, query heads, tokens, value dim]`.
+    """
 
     layer: str
     query: fx.Node
@@ -37,22 +39,21 @@ class Attention:
     @classmethod
     def fused(cls, node: fx.Node, layer: str, probe: Probe) -> Self:
         """Match `scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=...)`."""
-        query, key, value = (_node(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
+        query, key, value = (as_node(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
         scale = node.kwargs.get("scale")
-        if scale is None:
-            scale = _shape(query)[-1] ** -0.5
+        scale = float(scale) if isinstance(scale, int | float) else _shape(query)[-1] ** -0.5
         mask = _fused_mask(node, layer, probe)
-        return cls(layer, query, key, value, node, ScoreFunction(float(scale), 0.0, mask))
+        return cls(layer, query, key, value, node, ScoreFunction(scale, 0.0, mask))
 
     @classmethod
     def spelled_out(cls, softmax: fx.Node, layer: str, probe: Probe) -> Self:
         """Match `softmax(f(query @ key^T)) @ value`, whatever pointwise f (scale, soft cap, mask) is."""
         scores = _scores_behind(softmax, probe.dataflow, layer)
         output, value = _weighted_sum_after(softmax, layer)
-        query, key = _node(scores.args[0]), _node(scores.args[1])
-        function = probe.score_function(scores, _node(softmax.args[0]), layer)
+        query, key = as_node(scores.args[0]), as_node(scores.args[1])
+        function = probe.score_function(scores, as_node(softmax.args[0]), layer)
         return cls(layer, query, _transposed(key, layer), value, output, function)
 
 
@@ -60,7 +61,8 @@ class Attention:
 class AttentionSite:
     """One attention whose keys and values are to be cached.
 
-    `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have `query_heads`.
+    `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have
+    `query_heads`.
     """
 
     layer: str
@@ -116,9 +118,10 @@ def find_sites(captured: Captured, longest_context: int | None = None) -> Sites:
 def _candidates(captured: Captured, dataflow: Dataflow) -> Iterable[fx.Node]:
     """The nodes that are attention, or look like it: fused ones, and softmaxes over scores of tokens against tokens."""
     for node in captured.graph.nodes:
-        if operation(node) == ATTENTION:
-            yield node
-        elif operation(node) == "softmax" and node in dataflow.token_dependent and _is_over_tokens(node, captured):
+        looks_alike = (
+            operation(node) == "softmax" and node in dataflow.token_dependent and _is_over_tokens(node, captured)
+        )
+        if operation(node) == ATTENTION or looks_alike:
             yield node
 
 
@@ -160,8 +163,17 @@ def _site(attention: Attention, captured: Captured) -> AttentionSite:
             f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go together"
         )
     return AttentionSite(
-        layer, attention.query, key, value, attention.output, query_heads, kv_heads, key_dim, value_dim, attention.score_function
-    )  # fmt: skip
+        layer=layer,
+        query=attention.query,
+        key=key,
+        value=value,
+        output=attention.output,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        score_function=attention.score_function,
+    )
 
 
 def _fused_mask(node: fx.Node, layer: str, probe: Probe) -> Mask:
@@ -171,20 +183,20 @@ def _fused_mask(node: fx.Node, layer: str, probe: Probe) -> Mask:
     if is_causal:
         return Mask("causal")
     raise UnsupportedModelError(
-        f"{layer}: its attention has no mask, so that a token attends to later ones. An encoder or a bidirectional model has no "
-        "KV cache to compress"
+        f"{layer}: its attention has no mask, so that a token attends to later ones. An encoder or a bidirectional "
+        "model has no KV cache to compress"
     )
 
 
 def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
     """The matrix product that the softmax's input comes from, along the path that depends on tokens."""
-    node = _node(softmax.args[0])
+    node = as_node(softmax.args[0])
     while operation(node) != "matmul":
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
         if len(behind) != 1:
             raise UnsupportedModelError(
-                f"{layer}: its attention weights are not a softmax over query-key products alone ({operation(node)} joins "
-                f"{len(behind)} inputs)"
+                f"{layer}: its attention weights are not a softmax over query-key products alone ({operation(node)} "
+                f"joins {len(behind)} inputs)"
             )
         node = behind[0]
     return node
@@ -196,14 +208,18 @@ def _weighted_sum_after(softmax: fx.Node, layer: str) -> tuple[fx.Node, fx.Node]
     while True:
         users = list(weights.users)
         if len(users) != 1:
-            raise UnsupportedModelError(f"{layer}: its attention weights are used elsewhere too, so they cannot be fused away")
+            raise UnsupportedModelError(
+                f"{layer}: its attention weights are used elsewhere too, so they cannot be fused away"
+            )
         user = users[0]
         if is_active_dropout(user):
             raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
         if operation(user) == "matmul" and user.args[0] is weights:
-            return user, _node(user.args[1])
+            return user, as_node(user.args[1])
         if operation(user) not in ("to", "dropout", "contiguous", "clone", "expand", "view", "reshape"):
-            raise UnsupportedModelError(f"{layer}: {operation(user)} is applied to its attention weights, which is not supported")
+            raise UnsupportedModelError(
+                f"{layer}: {operation(user)} is applied to its attention weights, which is not supported"
+            )
         weights = user
 
 
@@ -211,25 +227,30 @@ def _transposed(key: fx.Node, layer: str) -> fx.Node:
     """The keys `[.., tokens, head_dim]` of which `key` `[.., head_dim, tokens]` is the transpose."""
     node = key
     while operation(node) in ("to", "contiguous", "clone"):
-        node = _node(node.args[0])
+        node = as_node(node.args[0])
     rank = len(_shape(node))
     swapped = list(range(rank - 2)) + [rank - 1, rank - 2]
     if operation(node) == "permute" and [axis % rank for axis in node.args[1]] == swapped:  # type: ignore[union-attr, operator]
-        return _node(node.args[0])
+        return as_node(node.args[0])
     if operation(node) == "transpose" and {axis % rank for axis in node.args[1:3]} == {rank - 1, rank - 2}:  # type: ignore[operator]
-        return _node(node.args[0])
+        return as_node(node.args[0])
     raise UnsupportedModelError(f"{layer}: its scores are not the product of queries and transposed keys")
 
 
 def _before_repeat(node: fx.Node, query_heads: int, captured: Captured, layer: str) -> fx.Node:
-    """The keys or values before their heads are repeated: the earliest node of the layout chain that still has its shape
-    `[batch, heads, tokens, dim]`, and whose repetition gives exactly `node`."""
+    """The keys or values before their heads are repeated: the earliest node of the layout chain that still has its
+    shape `[batch, heads, tokens, dim]`, and whose repetition gives exactly `node`.
+    """
     dim = _shape(node)[-1]
     best = node
     current = node
     while operation(current) in LAYOUT and operation(current) != "to" and len(current.all_input_nodes) >= 1:
         current = current.all_input_nodes[0]
-        if _is_heads(current, captured) and _shape(current)[-1] == dim and _repeats(current, node, query_heads, captured):
+        if (
+            _is_heads(current, captured)
+            and _shape(current)[-1] == dim
+            and _repeats(current, node, query_heads, captured)
+        ):
             best = current
     return best
 
@@ -240,16 +261,13 @@ def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Cap
     if query_heads % heads:
         return False
     batch, tokens = 2, 3
-    inputs = {
-        node: torch.zeros(batch, tokens, dtype=torch.int64)
-        for node in captured.graph.nodes
-        if node.op == "placeholder" and node.name in ("input_ids", "position_ids")
+    device = source.meta["val"].device
+    known = {
+        node: torch.zeros(batch, tokens, dtype=torch.int64, device=device) for node in graph_inputs(captured.graph)
     }
-    value = tensor_of(source)
-    assert value is not None
-    numbers = torch.arange(batch * heads * tokens * dim, dtype=torch.float32, device=value.device)
+    numbers = torch.arange(batch * heads * tokens * dim, dtype=torch.float32, device=device)
     numbers = numbers.reshape(batch, heads, tokens, dim)
-    result = evaluate(captured.module, repeated, {**inputs, source: numbers})
+    result = evaluate(captured.module, repeated, known | {source: numbers})
     expected = numbers if _shape(repeated)[1] == heads else numbers.repeat_interleave(query_heads // heads, dim=1)
     return isinstance(result, Tensor) and torch.equal(result, expected)
 
@@ -278,8 +296,3 @@ def _is_heads(node: fx.Node, captured: Captured) -> bool:
 def _shape(node: fx.Node) -> tuple:
     value = tensor_of(node)
     return tuple(value.shape) if value is not None else ()
-
-
-def _node(value: object) -> fx.Node:
-    assert isinstance(value, fx.Node), value
-    return value

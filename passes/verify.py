@@ -1,7 +1,7 @@
 """Verify: the rewritten graph, run losslessly in uneven chunks, must reproduce the captured graph's logits.
 
-This catches any mixing of tokens that the passes did not understand: a convolution or recurrence over the sequence, a second use
-of keys or values, a position they did not see.
+This catches any mixing of tokens that the passes did not understand: a convolution or recurrence over the sequence, a
+second use of keys or values, a position they did not see.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,24 +19,29 @@ from kvmix_compile.passes.rewrite import Rewritten, rewrite
 from kvmix_compile.passes.sites import AttentionSite, module_path
 from kvmix_compile.passes.vocabulary import TOKEN_MIXING, operation
 
-# A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their boundaries.
+# A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
+# boundaries.
 SINKS, RECENT = 4, 32
 CHUNKS = (7, 1, 40, 1, 33, 2, 29)
 PADDING = 3
 
-# Largest difference of logits, as a share of their standard deviation. Rounding stays below; a token mixed in wrongly does not.
+# Largest difference of logits, as a share of their standard deviation. Rounding stays below; a token mixed in wrongly
+# does not.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: int | None) -> float:
-    """Raise VerifyError unless the rewritten graph gives the captured graph's logits. Returns the largest difference found, as a
-    share of the logits' standard deviation."""
+    """Raise VerifyError unless the rewritten graph gives the captured graph's logits. Returns the largest difference
+    found, as a share of the logits' standard deviation.
+    """
     rewritten = rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), RECENT)
     chunks = list(_chunks(longest_context))
     padding = 0 if rewritten.equal_rows else PADDING
     ids = _probe_ids(captured, sum(chunks))
     with torch.no_grad():
-        expected = torch.stack([_captured_logits(captured, row, start) for row, start in zip(ids, (0, padding), strict=True)])
+        expected = torch.stack(
+            [_captured_logits(captured, row, start) for row, start in zip(ids, (0, padding), strict=True)]
+        )
         actual = _chunked_logits(rewritten, ids, chunks, padding)
     ignored = torch.zeros(2, ids.shape[1], dtype=torch.bool, device=ids.device)
     ignored[1, :padding] = True
@@ -44,8 +49,8 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     share = difference.item()
     if not share <= TOLERANCE[next(iter(_floating(captured))).dtype]:
         raise VerifyError(
-            f"the model cannot be given a KV cache: run in chunks with one, its logits differ by {share:.2g} standard deviations "
-            f"from those of the whole text. {_suspects(captured, sites)}"
+            f"the model cannot be given a KV cache: run in chunks with one, its logits differ by {share:.2g} "
+            f"standard deviations from those of the whole text. {_suspects(captured, sites)}"
         )
     return share
 

@@ -1,7 +1,7 @@
 """Vocabulary: one name for each operation, whichever spelling a graph uses.
 
-Export writes ATen overloads (`aten.add.Tensor`), Dynamo writes functions, operators and methods (`torch.add`, `operator.add`,
-`.add`). Matchers speak of `operation(node) == "add"` and never of targets.
+Export writes ATen overloads (`aten.add.Tensor`), Dynamo writes functions, operators and methods (`torch.add`,
+`operator.add`, `.add`). Matchers speak of `operation(node) == "add"` and never of targets.
 """
 
 from torch import Tensor, fx
@@ -40,9 +40,10 @@ _SYNONYMS = {
 
 # Operations that move elements or change how they are laid out, and compute nothing.
 LAYOUT = frozenset(
-    {"view", "reshape", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "contiguous", "clone", "slice",
-     "repeat", "repeat_interleave", "flatten", "unflatten", "movedim", "alias", "detach", "to", "select", "getitem", "index",
-     "index_select", "split", "split_with_sizes", "chunk", "unbind", "narrow"}
+    {"view", "reshape", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "contiguous",
+     "clone", "slice", "repeat", "repeat_interleave", "flatten", "unflatten", "movedim", "alias", "detach",
+     "to", "select", "getitem", "index", "index_select", "split", "split_with_sizes", "chunk", "unbind",
+     "narrow"}
 )  # fmt: skip
 
 # A linear map with weights: what projects hidden states to keys and values.
@@ -50,13 +51,15 @@ PROJECTIONS = frozenset({"linear", "addmm", "matmul"})
 
 # Operations whose result depends on the shape of their input and not on its values.
 SHAPE_ONLY = frozenset(
-    {"sym_size", "size", "ones_like", "zeros_like", "empty_like", "full_like", "new_ones", "new_zeros", "new_empty", "new_full"}
+    {"sym_size", "size", "ones_like", "zeros_like", "empty_like", "full_like", "new_ones", "new_zeros",
+     "new_empty", "new_full"}
 )  # fmt: skip
 
 # Operations that carry information from one token to another when applied along the sequence.
 TOKEN_MIXING = frozenset(
-    {"conv1d", "convolution", "conv2d", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "fft_fft", "fft_rfft", "lstm",
-     "gru", "rnn_tanh", "associative_scan", "scan", "while_loop", "cummax", "pad", "constant_pad_nd", "scatter"}
+    {"conv1d", "convolution", "conv2d", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "fft_fft",
+     "fft_rfft", "lstm", "gru", "rnn_tanh", "associative_scan", "scan", "while_loop", "cummax", "pad",
+     "constant_pad_nd", "scatter"}
 )  # fmt: skip
 
 
@@ -97,3 +100,9 @@ def tensor_of(node: object) -> Tensor | None:
     """The (fake) tensor that `node` yields, if it yields one."""
     value = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def as_node(value: object) -> fx.Node:
+    """`value`, which the caller knows to be a node and not a constant."""
+    assert isinstance(value, fx.Node), value
+    return value
