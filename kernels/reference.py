@@ -6,6 +6,7 @@ Shapes: B rows, H heads of keys and values, Hq query heads (a multiple of H), M 
 - starts int64 [B]: the padding tokens a row's chunk begins with, 0 to M; token j >= start is the row's token number
   length + j - start.
 - the six tensors of a SiteState (state.py).
+No gradient flows through either operation.
 Rows never see each other. Neighbouring rows of one length and start are worked on together.
 """
 
@@ -78,6 +79,7 @@ class _Side:
             first += count
 
 
+@torch.no_grad()
 def append(
     k: Tensor,
     v: Tensor,
@@ -108,6 +110,7 @@ def append(
         _append_rows(values.of(group), group.length)
 
 
+@torch.no_grad()
 def attend(
     q: Tensor,
     k: Tensor,

@@ -38,6 +38,7 @@ class KVMixCache(Cache):
         self.states: list[SiteState] = []
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
+        self._furthest = 0
 
     # What the model asks of its cache
 
@@ -70,6 +71,7 @@ class KVMixCache(Cache):
     def advance(self, tokens: int, starts: Tensor) -> None:
         """Count `tokens` more positions, of which the first `starts[row]` were padding."""
         self.seen += tokens
+        self._furthest = max(self._furthest, self.seen)
         self.lengths = self.lengths + tokens - starts
 
     # What it holds
@@ -134,7 +136,7 @@ class KVMixCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        self.states, self.seen = [], 0
+        self.states, self.seen, self._furthest = [], 0, 0
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -167,9 +169,11 @@ class KVMixCache(Cache):
             return
         before, after = self.lengths.tolist(), (self.lengths - removed).clamp(min=0).tolist()
         kept = self.plan.recent + self.rollback
+        # The tail ends at the furthest that the cache ever was: tokens since taken back overwrote older ones.
+        taken_back = self._furthest - self.seen
         for held, left in zip(before, after, strict=True):
             first_unpacked = self.plan.sinks + BLOCK_TOKENS * packed_blocks(left, self.plan.sinks, self.plan.recent)
-            if left > first_unpacked and first_unpacked < held - kept:
+            if left > first_unpacked and first_unpacked < held + taken_back - kept:
                 raise CacheError(
                     f"cannot take back {removed} tokens: those before them are kept in quantized form only. Make the "
                     f"cache with KVMixCache(model, rollback={removed})"

@@ -1,6 +1,7 @@
 """The pipeline, top to bottom: capture, find sites, verify, measure, allocate, rewrite."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
-from kvmix_compile.passes.sites import AttentionSite, find_sites
+from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
@@ -151,12 +152,23 @@ def _find(model: nn.Module, report: Report) -> Found:
     )  # fmt: skip
     report.refused = sites.refused
     if sites.refused:
-        reasons = "; ".join(f"{refusal.layer}: {refusal.reason}" for refusal in sites.refused[:3])
-        more = f"; and {len(sites.refused) - 3} more" if len(sites.refused) > 3 else ""
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be given a compressed cache. {reasons}{more}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be given a compressed cache. {_reasons(sites.refused)}"
+        )
     if not sites.matched:
         raise UnsupportedModelError(f"there is no attention in {type(model).__name__}, so no KV cache to compress")
     return Found(captured, sites.matched, limit)
+
+
+def _reasons(refused: Sequence[Refusal]) -> str:
+    """Each reason once, with the layers that it holds for."""
+    layers: dict[str, list[str]] = {}
+    for refusal in refused:
+        layers.setdefault(refusal.reason, []).append(refusal.layer)
+    return "; ".join(
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+        for reason, names in layers.items()
+    )
 
 
 def _verify(found: Found, report: Report) -> None:

@@ -102,6 +102,12 @@ class CompiledModel(nn.Module):
         program = self.kvmix_program
         program.follow(self)
         self._check(input_ids, past_key_values, kwargs)
+        if labels is not None and (
+            isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != input_ids.shape
+        ):
+            raise InputError(
+                "labels need the logits of every token: leave logits_to_keep out, one label for each token"
+            )
         cache = past_key_values if past_key_values is not None else KVMixCache(self)
         logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
@@ -201,10 +207,6 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     `logits` `[batch, tokens, vocabulary]`, `labels` int64 `[batch, tokens]` (-100: ignored).
     """
-    if logits.shape[1] != labels.shape[1]:
-        raise InputError(
-            "labels need the logits of every token: leave logits_to_keep out, and give one label for each token"
-        )
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 

@@ -23,6 +23,9 @@ EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS = 3, 11, 5
 
 MODEL = "model"
 
+# No sequence is longer; export's own infinity compares as larger.
+UNLIMITED = 2**31
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -35,6 +38,7 @@ class Captured:
     module: fx.GraphModule
     batch: torch.SymInt
     tokens: torch.SymInt
+    most_tokens: int | None
     has_position_input: bool
 
     @property
@@ -139,7 +143,7 @@ def _first_parameters(function: Callable[..., object]) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].partition("! For more information")[0] if lines else type(error).__name__
 
 
 def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
@@ -172,8 +176,10 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
         module.recompile()
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
-    _check_dynamic(program, batch, tokens)
-    return Captured(module, batch, tokens, "position_ids" in wrapper.parameters_taken)
+    if (most := _bound(program, batch, "batch")) is not None:
+        raise CaptureError(f"the model's forward takes another path for a batch beyond {most}; it must take any batch")
+    has_position_input = "position_ids" in wrapper.parameters_taken
+    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input)
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -194,13 +200,9 @@ def graph_inputs(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _check_dynamic(program: ExportedProgram, *sizes: torch.SymInt | int) -> None:
-    for size, name in zip(sizes, ("batch", "sequence"), strict=True):
-        if isinstance(size, int):
-            raise CaptureError(f"the model's forward works only for a {name} of {size}; it must take any {name}")
-        bounds = program.range_constraints.get(size.node.expr)
-        if bounds is not None and bounds.upper.is_number and bounds.upper < 4096 and bounds.upper.is_finite:
-            raise CaptureError(
-                f"the model's forward takes another path for a {name} beyond {bounds.upper}; kvmix_compile needs one "
-                "graph that serves every length"
-            )
+def _bound(program: ExportedProgram, size: torch.SymInt | int, name: str) -> int | None:
+    """The largest size for which the graph holds; None where there is no limit."""
+    if isinstance(size, int):
+        raise CaptureError(f"the model's forward works only for a {name} of {size}; it must take any {name}")
+    bounds = program.range_constraints.get(size.node.expr)
+    return int(bounds.upper) if bounds is not None and bounds.upper < UNLIMITED else None

@@ -4,7 +4,9 @@ from torch import Tensor, fx
 
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.dataflow import Dataflow
-from kvmix_compile.passes.vocabulary import operation, tensor_of
+from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.positions import reads_table
+from kvmix_compile.passes.vocabulary import argument, operation, tensor_of
 
 
 def vocabulary_size(captured: Captured) -> int:
@@ -15,17 +17,32 @@ def vocabulary_size(captured: Captured) -> int:
 
 
 def longest_context(captured: Captured) -> int | None:
-    """How many positions the model has: what its configuration says, or the rows of its position table.
+    """How many positions the model has: what its configuration says, or the rows of its position tables.
 
-    None: no limit found.
+    None: no limit found. Raises CaptureError where the graph holds for fewer tokens and no table explains it.
     """
-    config = getattr(captured.model, "config", None)
-    configured = getattr(config, "max_position_embeddings", None)
+    tables = _position_tables(captured)
+    if captured.most_tokens is not None and captured.most_tokens not in tables:
+        raise CaptureError(
+            f"the model's forward takes another path for a sequence beyond {captured.most_tokens}; kvmix_compile needs "
+            "one graph that serves every length"
+        )
+    configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
     if isinstance(configured, int):
-        return configured
+        return min([configured, *([captured.most_tokens] if captured.most_tokens else [])])
+    return min(tables, default=None)
+
+
+def _position_tables(captured: Captured) -> list[int]:
+    """The rows of each table that is looked up or cut by position."""
     token_dependent = Dataflow(captured.graph).token_dependent
-    rows = [_rows(node) for node in _embeddings(captured.graph) if node.args[1] not in token_dependent]
-    return min(rows) if rows else None
+    looked_up = [_rows(node) for node in _embeddings(captured.graph) if node.args[1] not in token_dependent]
+    cut = [
+        node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
+        for node in captured.graph.nodes
+        if node not in token_dependent and reads_table(node, captured.tokens)
+    ]
+    return looked_up + [rows for rows in cut if isinstance(rows, int)]
 
 
 def _embeddings(graph: fx.Graph) -> list[fx.Node]:

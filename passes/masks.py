@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from kvmix_compile.passes.capture import Captured, graph_inputs
+from kvmix_compile.passes.capture import UNLIMITED, Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
@@ -83,7 +83,8 @@ class Probe:
             for ancestor in (self.dataflow.ancestors(node) | {node}) - self.dataflow.token_dependent
             for constant in _integers(ancestor)
         }
-        limit = self.longest_context or LONGEST_PROBE
+        # What is beyond the model's positions never takes effect; the largest integers are ends of slices.
+        limit = self.longest_context or UNLIMITED
         largest = max((constant for constant in constants if SHORTEST_PROBE // 2 < constant < limit), default=0)
         if largest > LONGEST_PROBE:
             raise UnsupportedModelError(

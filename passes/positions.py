@@ -19,7 +19,7 @@ def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
     """
     dataflow = Dataflow(graph)
     counters = [node for node in graph.nodes if _counts_tokens(node, tokens)]
-    tables = [node for node in graph.nodes if _reads_table(node, tokens) and node not in dataflow.token_dependent]
+    tables = [node for node in graph.nodes if reads_table(node, tokens) and node not in dataflow.token_dependent]
     if not counters and not tables:
         return False
     with graph.inserting_after(graph_inputs(graph)[-1]):
@@ -43,11 +43,10 @@ def _counts_tokens(node: fx.Node, tokens: object) -> bool:
     """`arange(tokens)`: one number for each new token, from zero."""
     if operation(node) != "arange":
         return False
-    value = node.meta["val"]
-    return not value.is_floating_point() and statically_known_true(value.shape[0] == tokens)
+    return statically_known_true(node.meta["val"].shape[0] == tokens)
 
 
-def _reads_table(node: fx.Node, tokens: object) -> bool:
+def reads_table(node: fx.Node, tokens: object) -> bool:
     """`table[:tokens]`: the first rows of what was computed for every position beforehand."""
     end = argument(node, 3, "end")
     return (

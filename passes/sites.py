@@ -192,6 +192,10 @@ def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
     """The matrix product that the softmax's input comes from, along the path that depends on tokens."""
     node = as_node(softmax.args[0])
     while operation(node) != "matmul":
+        if operation(node) == "baddbmm":
+            raise UnsupportedModelError(
+                f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
+            )
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
         if len(behind) != 1:
             raise UnsupportedModelError(
@@ -228,6 +232,8 @@ def _transposed(key: fx.Node, layer: str) -> fx.Node:
     node = key
     while operation(node) in ("to", "contiguous", "clone"):
         node = as_node(node.args[0])
+    if operation(node) == "mT":
+        return as_node(node.args[0])
     rank = len(_shape(node))
     swapped = list(range(rank - 2)) + [rank - 1, rank - 2]
     if operation(node) == "permute" and [axis % rank for axis in node.args[1]] == swapped:  # type: ignore[union-attr, operator]

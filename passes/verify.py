@@ -25,14 +25,16 @@ SINKS, RECENT = 4, 32
 CHUNKS = (7, 1, 40, 1, 33, 2, 29)
 PADDING = 3
 
-# Largest difference of logits, as a share of their standard deviation. Rounding stays below; a token mixed in wrongly
-# does not.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.1, torch.bfloat16: 0.5}
+# Largest difference of a token's logits, as a share of their standard deviation. On SmolLM2-135M rounding makes 2e-5 in
+# float32, 0.013 in float16 and 0.11 in bfloat16; a window of 100 tokens overlooked in one of 30 layers makes 0.4.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.25}
 
 
 def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: int | None) -> float:
-    """Raise VerifyError unless the rewritten graph gives the captured graph's logits. Returns the largest difference
-    found, as a share of the logits' standard deviation.
+    """Raise VerifyError unless the rewritten graph gives the captured graph's logits.
+
+    Returns the difference (root mean square over the vocabulary) of the worst token, as a share of the logits' standard
+    deviation.
     """
     rewritten = rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), RECENT)
     chunks = list(_chunks(longest_context))
@@ -45,8 +47,8 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
         actual = _chunked_logits(rewritten, ids, chunks, padding)
     ignored = torch.zeros(2, ids.shape[1], dtype=torch.bool, device=ids.device)
     ignored[1, :padding] = True
-    difference = (actual - expected).abs().amax(-1).masked_fill(ignored, 0).max() / expected[~ignored].std()
-    share = difference.item()
+    difference = (actual - expected).square().mean(-1).sqrt().masked_fill(ignored, 0).max()
+    share = (difference / expected[~ignored].std()).item()
     if not share <= TOLERANCE[next(iter(_floating(captured))).dtype]:
         raise VerifyError(
             f"the model cannot be given a KV cache: run in chunks with one, its logits differ by {share:.2g} "

@@ -30,6 +30,7 @@ _SYNONYMS = {
     "float": "to",
     "half": "to",
     "bfloat16": "to",
+    "double": "to",
     "_unsafe_view": "view",
     "swapaxes": "transpose",
     "t": "transpose",
@@ -43,7 +44,7 @@ LAYOUT = frozenset(
     {"view", "reshape", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "contiguous",
      "clone", "slice", "repeat", "repeat_interleave", "flatten", "unflatten", "movedim", "alias", "detach",
      "to", "select", "getitem", "index", "index_select", "split", "split_with_sizes", "chunk", "unbind",
-     "narrow"}
+     "narrow", "mT"}
 )  # fmt: skip
 
 # A linear map with weights: what projects hidden states to keys and values.

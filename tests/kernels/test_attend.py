@@ -1,0 +1,230 @@
+"""attend against plain float64 attention over the tokens, each fetched from where state.py says it lies."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.packing import dequantize_block
+from kvmix_compile.kernels.precision import Axis, Precision
+from kvmix_compile.kernels.reference import append, attend
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+precisions = st.builds(
+    Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
+)
+layouts = st.builds(
+    StateLayout,
+    kv_heads=st.sampled_from([1, 2]),
+    key_dim=st.sampled_from([16, 48]),
+    value_dim=st.sampled_from([16, 48]),
+    key=precisions,
+    value=precisions,
+    sinks=st.sampled_from([0, 3, 32]),
+    recent=st.sampled_from([32, 45]),
+    rollback=st.sampled_from([0, 7]),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What attend takes beside tensors and the layout."""
+
+    scale: float = 0.25
+    softcap: float = 0.0
+    sliding_window: int = 0
+
+
+options = st.builds(
+    Options,
+    scale=st.sampled_from([0.25, 1.0]),
+    softcap=st.sampled_from([0.0, 0.0, 2.0]),
+    sliding_window=st.sampled_from([0, 0, 1, 5, 40, 100]),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows with a past, and a chunk that follows it."""
+
+    layout: StateLayout
+    state: SiteState
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    starts: Tensor
+
+    def attend(self, options: Options) -> Tensor:
+        layout = self.layout
+        return attend(
+            *(self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()),
+            *(layout.key, layout.value, layout.recent, options.scale, options.softcap, options.sliding_window),
+        )
+
+
+def make_case(
+    layout: StateLayout, shared: int, lengths: list[int], tokens: int, starts: list[int], dtype: torch.dtype
+) -> Case:
+    def random(heads: int, count: int, dim: int) -> Tensor:
+        return torch.randn(batch, count, heads, dim).to(dtype).transpose(1, 2)
+
+    batch, longest = len(lengths), max(lengths)
+    state = SiteState.allocate(layout, batch, layout.required_blocks(longest) + 2, dtype)
+    k, v = (random(layout.kv_heads, longest, dim) for dim in (layout.key_dim, layout.value_dim))
+    nothing, padding = torch.zeros(batch, dtype=torch.int64), torch.tensor([longest - length for length in lengths])
+    append(k, v, nothing, padding, *state.tensors(), layout.key, layout.value, layout.recent)
+    return Case(
+        layout,
+        state,
+        random(layout.kv_heads * shared, tokens, layout.key_dim),
+        random(layout.kv_heads, tokens, layout.key_dim),
+        random(layout.kv_heads, tokens, layout.value_dim),
+        torch.tensor(lengths),
+        torch.tensor(starts),
+    )
+
+
+def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
+    """One token's key or value as the state has it."""
+    layout, state = case.layout, case.state
+    sink, packed, tail, precision, dim = (
+        (state.sink_k, state.packed_k, state.tail_k, layout.key, layout.key_dim)
+        if axis == Axis.TOKENS
+        else (state.sink_v, state.packed_v, state.tail_v, layout.value, layout.value_dim)
+    )
+    beyond_sinks = token - layout.sinks
+    if beyond_sinks < 0:
+        return sink[row, head, token]
+    waiting = int(case.lengths[row]) - layout.sinks - layout.recent
+    blocks = -(-waiting // 32) if waiting > 0 else 0
+    if beyond_sinks < 32 * blocks:
+        block = dequantize_block(packed[row, head, beyond_sinks // 32], precision, axis, dim, sink.dtype)
+        return block[beyond_sinks % 32]
+    return tail[row, head, beyond_sinks % (layout.recent + layout.rollback)]
+
+
+def expected(case: Case, options: Options) -> Tensor:
+    batch, query_heads, tokens, _ = case.q.shape
+    shared = query_heads // case.layout.kv_heads
+    output = torch.zeros(batch, query_heads, tokens, case.layout.value_dim, dtype=torch.float64)
+    for row in range(batch):
+        length, start = int(case.lengths[row]), int(case.starts[row])
+        index = torch.arange(length + tokens - start)
+        for head in range(case.layout.kv_heads):
+            keys = [stored(case, row, head, token, Axis.TOKENS) for token in range(length)]
+            values = [stored(case, row, head, token, Axis.CHANNELS) for token in range(length)]
+            keys_of_row = torch.stack([*keys, *case.k[row, head, start:]]).double() if len(index) else None
+            if keys_of_row is None:
+                continue
+            values_of_row = torch.stack([*values, *case.v[row, head, start:]]).double()
+            for query_head in range(head * shared, (head + 1) * shared):
+                for place in range(start, tokens):
+                    t = length + place - start
+                    logits = keys_of_row @ case.q[row, query_head, place].double() * options.scale
+                    if options.softcap:
+                        logits = options.softcap * torch.tanh(logits / options.softcap)
+                    visible = index <= t
+                    if options.sliding_window:
+                        visible &= index > t - options.sliding_window
+                    weights = logits.masked_fill(~visible, -torch.inf).softmax(0)
+                    output[row, query_head, place] = weights @ values_of_row
+    return output
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    layout = draw(layouts)
+    first_full = layout.sinks + layout.recent
+    edges = [0, 1, layout.sinks, first_full, first_full + 1, first_full + 32, first_full + 33, first_full + 64]
+    past = st.sampled_from(edges).flatmap(lambda edge: st.integers(max(0, edge - 1), edge + 1))
+    batch = draw(st.integers(1, 3))
+    tokens = draw(st.sampled_from([1, 1, 2, 9, 34]))
+    lengths = draw(st.lists(past, min_size=batch, max_size=batch))
+    starts = draw(st.lists(st.sampled_from([0, 0, tokens // 2, tokens]), min_size=batch, max_size=batch))
+    return make_case(layout, draw(st.sampled_from([1, 2, 3])), lengths, tokens, starts, torch.float32)
+
+
+@settings(max_examples=200)
+@given(cases(), options)
+def test_attend_is_attention_over_what_is_stored(case: Case, options: Options) -> None:
+    output = case.attend(options)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output.double(), expected(case, options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
+    layout = StateLayout(2, 32, 32, Precision(3, 32, 4), Precision(2, 32), sinks=4, recent=32)
+    case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
+    for options in (Options(), Options(softcap=5.0), Options(sliding_window=50)):
+        output = case.attend(options)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.double(), expected(case, options), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=30)
+@given(cases(), options)
+def test_what_lies_in_unused_memory_does_not_matter(case: Case, options: Options) -> None:
+    clean = case.attend(options)
+    layout, state = case.layout, case.state
+    for row, (length, start) in enumerate(zip(case.lengths.tolist(), case.starts.tolist(), strict=True)):
+        blocks = layout.required_blocks(length)
+        waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
+        unused = [slot for slot in range(layout.tail_slots) if slot not in waiting]
+        for sink, packed, tail, chunk in (
+            (state.sink_k, state.packed_k, state.tail_k, case.k),
+            (state.sink_v, state.packed_v, state.tail_v, case.v),
+        ):
+            sink[row, :, length:] = torch.nan
+            packed[row, :, blocks:] = 0xFF
+            tail[row, :, unused] = torch.nan
+            chunk[row, :, :start] = torch.nan
+        case.q[row, :, :start] = torch.nan
+    assert torch.equal(case.attend(options), clean)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(softcap=3.0), Options(sliding_window=20)])
+def test_long_chunks_are_attended_to_in_slices(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    case = make_case(layout, 2, [90, 0], 30, [0, 3], torch.float32)
+    in_one = case.attend(options)
+    monkeypatch.setattr(reference, "MAX_SCORE_ELEMENTS", 1000)
+    torch.testing.assert_close(case.attend(options), in_one)
+
+
+def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
+    layout = StateLayout(2, 16, 16, Precision(16), Precision(16), sinks=4, recent=32)
+    q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
+    state = SiteState.allocate(layout, 2, layout.required_blocks(200), torch.float32)
+    outputs, begin = [], 0
+    for size in (70, 1, 1, 64, 3, 61):
+        end = begin + size
+        lengths, starts = torch.full((2,), begin), torch.zeros(2, dtype=torch.int64)
+        chunk = Case(layout, state, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], lengths, starts)
+        outputs.append(chunk.attend(Options()))
+        append(chunk.k, chunk.v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+        begin = end
+    ordinary = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(torch.cat(outputs, dim=2), ordinary)
+
+
+def test_a_row_can_be_shortened_by_as_many_tokens_as_its_layout_allows() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32, rollback=20)
+    long = make_case(layout, 1, [131], 4, [0], torch.float32)
+    tail = long.state.tail_k, long.state.tail_v
+    tokens = [(u - layout.sinks) % layout.tail_slots for u in range(131 - layout.tail_slots, 111)]
+    short_tail = [torch.zeros_like(side) for side in tail]
+    for short, side in zip(short_tail, tail, strict=True):
+        short[:, :, tokens] = side[:, :, tokens]
+    alone = replace(long.state, tail_k=short_tail[0], tail_v=short_tail[1])
+    shortened = replace(long, lengths=torch.tensor([111]))
+    output = shortened.attend(Options())
+    assert torch.equal(output, replace(shortened, state=alone).attend(Options()))
+    torch.testing.assert_close(output.double(), expected(shortened, Options()), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,87 @@
+"""The operators as graphs call them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.reference import append, attend
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
+
+
+def chunk(tokens: int) -> list[Tensor]:
+    shapes = ((4, LAYOUT.key_dim), (2, LAYOUT.key_dim), (2, LAYOUT.value_dim))
+    return [torch.randn(2, tokens, heads, dim).transpose(1, 2) for heads, dim in shapes]
+
+
+def filled_state() -> tuple[SiteState, Tensor]:
+    state = SiteState.allocate(LAYOUT, 2, 6, torch.float32)
+    _, k, v = chunk(100)
+    lengths, starts = torch.tensor([0, 0]), torch.tensor([0, 20])
+    append(k, v, lengths, starts, *state.tensors(), LAYOUT.key, LAYOUT.value, LAYOUT.recent)
+    return state, torch.tensor([100, 80])
+
+
+@pytest.mark.parametrize(("tokens", "starts"), [(1, [0, 0]), (40, [0, 7])])
+def test_torch_accepts_the_operators(tokens: int, starts: list[int]) -> None:
+    state, lengths = filled_state()
+    q, k, v = chunk(tokens)
+    precisions = LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent
+    stored = (k, v, lengths, torch.tensor(starts), *state.tensors(), *precisions)
+    torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, 0.25, 0.0, 0))
+    torch.library.opcheck(torch.ops.kvmix.append.default, stored)
+
+
+def test_the_operators_are_the_reference() -> None:
+    state, lengths = filled_state()
+    other = SiteState(*(tensor.clone() for tensor in state.tensors()))
+    q, k, v = chunk(5)
+    inputs = (k, v, lengths, torch.tensor([0, 2]))
+    attended = torch.ops.kvmix.attend.default(
+        *(q, *inputs, *state.tensors(), LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent, 0.25, 5.0, 30)
+    )
+    torch.ops.kvmix.append.default(
+        *(*inputs, *state.tensors(), LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent)
+    )
+    options = (LAYOUT.key, LAYOUT.value, LAYOUT.recent)
+    assert torch.equal(attended, attend(q, *inputs, *other.tensors(), *options, 0.25, 5.0, 30))
+    append(*inputs, *other.tensors(), *options)
+    assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
+
+
+def test_a_graph_compiles_around_the_operators() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *state: Tensor) -> Tensor:
+        starts = torch.zeros_like(lengths)
+        stored = (k, v, lengths, starts, *state, LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent)
+        attended = torch.ops.kvmix.attend.default(q, *stored, 0.25, 0.0, 0)
+        torch.ops.kvmix.append.default(*stored)
+        return attended
+
+    state, lengths = filled_state()
+    other = SiteState(*(tensor.clone() for tensor in state.tensors()))
+    inputs = chunk(4)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs, lengths, *state.tensors()), step(*inputs, lengths, *other.tensors()))
+    assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
+
+
+def test_a_malformed_precision_is_refused() -> None:
+    state, lengths = filled_state()
+    _, k, v = chunk(1)
+    with pytest.raises(KVMixError, match="bits, group, scale_bits"):
+        torch.ops.kvmix.append.default(k, v, lengths, torch.zeros_like(lengths), *state.tensors(), [2], [2, 8, 16], 32)
+
+
+def test_no_gradient_enters_the_state() -> None:
+    state, lengths = filled_state()
+    q, k, v = (tensor.requires_grad_() for tensor in chunk(40))
+    stored = (k, v, lengths, torch.zeros_like(lengths), *state.tensors())
+    options = (LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent)
+    torch.ops.kvmix.append.default(*stored, *options)
+    torch.ops.kvmix.attend.default(q, *stored, *options, 0.25, 0.0, 0)
+    assert not any(tensor.requires_grad for tensor in state.tensors())
