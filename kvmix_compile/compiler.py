@@ -156,7 +156,10 @@ def _find(model: nn.Module, report: Report) -> Found:
             f"{type(model).__name__} cannot be given a compressed cache. {_reasons(sites.refused)}"
         )
     if not sites.matched:
-        raise UnsupportedModelError(f"there is no attention in {type(model).__name__}, so no KV cache to compress")
+        raise UnsupportedModelError(
+            f"no attention was found in {type(model).__name__}, so there is no KV cache to compress. If it was loaded "
+            "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
+        )
     return Found(captured, sites.matched, limit)
 
 

@@ -23,6 +23,9 @@ from kvmix_compile.report import Report
 # Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
 ASSISTED_ROLLBACK = 64
 
+# What transformers' models take in their **kwargs and answer with more outputs.
+_UNANSWERED = {"inputs_embeds", "output_attentions", "output_hidden_states"}
+
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
 
@@ -167,38 +170,58 @@ class CompiledModel(nn.Module):
         cache.advance(tokens, starts)
         return logits
 
-    def _check(self, input_ids: Tensor, cache: object, kwargs: dict[str, Any]) -> None:
+    def _check(self, input_ids: Tensor, cache: object, options: dict[str, Any]) -> None:
+        """Raise InputError, before anything is changed, for a call that cannot be answered."""
+        self._check_options(options)
+        seen = self._check_cache(cache)
+        self._check_ids(input_ids, seen)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        asked = {name for name, value in options.items() if value is not None and value is not False} - _BOOKKEEPING
+        # What the original takes by name means something to it; what falls into its **kwargs does not.
+        for name in asked & (_UNANSWERED | set(inspect.signature(super().forward).parameters)):
+            raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+
+    def _check_cache(self, cache: object) -> int:
+        """The number of positions that the cache has seen."""
+        if cache is None:
+            return 0
         program = self.kvmix_program
-        if cache is not None and not isinstance(cache, KVMixCache):
+        if not isinstance(cache, KVMixCache):
             raise InputError(
                 f"past_key_values is a {type(cache).__name__}; this model keeps its keys and values in a "
                 "kvmix_compile.KVMixCache(model)"
             )
-        if cache is not None and (cache.plan != program.plan):
+        if (cache.plan, cache.dtypes, cache.device) != (program.plan, program.dtypes, program.device):
             raise InputError(
-                "this cache was made for a model with another plan; make one with kvmix_compile.KVMixCache(model)"
+                "this cache was made for a model with another plan, dtype or device; make one with "
+                "kvmix_compile.KVMixCache(model)"
             )
-        if (
-            not isinstance(input_ids, Tensor)
-            or input_ids.dim() != 2
-            or input_ids.shape[1] == 0
-            or input_ids.shape[0] == 0
-        ):
-            raise InputError("input_ids must be an int64 tensor [batch, tokens] with at least one row and one token")
+        return cache.seen
+
+    def _check_ids(self, input_ids: Tensor, seen: int) -> None:
+        program = self.kvmix_program
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"input_ids must be int64 [batch, tokens] with at least one row and one token, not {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
         if input_ids.device != program.device:
             raise InputError(
                 f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with "
                 "input_ids.to(model.device)"
             )
-        asked = {name for name, value in kwargs.items() if value is not None and value is not False} - _BOOKKEEPING
-        # What the original takes by name means something to it; what falls into its **kwargs does not.
-        for name in asked & set(inspect.signature(super().forward).parameters):
-            raise InputError(f"{name} is not available from a compiled model: call the original model for it")
-        seen = cache.seen if cache is not None else 0
-        if program.longest_context is not None and seen + input_ids.shape[1] > program.longest_context:
+        # On a GPU this would wait for the device at every step; there the embedding itself complains.
+        if (
+            input_ids.device.type == "cpu"
+            and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < program.vocabulary
+        ):
+            raise InputError(f"input_ids must be from 0 to {program.vocabulary - 1}, the model's vocabulary")
+        total = seen + input_ids.shape[1]
+        if program.longest_context is not None and total > program.longest_context:
             raise InputError(
-                f"{seen + input_ids.shape[1]} tokens are more than the {program.longest_context} positions that the "
-                "model has: shorten the prompt, or continue with a new cache"
+                f"{total} tokens are more than the {program.longest_context} positions that the model has: shorten the "
+                "prompt, or continue with a new cache"
             )
 
 
@@ -218,6 +241,8 @@ def attach(model: nn.Module, program: Program) -> nn.Module:
     """
     twin = copy.copy(model)
     twin.__dict__.pop("forward", None)
+    # Parameters and submodules are shared, hooks are not: one registered on the twin must not run on the original.
+    twin.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if "_hooks" in name})
     original = type(model)
     twin.__class__ = type(original.__name__, (CompiledModel, original), {"__module__": original.__module__})
     twin.__dict__["kvmix_program"] = program

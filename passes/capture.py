@@ -124,6 +124,9 @@ def capture(model: nn.Module) -> Captured:
 def _check(model: nn.Module) -> None:
     if model.training:
         raise CaptureError("the model is in training mode: call `model.eval()` first, so that dropout is off")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise CaptureError(f"the model is spread over {', '.join(sorted(devices))}: move it to one device first")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(

@@ -1,0 +1,1 @@
+"""What is measured, each with its results as JSON in `results/`: device, versions and command included."""
