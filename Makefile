@@ -5,6 +5,10 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 TYPING := build/typing
 CODE := kvmix_compile passes kernels models_zoo tests $(wildcard benchmarks)
 
+# Keeps the working directory off Python's path, where transformers would take the folder kernels/ for Hugging Face's
+# package of that name.
+export PYTHONSAFEPATH := 1
+
 .PHONY: demo test check clean
 
 demo: $(READY)

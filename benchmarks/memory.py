@@ -1,8 +1,8 @@
 """Memory of a process that holds a long context: `python -m benchmarks.memory [--tokens 6000] [--budget 2.3]`.
 
-SmolLM2 reads the same text into transformers' DynamicCache and into a KVMixCache, each in a process of its own, in chunks.
-What counts is how much the process's resident memory has grown once the text is read, beside what the caches say of
-themselves. Linux only: resident memory is read from /proc.
+SmolLM2 reads the same text into transformers' DynamicCache and into a KVMixCache, each in a process of its own, in
+chunks. What counts is how much the resident memory of the process has grown once the text is read, beside what the
+caches say of themselves. Linux only: resident memory is read from /proc.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """kvmix_compile: a compiler pass that shrinks the KV cache of unmodified causal language models.
 
-    model = kvmix_compile.apply(model, budget=2.3)
+model = kvmix_compile.apply(model, budget=2.3)
 """
 
 from kvmix_compile.cache import KVMixCache

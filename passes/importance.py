@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kvmix_compile.kernels.packing import dequantize_block, quantize_block
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, Axis, Precision
 from kvmix_compile.passes.allocate import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
@@ -89,7 +89,12 @@ class _Tally:
 
 
 def candidates_for(dim: int, axis: Axis) -> tuple[Precision, ...]:
-    """The precisions to choose from for keys or values with `dim` elements a head, 16 bits included."""
+    """The precisions to choose from for keys or values with `dim` elements a head, 16 bits included.
+
+    Those alone where `dim` is no multiple of 8, which cannot be packed.
+    """
+    if dim % CHANNEL_MULTIPLE:
+        return (Precision(16),)
     group = CANDIDATE_GROUP
     while axis == Axis.CHANNELS and dim % group:
         group -= 1

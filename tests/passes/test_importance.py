@@ -1,0 +1,258 @@
+"""Measure: gradient norms are autograd's, sensitivities are gradient times the quantizer's own error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvmix_compile.kernels.packing import dequantize_block, quantize_block
+from kvmix_compile.kernels.precision import Axis, Precision
+from kvmix_compile.models_zoo import plain
+from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.capture import Captured, capture, logits_of
+from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.importance import Importance, candidates_for, fingerprint, measure
+from kvmix_compile.passes.sites import find_sites
+
+SINKS, RECENT = 8, 32
+
+
+def rows() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 128, (tokens,), generator=generator) for tokens in (48, 75)]
+
+
+def measured(captured: Captured, on_rows: list[Tensor] | None = None) -> Importance:
+    sites = find_sites(captured, 512).matched
+    return measure(captured, sites, on_rows or rows(), sinks=SINKS, recent=RECENT)
+
+
+def loss_of(model: nn.Module, row: Tensor, reduction: str = "mean") -> Tensor:
+    logits = logits_of(model(row[None]))
+    return F.cross_entropy(logits[0, :-1], row[1:], reduction=reduction)
+
+
+# For layer 0 of each model: its projections of keys and values, as slices of weights.
+HEADS, DIM, WIDTH = 4, 32, 128
+Slices = Callable[[nn.Module], tuple[tuple[nn.Parameter, object], tuple[nn.Parameter, object]]]
+
+
+def separate(attention: str, key: str = "k_proj", value: str = "v_proj") -> Slices:
+    def slices(model: nn.Module):
+        module = model.get_submodule(attention)
+        return (getattr(module, key).weight, slice(None)), (getattr(module, value).weight, slice(None))
+
+    return slices
+
+
+def fused(projection: str, key: object, value: object) -> Slices:
+    def slices(model: nn.Module):
+        weight = model.get_submodule(projection).weight
+        return (weight, key), (weight, value)
+
+    return slices
+
+
+def interleaved(part: int) -> list[int]:
+    """Rows of a projection that lists query, key and value of one head after another."""
+    return [head * 3 * DIM + part * DIM + channel for head in range(HEADS) for channel in range(DIM)]
+
+
+WEIGHTS: dict[str, Slices] = {
+    "llama": separate("model.layers.0.self_attn"),
+    "qwen3": separate("model.layers.0.self_attn"),
+    "gemma2": separate("model.layers.0.self_attn"),
+    "hand_written": separate("layers.0.attention", "key", "value"),
+    "phi3": fused("model.layers.0.self_attn.qkv_proj", slice(WIDTH, WIDTH + 64), slice(WIDTH + 64, None)),
+    # Conv1D keeps its weight transposed.
+    "gpt2": fused(
+        "transformer.h.0.attn.c_attn", (slice(None), slice(WIDTH, 2 * WIDTH)), (slice(None), slice(2 * WIDTH, None))
+    ),
+    "gpt_neox": fused("gpt_neox.layers.0.attention.query_key_value", interleaved(1), interleaved(2)),
+    "falcon": fused(
+        "transformer.h.0.self_attention.query_key_value", slice(WIDTH, WIDTH + DIM), slice(WIDTH + DIM, None)
+    ),
+    "fused_arange": fused("layers.0.attention.qkv", slice(64, 128), slice(128, None)),
+}
+
+
+@contextmanager
+def without_leftovers(model: nn.Module) -> Iterator[None]:
+    yield
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_gradient_norms_are_those_of_the_models_own_weights(captured, name: str) -> None:
+    """s_k and s_v of KVmix: the norm for each row of the mean next-token loss's gradient, averaged over rows."""
+    importance = measured(captured(name))
+    model = captured(name).model
+    norms = torch.zeros(2, dtype=torch.float64)
+    with without_leftovers(model):
+        for row in rows():
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss_of(model, row).backward()
+            norms += torch.stack([weight.grad[part].norm().double() for weight, part in WEIGHTS[name](model)])
+    site = importance.sites[0]
+    found = torch.tensor([site.key_gradient_norm, site.value_gradient_norm], dtype=torch.float64)
+    torch.testing.assert_close(found, norms / len(rows()), rtol=1e-3, atol=0)
+
+
+def test_sensitivity_is_half_the_squared_gradient_times_error(captured) -> None:
+    """Against a computation of its own: hooks on the model, and the quantizer's round trip."""
+    graph = captured("fused_arange")
+    model, importance = graph.model, measured(graph)
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: object, output: Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    handle = model.layers[1].attention.qkv.register_forward_hook(keep)
+    expected: dict[tuple[str, Precision], float] = {}
+    with without_leftovers(model):
+        for row in rows():
+            outputs.clear()
+            with torch.enable_grad():
+                loss_of(model, row, "sum").backward()
+            (output,) = outputs
+            blocks = (len(row) - SINKS) // 32
+            for part, axis in ((1, Axis.TOKENS), (2, Axis.CHANNELS)):
+                stored, slope = (
+                    tensor[0, SINKS : SINKS + 32 * blocks].unflatten(-1, (3, 4, 16))[:, part].transpose(0, 1)
+                    for tensor in (output.detach(), output.grad)
+                )
+                for precision in candidates_for(16, axis):
+                    error = round_trip(stored, precision, axis, blocks) - stored
+                    loss = 0.5 * (slope * error).square().sum().item() / (32 * blocks)
+                    expected[axis, precision] = expected.get((axis, precision), 0.0) + loss / len(rows())
+    handle.remove()
+    site = importance.sites[1]
+    for precision, loss in site.key_sensitivity.items():
+        assert loss == pytest.approx(expected[Axis.TOKENS, precision], rel=1e-3)
+    for precision, loss in site.value_sensitivity.items():
+        assert loss == pytest.approx(expected[Axis.CHANNELS, precision], rel=1e-3)
+
+
+def round_trip(stored: Tensor, precision: Precision, axis: Axis, blocks: int) -> Tensor:
+    if not precision.is_quantized:
+        return stored
+    packed = quantize_block(stored.unflatten(1, (blocks, 32)).contiguous(), precision, axis)
+    return dequantize_block(packed, precision, axis, stored.shape[-1], torch.float32).flatten(1, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_more_bits_cost_less(captured, name: str) -> None:
+    importance = measured(captured(name))
+    totals: dict[int, float] = {}
+    for site in importance.sites:
+        for sensitivity in (site.key_sensitivity, site.value_sensitivity):
+            assert all(loss >= 0 for loss in sensitivity.values())
+            for precision, loss in sensitivity.items():
+                totals[precision.bits] = totals.get(precision.bits, 0.0) + loss
+    in_order = [totals[bits] for bits in sorted(totals)]
+    assert {2, 4, 16} <= set(totals)
+    assert in_order == sorted(in_order, reverse=True) and in_order[-1] == 0.0
+    assert totals[2] > 4 * totals[4]
+
+
+def test_what_was_measured_is_said(captured) -> None:
+    graph = captured("llama")
+    importance = measured(graph)
+    sites = find_sites(graph).matched
+    assert [site.layer for site in importance.sites] == [site.layer for site in sites]
+    assert (importance.sinks, importance.recent, importance.tokens) == (SINKS, RECENT, 48 + 75)
+    with torch.no_grad():
+        total = sum(loss_of(graph.model, row, "sum").item() for row in rows())
+    assert importance.loss == pytest.approx(total / (47 + 74), rel=1e-4)
+
+
+def test_measuring_leaves_no_gradients_and_calls_back_after_each_row(captured) -> None:
+    graph, called = captured("llama"), []
+    sites = find_sites(graph).matched
+    measure(graph, sites, rows(), sinks=0, recent=RECENT, on_row=lambda: called.append(1))
+    assert len(called) == 2
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in graph.model.parameters())
+
+
+def test_frozen_weights_can_be_measured() -> None:
+    model = plain.fused_arange().requires_grad_(False)
+    importance = measured(capture(model))
+    assert all(site.key_gradient_norm > 0 and site.value_gradient_norm > 0 for site in importance.sites)
+
+
+def test_measuring_is_reproducible(captured) -> None:
+    assert measured(captured("hand_written")) == measured(captured("hand_written"))
+
+
+def test_rows_shorter_than_a_block_are_refused(captured) -> None:
+    with pytest.raises(CalibrationError, match="32 tokens"):
+        measured(captured("llama"), [torch.arange(3, 20)])
+
+
+def test_a_row_shorter_than_its_sinks_still_counts(captured) -> None:
+    graph = captured("fused_arange")
+    importance = measure(graph, find_sites(graph).matched, rows()[:1], sinks=100, recent=RECENT)
+    assert all(loss > 0 for loss in list(importance.sites[0].key_sensitivity.values())[:3])
+
+
+@pytest.mark.parametrize(("dim", "group"), [(64, 32), (96, 32), (80, 20), (16, 16), (24, 24)])
+def test_candidates_fit_the_head(dim: int, group: int) -> None:
+    for precision in candidates_for(dim, Axis.CHANNELS):
+        precision.check(dim, Axis.CHANNELS)
+        assert precision.group == group or not precision.is_quantized
+    for precision in candidates_for(dim, Axis.TOKENS):
+        precision.check(dim, Axis.TOKENS)
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    graph = capture(model)
+    return fingerprint(graph, find_sites(graph).matched)
+
+
+def test_a_fingerprint_is_of_the_structure_not_of_the_weights() -> None:
+    assert fingerprint_of(plain.fused_arange()) == fingerprint_of(plain.fused_arange(seed=1))
+    others = [
+        plain.fused_arange(layers=1),
+        plain.fused_arange(heads=2),
+        plain.fused_arange(vocabulary=64),
+        plain.hand_written(),
+    ]
+    assert len({fingerprint_of(model) for model in (plain.fused_arange(), *others)}) == 5
+
+
+def test_importance_becomes_a_plan(captured) -> None:
+    importance = measured(captured("llama"))
+    plan = importance.allocate(budget=2.3)
+    assert plan.code_bits <= 2.3 and plan.policy == "fisher"
+    assert (plan.sinks, plan.recent, plan.fingerprint) == (SINKS, RECENT, importance.fingerprint)
+    assert importance.allocate(storage_budget=3.0).storage_bits <= 3.0
+    assert importance.allocate(budget=16).code_bits == 16
+    assert {site.key.bits for site in importance.allocate(budget=2.3, policy="kvmix").sites} <= {2, 3}
+
+
+def test_a_layer_without_weights_of_its_own_has_no_gradient_norm() -> None:
+    """tiny has no such model, so nothing but a NaN may come of it: fisher does not need it and kvmix says so."""
+
+    class Unprojected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(128, 32), nn.Linear(32, 128)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            states = self.embedding(input_ids).unflatten(-1, (4, 8)).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(states, states, states, is_causal=True)
+            return self.head(mixed.transpose(1, 2).flatten(2))
+
+    importance = measured(capture(Unprojected().eval()))
+    assert importance.sites[0].key_gradient_norm != importance.sites[0].key_gradient_norm
+    assert importance.allocate(budget=3).code_bits <= 3
+
+
+def test_the_models_dtype_does_not_stop_it() -> None:
+    importance = measured(capture(tiny("llama").to(torch.bfloat16)))
+    assert all(0 < site.key_gradient_norm < float("inf") for site in importance.sites)

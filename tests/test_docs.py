@@ -1,0 +1,32 @@
+"""The README's and the documentation's Python runs as it stands, with a tiny model in the place of SmolLM2."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvmix_compile.models_zoo import smollm2
+from kvmix_compile.models_zoo.characters import character_tokenizer
+from kvmix_compile.models_zoo.tiny import tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (tiny("llama"), character_tokenizer()))
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(python_blocks(page)), str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert all((page.parent / link).exists() for link in links), links
