@@ -192,15 +192,23 @@ def starts_of(
     """
     if attention_mask is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens or attention_mask.shape[0] != batch:
+    if attention_mask.dim() != 2 or attention_mask.shape not in {(batch, tokens), (batch, cache.seen + tokens)}:
         raise CacheError(
-            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], 1 for a token "
-            "and 0 for padding. Other masks are the model's own and need not be passed"
+            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], here "
+            f"{[batch, cache.seen + tokens]}, 1 for a token and 0 for padding. Other masks are the model's own and "
+            "need not be passed"
         )
-    valid = attention_mask[:, -tokens:].to(device) != 0
-    starts = tokens - valid.sum(dim=1)
-    leads = (~valid).cumprod(dim=1).sum(dim=1)
-    begun = cache.lengths > 0 if cache.states else torch.zeros(batch, dtype=torch.bool, device=device)
-    if bool(((leads != starts) | (begun & (starts > 0))).any()):
-        raise CacheError("attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')")
+    valid = attention_mask.to(device) != 0
+    held, coming = valid[:, :-tokens], valid[:, -tokens:]
+    lengths = cache.lengths if cache.states else torch.zeros(batch, dtype=torch.int64, device=device)
+    starts = tokens - coming.sum(dim=1)
+    leads = (~coming).cumprod(dim=1).sum(dim=1)
+    wrong = (leads != starts) | ((lengths > 0) & (starts > 0))
+    if held.shape[1]:
+        wrong |= held.sum(dim=1) != lengths
+    if bool(wrong.any()):
+        raise CacheError(
+            "attention_mask has padding after tokens, or masks tokens that the cache already holds: pad on the left "
+            "(tokenizer.padding_side = 'left') and keep the mask of earlier calls"
+        )
     return starts.to(torch.int64)

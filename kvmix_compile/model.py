@@ -4,7 +4,7 @@ KVMixCache.
 
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,9 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.cache import KVMixCache, starts_of
 from kvmix_compile.errors import InputError
+from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
-from kvmix_compile.passes.rewrite import Rewritten
+from kvmix_compile.passes.rewrite import Rewritten, rebind
 from kvmix_compile.report import Report
 
 # Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
@@ -76,6 +77,12 @@ class CompiledModel(nn.Module):
     def kvmix_report(self) -> Report:
         """What was found, what was measured, and where the time went."""
         return self.kvmix_program.report
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A compiled model with weights of its own."""
+        program = self.kvmix_program
+        model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
+        return attach(model, replace(program, rewritten=rebind(program.rewritten, model)))
 
     @torch.no_grad()
     def forward(

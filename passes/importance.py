@@ -23,7 +23,7 @@ from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, Axis
 from kvmix_compile.passes.allocate import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
-from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.errors import CalibrationError, UnsupportedModelError
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.projections import Projection, find_projection
 from kvmix_compile.passes.sites import AttentionSite
@@ -174,6 +174,7 @@ class _Recorder(fx.Interpreter):
         self.differentiated |= {projection.output for projection in found}
         self.watched = self.differentiated | {projection.input for projection in found}
         self.values: dict[fx.Node, Tensor] = {}
+        self.passed_on: dict[fx.Node, tuple[Tensor, int]] = {}
         self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
 
     def fetch_attr(self, target: str) -> object:
@@ -184,17 +185,33 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
+        if node not in self.watched:
+            return value
         if node in self.differentiated and not value.requires_grad:
             value = value.detach().requires_grad_()
-        if node in self.watched:
-            self.values[node] = value
-        return value
+        self.values[node] = value
+        # A leaf may not be written to in place, its copy may; _check_unwritten then finds that it was.
+        passed_on = value.clone() if value.is_leaf else value
+        self.passed_on[node] = (passed_on, passed_on._version)
+        return passed_on
+
+    def _check_unwritten(self) -> None:
+        """Gradients belong to values: keys and values that were written to after they were made have several."""
+        for site in self.sites:
+            for node in (site.key, site.value):
+                value, version = self.passed_on[node]
+                if value._version != version:
+                    raise UnsupportedModelError(
+                        f"{site.layer}: its keys or values are written in place, so their importance cannot be "
+                        "measured: apply a plan instead"
+                    )
 
     def add(self, row: Tensor, keys: Sequence[_Tally], values: Sequence[_Tally], sinks: int) -> float:
         """Add one row's gradients and sensitivities to the tallies; returns its summed loss in nats."""
         tokens = row.numel()
         with torch.enable_grad():
             loss = self._loss(row)
+            self._check_unwritten()
             nodes = sorted(self.differentiated, key=lambda node: node.name)
             gradients = dict(
                 zip(nodes, torch.autograd.grad(loss, [self.values[n] for n in nodes], retain_graph=True), strict=True)
@@ -206,6 +223,7 @@ class _Recorder(fx.Interpreter):
                     with torch.no_grad():
                         tally.add_sensitivity(self.values[node], gradients[node], sinks)
         self.values.clear()
+        self.passed_on.clear()
         return loss.item()
 
     def _loss(self, row: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ def longest_context(captured: Captured) -> int | None:
     None: no limit found. Raises CaptureError where the graph holds for fewer tokens and no table explains it.
     """
     tables = _position_tables(captured)
-    if captured.most_tokens is not None and captured.most_tokens not in tables:
+    configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
+    if captured.most_tokens is not None and captured.most_tokens not in {configured, *tables}:
         raise CaptureError(
             f"the model's forward takes another path for a sequence beyond {captured.most_tokens}; kvmix_compile needs "
             "one graph that serves every length"
         )
-    configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
     if isinstance(configured, int):
         return min([configured, *([captured.most_tokens] if captured.most_tokens else [])])
     return min(tables, default=None)

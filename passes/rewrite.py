@@ -5,14 +5,14 @@ prefill, chunked prefill and decode.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend and kvmix::append)
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.passes.capture import Captured, bind, graph_inputs
+from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.positions import shift_positions
 from kvmix_compile.passes.sites import AttentionSite
@@ -53,6 +53,16 @@ def rewrite(
     module = bind(captured.module, graph)
     clean_up(module)
     return Rewritten(module, tuple(sites), shifted)
+
+
+def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:
+    """The same graph over the weights of `model`, which must be a copy of the model that it was made from."""
+    root = nn.Module()
+    root.add_module(MODEL, model)
+    for name, buffer in rewritten.module.named_buffers(recurse=False):
+        root.register_buffer(name, buffer, persistent=False)
+    graph, _ = _copy(rewritten.module.graph)
+    return replace(rewritten, module=bind(root, graph))
 
 
 def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

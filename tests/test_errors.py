@@ -225,6 +225,7 @@ CALLS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a row without batch": (lambda: {"input_ids": ids(1, 20)[0]}, r"\[batch, tokens\]"),
     "no tokens": (lambda: {"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "at least one"),
     "numbers that are no ids": (lambda: {"input_ids": torch.rand(2, 20)}, "int64"),
+    "an id outside the vocabulary": (lambda: {"input_ids": torch.full((2, 20), 128)}, "0 to 127"),
     "labels for some logits": (lambda: {"labels": ids(2, 20), "logits_to_keep": 3}, "leave logits_to_keep out"),
     "labels of another length": (lambda: {"labels": ids(2, 19)}, "one label for each token"),
     "embeddings": (lambda: {"inputs_embeds": torch.zeros(2, 20, 128)}, "inputs_embeds is not available"),
@@ -261,6 +262,16 @@ def test_padding_after_a_row_has_begun_is_refused() -> None:
     mask = torch.ones(2, 25, dtype=torch.int64)
     mask[0, 20:22] = 0
     with pytest.raises(KVMixError, match="pad on the left"):
+        compiled()(ids(2, 5), attention_mask=mask, past_key_values=past)
+    assert past.get_seq_length() == 20
+
+
+def test_a_token_that_is_held_cannot_be_masked_later() -> None:
+    past = KVMixCache(compiled())
+    compiled()(ids(2, 20), past_key_values=past)
+    mask = torch.ones(2, 25, dtype=torch.int64)
+    mask[0, 3] = 0
+    with pytest.raises(KVMixError, match="attention_mask"):
         compiled()(ids(2, 5), attention_mask=mask, past_key_values=past)
     assert past.get_seq_length() == 20
 

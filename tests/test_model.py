@@ -1,5 +1,6 @@
 """The compiled model: a drop-in for the original, whatever its architecture."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -214,6 +215,17 @@ def test_it_can_be_compiled_again_with_another_plan() -> None:
     first, second = pair.quantized.kvmix_plan, pair.lossless.kvmix_plan
     assert first != second
     assert in_chunks(pair.quantized, ids(1, 80), (70, 10)).shape == in_chunks(pair.lossless, ids(1, 80), (70, 10)).shape
+
+
+def test_a_deep_copy_has_its_own_weights() -> None:
+    model, text = compiled("llama").quantized, ids(1, 30)
+    copied = copy.deepcopy(model)
+    expected = model(text).logits
+    assert_close(copied(text).logits, expected)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert copied(text).logits.abs().max() == 0
+    assert_close(model(text).logits, expected)
 
 
 # What forward takes and returns

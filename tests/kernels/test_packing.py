@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.packing import dequantize_block, quantize_block
+from kvmix_compile.kernels.packing import KEYS_KEPT_RANGE, dequantize_block, quantize_block
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
 
 FLOAT16_MAX = 65504.0
@@ -47,14 +47,25 @@ def test_three_bit_values_byte_by_byte() -> None:
 def test_four_bit_scales_and_zero_points_byte_by_byte() -> None:
     token = torch.arange(32.0)
     zero_point, scale = token % 16, 4 ** (token % 2)
-    values = zero_point.unsqueeze(1) + scale.unsqueeze(1) * torch.tensor([0.0, 1.0] * 4)
+    values = zero_point.unsqueeze(1) + scale.unsqueeze(1) * torch.tensor([0.0, 15.0] * 4)
 
-    packed = quantize_block(values, Precision(1, 8, 4), Axis.CHANNELS).tolist()
+    packed = quantize_block(values, Precision(4, 8, 4), Axis.CHANNELS).tolist()
 
-    assert packed[:32] == [0b10101010] * 32
+    # Each byte holds channels p and p + 4, both of code 0 or both of code 15.
+    assert packed[:128] == [0x00, 0xFF] * 64
     # log2 scales reach from 0 to 2 and zero points from 0 to 15.
-    assert packed[32:40] == float16_bytes(0.0, 2.0, 0.0, 15.0)
-    assert packed[40:44] == [0x00, 0x1F, 0x20, 0x3F]
+    assert packed[128:136] == float16_bytes(0.0, 2.0, 0.0, 15.0)
+    assert packed[136:140] == [0x00, 0x1F, 0x20, 0x3F]
+
+
+@pytest.mark.parametrize(("axis", "kept"), [(Axis.TOKENS, KEYS_KEPT_RANGE[2]), (Axis.CHANNELS, 1.0)])
+def test_two_bit_keys_lose_the_ends_of_their_range_and_values_do_not(axis: Axis, kept: float) -> None:
+    block = torch.linspace(-1, 1, 32).repeat(32, 1)
+    block = block.T if axis == Axis.TOKENS else block
+    precision = Precision(2, 32, 4)
+    restored = dequantize_block(quantize_block(block, precision, axis), precision, axis, 32, torch.float32)
+    assert restored.amin().item() == pytest.approx(-kept, abs=1e-3)
+    assert restored.amax().item() == pytest.approx(kept, abs=1e-3)
 
 
 def test_an_unquantized_block_is_the_elements_own_bytes() -> None:

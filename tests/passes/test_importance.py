@@ -13,7 +13,7 @@ from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture import Captured, capture, logits_of
-from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.errors import CalibrationError, UnsupportedModelError
 from kvmix_compile.passes.importance import Importance, candidates_for, fingerprint, measure
 from kvmix_compile.passes.sites import find_sites
 
@@ -251,6 +251,20 @@ def test_a_layer_without_weights_of_its_own_has_no_gradient_norm() -> None:
     importance = measured(capture(Unprojected().eval()))
     assert importance.sites[0].key_gradient_norm != importance.sites[0].key_gradient_norm
     assert importance.allocate(budget=3).code_bits <= 3
+
+
+def written_in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Keys assembled in a buffer, as multi-head latent attention writes them."""
+    assembled = key.new_empty(key.shape)
+    assembled[..., :4] = key[..., 4:]
+    assembled[..., 4:] = key[..., :4].sin()
+    return F.scaled_dot_product_attention(query, assembled, value, is_causal=True)
+
+
+def test_keys_written_in_place_are_refused(capture_toy) -> None:
+    """Their gradient would be that of a value they no longer have: nothing, and so no bits."""
+    with pytest.raises(UnsupportedModelError, match="written in place"):
+        measured(capture_toy(written_in_place), [row % 64 for row in rows()])
 
 
 def test_the_models_dtype_does_not_stop_it() -> None:
