@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,9 +148,10 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
             (site.key_sensitivity, site.key_dim),
             (site.value_sensitivity, site.value_dim),
         ):
-            candidates.append(list(sensitivity))
+            options = _comparable(sensitivity, budget)
+            candidates.append(options)
             items.append(
-                [(site.kv_heads * budget.cost(precision, head_dim), loss) for precision, loss in sensitivity.items()]
+                [(site.kv_heads * budget.cost(precision, head_dim), sensitivity[precision]) for precision in options]
             )
     lowest = sum(min(cost for cost, _ in options) for options in items)
     highest = sum(max(cost for cost, _ in options) for options in items)
@@ -158,6 +159,22 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
     chosen = choose(items, budget.capacity(sites))
     precisions = [options[index] for options, index in zip(candidates, chosen, strict=True)]
     return tuple(zip(precisions[::2], precisions[1::2], strict=True))
+
+
+def _comparable(candidates: Iterable[Precision], budget: Budget) -> list[Precision]:
+    """The candidates that a budget can compare.
+
+    A budget of code bits leaves scales uncounted, so that the smallest groups would be free: there each number of bits
+    comes in one group size, the published one or the largest below it.
+    """
+    candidates = list(candidates)
+    if budget.unit == "storage_budget":
+        return candidates
+    groups: dict[int, int] = {}
+    for candidate in sorted(candidates, key=lambda candidate: candidate.group):
+        if candidate.group <= PUBLISHED_GROUP or candidate.bits not in groups:
+            groups[candidate.bits] = candidate.group
+    return [candidate for candidate in candidates if candidate.group == groups[candidate.bits]]
 
 
 def _allocate_kvmix(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:

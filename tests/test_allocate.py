@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -105,6 +106,19 @@ def every_allocation(sites: list[SiteImportance]) -> list[Allocation]:
     return [tuple(allocation) for allocation in itertools.product(*choices)]
 
 
+def in_one_group_size(sites: list[SiteImportance]) -> list[SiteImportance]:
+    """Without the candidates in groups of 16 where the same bits come in groups of 32."""
+
+    def usual(sensitivity: Mapping[Precision, float]) -> Mapping[Precision, float]:
+        large = {precision.bits for precision in sensitivity if precision.group == 32}
+        return {each: loss for each, loss in sensitivity.items() if each.group == 32 or each.bits not in large}
+
+    return [
+        replace(site, key_sensitivity=usual(site.key_sensitivity), value_sensitivity=usual(site.value_sensitivity))
+        for site in sites
+    ]
+
+
 @pytest.mark.parametrize("unit", ["budget", "storage_budget"])
 @given(sites=small_sites(), bits=st.floats(1.0, 17.0))
 def test_fisher_is_the_optimum_and_the_cheapest_one(unit: str, sites: list[SiteImportance], bits: float) -> None:
@@ -112,7 +126,8 @@ def test_fisher_is_the_optimum_and_the_cheapest_one(unit: str, sites: list[SiteI
         plan = as_plan(sites, allocation)
         return plan.code_bits if unit == "budget" else plan.storage_bits
 
-    within = [allocation for allocation in every_allocation(sites) if mean(allocation) <= bits * (1 + 1e-9)]
+    comparable = in_one_group_size(sites) if unit == "budget" else sites
+    within = [allocation for allocation in every_allocation(comparable) if mean(allocation) <= bits * (1 + 1e-9)]
     if not within:
         with pytest.raises(BudgetError):
             allocate(sites, policy="fisher", **{unit: bits})
