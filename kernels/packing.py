@@ -43,7 +43,7 @@ SMALLEST_SCALE = 2.0**-24
 
 # What is added to the place of a zero point and of a log2 scale, in steps, before it is rounded to its nibble. Scales
 # rounded down clip a few elements at the ends, which pays while codes are coarse and costs once they are fine; at many
-# bits zero points are rounded down and scales up. Less than half a step, so that a block's extremes stay where they are.
+# bits zero points are rounded down and scales up. Less than half a step, so that a block's extremes stay as they are.
 NIBBLE_BIAS = {1: (0.0, -0.45), 2: (0.0, -0.2), 3: (0.0, -0.25), 4: (-0.25, 0.0), 8: (-0.45, 0.45)}
 
 # The share of its range that a group of keys keeps when its scales have 4 bits: cutting off the ends makes coarse steps

@@ -3,6 +3,8 @@ and read back.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +22,25 @@ WINDOW = 2048
 CHUNK = 64
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module,
-    ids: Tensor,
-    chunk: int = CHUNK,
-    window: int = WINDOW,
-    progress: bool = False,
-    new_cache: Any = None,
-) -> float:
-    """exp of the mean next-token cross-entropy of `ids`, int64 `[tokens]` or `[1, tokens]`.
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that a model reads at once, int64 `[tokens]`, and those that follow each of them (`targets`: one fewer at
+    the end of a window). `opens_window`, `closes_window`: the cache is new, or will not be needed again.
+    """
 
-    The text is cut into independent windows of `window` tokens, each read in chunks of `chunk`: a chunk attends to
-    the past as the cache holds it. Works for a compiled model (KVMixCache) and, as a baseline, for a transformers
-    model (DynamicCache, or what `new_cache()` makes).
+    given: Tensor
+    targets: Tensor
+    opens_window: bool
+    closes_window: bool
 
-    Raises:
-        InputError: fewer than two tokens, or a chunk that holds a whole window, so that the cache would never be read.
+
+def windowed(ids: Tensor, chunk: int = CHUNK, window: int = WINDOW) -> list[Chunk]:
+    """A text cut into independent windows of `window` tokens, each to be read in chunks of `chunk`.
+
+    This is the only way that text reaches a model under evaluation, and no window is a single chunk: what follows the
+    first one attends to a past that comes from the cache. A remainder that one chunk could hold is left out.
+
+    Raises InputError where nothing would be left, or a chunk would hold a window.
     """
     ids = ids.flatten()
     if ids.numel() < 2:
@@ -45,19 +49,72 @@ def perplexity(
         raise InputError(
             f"chunk ({chunk}) must be smaller than window ({window}): otherwise the cache is written but never read"
         )
+    if ids.numel() <= chunk:
+        raise InputError(
+            f"{ids.numel()} tokens are read as one chunk of {chunk}, so the cache is never read: give a longer text "
+            "or a smaller chunk"
+        )
+    return [piece for part in ids.split(window) if part.numel() > chunk for piece in _chunks(part, chunk)]
+
+
+def _chunks(window: Tensor, chunk: int) -> Iterator[Chunk]:
+    tokens = window.numel()
+    for start in range(0, tokens, chunk):
+        given, targets = window[start : start + chunk], window[start + 1 : start + chunk + 1]
+        yield Chunk(given, targets, start == 0, start + chunk >= tokens)
+
+
+@torch.no_grad()
+def read(model: nn.Module, ids: Tensor, cache: Any, **options: Any) -> Tensor:
+    """The logits, `[tokens, vocabulary]`, of `ids`, int64 `[tokens]`, after what `cache` holds, and in it from now on.
+
+    `options` go to the model's forward.
+    """
     device = next(model.parameters()).device
-    windows = [part for part in ids.split(window) if part.numel() > 1]
+    return model(
+        input_ids=ids[None].to(device), past_key_values=cache, use_cache=True, return_dict=True, **options
+    ).logits[0]  # fmt: skip
+
+
+def new_cache_of(model: nn.Module) -> Any:
+    """An empty cache of the kind that `model` uses."""
+    return KVMixCache(model) if isinstance(model, CompiledModel) else DynamicCache()
+
+
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    chunk: int = CHUNK,
+    window: int = WINDOW,
+    progress: bool = False,
+    new_cache: Callable[[], Any] | None = None,
+) -> float:
+    """exp of the mean next-token cross-entropy of `ids`, int64 `[tokens]` or `[1, tokens]`.
+
+    The text is cut into independent windows of `window` tokens, each read in chunks of `chunk`: a chunk attends to
+    the past as the cache holds it. Works for a compiled model (KVMixCache) and, as a baseline, for a transformers
+    model (DynamicCache, or what `new_cache()` makes).
+
+    Raises:
+        InputError: a text no longer than a chunk, or a chunk that holds a whole window, so that the cache would never
+            be read.
+    """
+    chunks = windowed(ids, chunk, window)
     loss, predicted = 0.0, 0
-    with progress_bar("perplexity", sum(math.ceil(part.numel() / chunk) for part in windows), progress) as advance:
-        for part in windows:
-            cache = (
-                new_cache() if new_cache else KVMixCache(model) if isinstance(model, CompiledModel) else DynamicCache()
-            )
-            for start in range(0, part.numel(), chunk):
-                given = part[start : start + chunk].to(device)
-                targets = part[start + 1 : start + chunk + 1].to(device)
-                logits = model(input_ids=given[None], past_key_values=cache, use_cache=True, return_dict=True).logits
-                loss += F.cross_entropy(logits[0, : targets.numel()].float(), targets, reduction="sum").item()
-                predicted += targets.numel()
-                advance()
+    with progress_bar("perplexity", len(chunks), progress) as advance:
+        for piece in chunks:
+            if piece.opens_window:
+                cache = new_cache() if new_cache else new_cache_of(model)
+            logits = read(model, piece.given, cache)
+            loss += summed_loss(logits, piece.targets)
+            predicted += piece.targets.numel()
+            advance()
     return math.exp(loss / predicted)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> float:
+    """Cross-entropy in nats of `targets`, int64 `[predictions]`, summed; `logits` `[at least predictions,
+    vocabulary]`.
+    """
+    targets = targets.to(logits.device)
+    return F.cross_entropy(logits[: targets.numel()].float(), targets, reduction="sum").item()

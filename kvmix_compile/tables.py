@@ -1,4 +1,4 @@
-"""Tables for the terminal: sizes of a cache, and perplexities of several configurations."""
+"""Tables for the terminal: sizes of a cache, results of an evaluation, what was found in a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from rich.table import Column, Table
 
 from kvmix_compile.cache import KVMixCache
-from kvmix_compile.passes.plan import Plan
+from kvmix_compile.comparison import Result
+from kvmix_compile.passkey import Retrieval
 from kvmix_compile.report import Report
-
-UNQUANTIZED_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -38,36 +37,38 @@ class CacheSize:
         )
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """One configuration and its perplexity through the cache. Bits are per cached element."""
-
-    configuration: str
-    code_bits: float
-    stored_bits: float
-    perplexity: float
-
-    @classmethod
-    def original(cls, perplexity: float) -> "Evaluated":
-        return cls("original", UNQUANTIZED_BITS, UNQUANTIZED_BITS, perplexity)
-
-    @classmethod
-    def compressed(cls, name: str, plan: Plan, perplexity: float) -> "Evaluated":
-        return cls(name, plan.code_bits, plan.storage_bits, perplexity)
-
-
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
-def perplexity_table(rows: Sequence[Evaluated], title: str) -> Table:
+def results_table(results: Sequence[Result], title: str) -> Table:
     """A line for each configuration."""
-    table = Table(title=title)
-    table.add_column("configuration")
-    for name in ("code bits", "stored bits", "perplexity"):
+    table = Table(Column("configuration", overflow="fold"), title=title)
+    for name in ("code\nbits", "stored\nbits", "held\nbits", "perplexity", "KL", "top-1"):
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.configuration, f"{row.code_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.perplexity:.3f}")
+    for row in results:
+        table.add_row(
+            row.configuration, f"{row.code_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.held_bits:.2f}",
+            f"{row.perplexity:.3f}", f"{row.divergence:.4f}", f"{row.agreement:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def passkey_table(retrievals: Sequence[Retrieval]) -> Table:
+    """A line for each configuration, a column for each length, and in it a mark for each depth."""
+    lengths = sorted({retrieval.tokens for retrieval in retrievals})
+    depths = list(dict.fromkeys(f"{retrieval.depth:g}" for retrieval in retrievals))
+    table = Table(Column("configuration", overflow="fold"), title=f"passkeys at the depths {', '.join(depths)}")
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right")
+    table.add_column("retrieved", justify="right")
+    for name in dict.fromkeys(retrieval.configuration for retrieval in retrievals):
+        own = [retrieval for retrieval in retrievals if retrieval.configuration == name]
+        marks = [
+            "".join("+" if retrieval.retrieved else "-" for retrieval in own if retrieval.tokens == length)
+            for length in lengths
+        ]
+        table.add_row(name, *marks, f"{sum(retrieval.retrieved for retrieval in own)}/{len(own)}")
     return table
 
 

@@ -81,17 +81,42 @@ def test_generate_takes_a_folder_and_a_prompt_file(tmp_path: Path, text: Path, p
     assert from_folder.stdout == by_name.stdout
 
 
-def test_eval_compares_budgets(tmp_path: Path, text: Path) -> None:
+def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None:
     path = tmp_path / "results.json"
     arguments = ["--text", text, "--tokens", 400, "--budget", 2, "--budget", 16, "--calibration", text, "--json", path]
-    assert kvmix("eval", "tiny:llama", *arguments).exit_code == 0
+    result = kvmix("eval", "tiny:llama", *arguments, "--baseline", "kivi")
+    assert result.exit_code == 0, result.output
     record = json.loads(path.read_text())
-    original, two_bits, lossless = record["results"]
+    rows = {row["configuration"]: row for row in record["results"]}
+    assert list(rows) == ["original", "fisher, budget 2", "fisher, budget 16", "kivi"]
+    assert all(name in result.stdout for name in rows)
+    original, lossless = rows["original"], rows["fisher, budget 16"]
     assert original["code_bits"] == lossless["code_bits"] == 16
     assert lossless["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
-    assert two_bits["code_bits"] <= 2
+    assert rows["fisher, budget 2"]["code_bits"] <= 2 < rows["fisher, budget 2"]["stored_bits"]
+    assert rows["kivi"]["divergence"] > 0
+    assert record["precisions"]["kivi"] == {"keys": [[2, 32, 16]] * 2, "values": [[2, 32, 16]] * 2}
+    assert len(record["importance"]) == 2
     assert record["tokens"] == 400
     assert record["versions"]["torch"]
+    assert record["device"].startswith("CPU")
+
+
+def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, plots = tmp_path / "results.json", tmp_path / "plots"
+    arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path, "--plots", plots]
+    passkeys = ["--passkey-length", 300, "--passkey-length", 350, "--passkey-depth", 0.5]
+    policies = ["--policy", "fisher", "--policy", "kvmix", "--storage-budget", 2.6]
+    result = kvmix("eval", "tiny:llama", *arguments, *passkeys, *policies)
+    assert result.exit_code == 0, result.output
+    assert "kvmix, storage budget 2.6 is left out" in result.stderr
+    assert "passkeys at the depths 0.5" in result.stdout
+    retrievals = json.loads(path.read_text())["passkeys"]
+    assert [(row["configuration"], row["tokens"]) for row in retrievals] == [
+        (name, length) for length in (300, 350) for name in ("original", "fisher, storage budget 2.6")
+    ]
+    assert {file.name for file in plots.iterdir()} == {"frontier.png", "layers.png"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +131,10 @@ def test_eval_compares_budgets(tmp_path: Path, text: Path) -> None:
         (["generate", "hand_written", "--prompt", "x"], "without a tokenizer"),
         (["generate", "tiny:llama", "--prompt", "x", "--plan", "missing.json"], "cannot read the plan"),
         (["eval", "hand_written"], "without a tokenizer"),
+        (["eval", "tiny:llama", "--baseline", "atom"], "choose from kivi"),
+        (["eval", "tiny:llama", "--passkey-depth", "2"], "from 0 (the beginning of the text) to 1"),
+        (["eval", "tiny:llama", "--json", "no/such/folder/results.json"], "a folder that exists"),
+        (["eval", "tiny:llama", "--tokens", "64"], "the cache is never read"),
     ],
 )
 def test_bad_input_is_a_message(arguments: list[str], message: str) -> None:

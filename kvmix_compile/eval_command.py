@@ -1,0 +1,117 @@
+"""`kvmix eval`: what each way of keeping the KV cache costs in bits, and what it does to the model's predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvmix_compile.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
+from kvmix_compile.comparison import Result, compare
+from kvmix_compile.compiler import DEFAULT_BUDGET
+from kvmix_compile.configurations import Configuration, compile_plans, make_plans
+from kvmix_compile.evaluation import windowed
+from kvmix_compile.held_out import held_out_english, token_ids
+from kvmix_compile.loading import load_model, read_text
+from kvmix_compile.options import CalibrationFile, ModelName, analyze_on
+from kvmix_compile.passes.importance import Importance
+from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
+from kvmix_compile.plots import FRONTIER_FILE, LAYERS_FILE, check_plots, plot_frontier, plot_layers
+from kvmix_compile.records import About, check_writable, record, write_json
+from kvmix_compile.tables import passkey_table, results_table
+
+Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Mean code bits; may be repeated.")]
+StorageBudgets = Annotated[
+    list[float] | None,
+    typer.Option("--storage-budget", help="Mean stored bits, scales and zero points counted too; may be repeated."),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="fisher (default), kvmix or uniform, at every budget; may be repeated."),
+]
+Baselines = Annotated[
+    list[str] | None, typer.Option("--baseline", help=f"To compare with: {', '.join(BASELINES)}; may be repeated.")
+]
+PasskeyLengths = Annotated[
+    list[int] | None, typer.Option("--passkey-length", help=f"Tokens of text (default {LENGTHS[0]}); may be repeated.")
+]
+PasskeyDepths = Annotated[
+    list[float] | None,
+    typer.Option("--passkey-depth", help="Where the key is, from 0 to 1 (default 0.1 to 0.9); may be repeated."),
+]
+
+
+def evaluate(
+    name: ModelName,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on; else built-in English that calibration does not see.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 4096,
+    budgets: Budgets = None,
+    storage_budgets: StorageBudgets = None,
+    policies: Policies = None,
+    baselines: Baselines = None,
+    passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
+    passkey_lengths: PasskeyLengths = None,
+    passkey_depths: PasskeyDepths = None,
+    calibration: CalibrationFile = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="A folder for plots: the frontier, and the layers.")] = None,
+) -> None:
+    """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
+    loaded, names = load_model(name), baselines or []
+    model, tokenizer = loaded.model, loaded.require_tokenizer()
+    if json_file is not None:
+        check_writable(json_file)
+    if plots is not None:
+        check_plots(plots)
+    check_baselines(names, model)
+    ids = token_ids(tokenizer, read_text(text) if text else _held_out(), tokens)
+    windowed(ids)  # refuses too short a text before anything is measured
+    asked = passkey or passkey_lengths or passkey_depths
+    lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
+    passkeys = hide_passkeys(tokenizer, _held_out(), lengths, depths) if asked else []
+
+    importance = analyze_on(loaded, calibration)
+    plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
+    configurations = [
+        Configuration("original", model), *compile_plans(model, plans), *quantized_caches(names, model)
+    ]  # fmt: skip
+    results = compare(configurations, ids, progress=True)
+    retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
+
+    about = About(name, str(text) if text else "built-in English, held out", len(ids))
+    _show(about, results, retrievals)
+    if json_file is not None:
+        write_json(json_file, record(about, results, retrievals, importance, plans, packages(names)))
+    if plots is not None:
+        plot_frontier(results, plots / FRONTIER_FILE)
+        plot_layers(importance, plans, plots / LAYERS_FILE)
+
+
+def _held_out() -> str:
+    return "\n\n".join(held_out_english())
+
+
+def _plans(
+    importance: Importance,
+    policies: Sequence[str] | None,
+    budgets: Sequence[float] | None,
+    storage_budgets: Sequence[float] | None,
+) -> dict[str, Plan]:
+    """Named plans; on standard error, those that cannot be had."""
+    if not budgets and not storage_budgets:
+        budgets = [DEFAULT_BUDGET]
+    plans, left_out = make_plans(importance, policies or ["fisher"], budgets or [], storage_budgets or [])
+    for reason in left_out:
+        typer.echo(reason, err=True)
+    return plans
+
+
+def _show(about: About, results: Sequence[Result], retrievals: Sequence[Retrieval]) -> None:
+    console = Console()
+    console.print(results_table(results, str(about)))
+    if retrievals:
+        console.print(passkey_table(retrievals))
