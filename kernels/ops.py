@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels import reference
+from kvmix_compile.kernels import dispatch, reference
 from kvmix_compile.kernels.precision import Precision
 
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
@@ -45,6 +45,14 @@ def _attend(*arguments: Any) -> Tensor:
     return reference.attend(*_with_precisions(arguments, key=11))
 
 
+def _append_on_cuda(*arguments: Any) -> None:
+    dispatch.append_on_cuda(*_with_precisions(arguments, key=10))
+
+
+def _attend_on_cuda(*arguments: Any) -> Tensor:
+    return dispatch.attend_on_cuda(*_with_precisions(arguments, key=11))
+
+
 def _with_precisions(arguments: tuple[Any, ...], key: int) -> tuple[Any, ...]:
     """Integers become precisions: the keys' at this place, the values' at the next."""
     value = key + 1
@@ -59,6 +67,10 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *state_and_options: Any) -> Te
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-for _name, _kernel, _fake in (("append", _append, _append_fake), ("attend", _attend, _attend_fake)):
+for _name, _kernel, _cuda_kernel, _fake in (
+    ("append", _append, _append_on_cuda, _append_fake),
+    ("attend", _attend, _attend_on_cuda, _attend_fake),
+):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _cuda_kernel, "CUDA")
     torch.library.register_fake(f"kvmix::{_name}", _fake, lib=_library)

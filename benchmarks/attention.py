@@ -1,0 +1,156 @@
+"""Time of attend and append against PyTorch's attention over 16-bit keys and values: `python -m benchmarks.attention`.
+
+One decoded token per row, on a CUDA device if there is one, else on the CPU; the baseline is the fastest of SDPA's
+backends at the same shapes in the same run. The share of memory bandwidth counts the bytes that must be read, the
+state's, against what a copy reaches on the same device.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from benchmarks.record import circumstances
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+RESULTS = Path(__file__).parent / "results" / "attention.json"
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# More than any cache between memory and processor, so that a copy of as much measures memory.
+COPIED_BYTES = 2**30
+# Several times the second-level cache of any GPU.
+FLUSHED_BYTES = 2**29
+LENGTHS = [2048, 8192, 32768, 131072] if DEVICE == "cuda" else [2048, 8192]
+REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows and tokens of each, heads, and the precision of keys and values."""
+
+    batch: int
+    tokens: int
+    bits: int
+    query_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    def layout(self) -> StateLayout:
+        precision = Precision(self.bits, 32, 4)
+        return StateLayout(self.kv_heads, self.head_dim, self.head_dim, precision, precision, sinks=64, recent=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if DEVICE == "cuda" else [1])
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    options = parser.parse_args()
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in shapes(options.batch, options.tokens, options.bits):
+        row = asdict(shape) | measure(shape, dtype, bandwidth)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    record = {"dtype": str(dtype), "copy_bytes_per_second": bandwidth, "results": rows} | circumstances()
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def shapes(batches: list[int], lengths: list[int], widths: list[int]) -> Iterator[Shape]:
+    for batch in batches:
+        for tokens in lengths:
+            for bits in widths:
+                yield Shape(batch, tokens, bits)
+
+
+def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """Seconds of each operation, and what follows from them."""
+    layout = shape.layout()
+    state = SiteState.allocate(layout, shape.batch, layout.required_blocks(shape.tokens + 1), dtype, DEVICE)
+    fill(state)
+    q = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, dtype=dtype, device=DEVICE)
+    k, v = (q[:, : shape.kv_heads].clone() for _ in range(2))
+    lengths = torch.full((shape.batch,), shape.tokens, device=DEVICE)
+    inputs = (k, v, lengths, torch.zeros_like(lengths), *state.tensors())
+    ints = (layout.key.as_ints(), layout.value.as_ints(), layout.recent)
+    scale = shape.head_dim**-0.5
+    attend = seconds(lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0))
+    append = seconds(lambda: torch.ops.kvmix.append.default(*inputs, *ints))
+    backends = sdpa_seconds(shape, q)
+    fastest = min(backends.values(), default=None)
+    return {
+        "attend_seconds": attend,
+        "append_seconds": append,
+        "sdpa_seconds": backends,
+        "speedup": fastest and fastest / attend,
+        "bandwidth_share": state.nbytes / attend / bandwidth,
+        "append_share": append / attend,
+    }
+
+
+def fill(state: SiteState) -> None:
+    """Random codes with small scales and zero points: float16 zeros where those are read."""
+    for tensor in (state.sink_k, state.sink_v, state.tail_k, state.tail_v):
+        tensor.normal_()
+    # Every byte below 0x3C keeps what is read as float16 below one.
+    for tensor in (state.packed_k, state.packed_v):
+        tensor.random_(0, 0x3C)
+
+
+def sdpa_seconds(shape: Shape, q: Tensor) -> dict[str, float]:
+    """Seconds of each of PyTorch's backends that takes these shapes."""
+    size = (shape.batch, shape.kv_heads, shape.tokens + 1, shape.head_dim)
+    k, v = (torch.randn(size, dtype=q.dtype, device=q.device) for _ in range(2))
+    found = {}
+    for backend in BACKENDS:
+        # A backend that does not support the shapes or the device, or runs out of memory, raises RuntimeError.
+        with suppress(RuntimeError), sdpa_kernel(backend):
+            found[backend.name] = seconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / seconds(lambda: target.copy_(source))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of several runs after two that warm up."""
+    for _ in range(2):
+        run()
+    return median(_timed(run) for _ in range(REPEATS))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    if DEVICE == "cpu":
+        begin = perf_counter()
+        run()
+        return perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Nothing that is read may lie in the device's cache. Meanwhile the host queues the run: its time is not counted.
+    torch.zeros(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
+    begin_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event) / 1000
+
+
+if __name__ == "__main__":
+    main()

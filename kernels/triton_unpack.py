@@ -1,0 +1,230 @@
+"""What Triton kernels share: a packed block's constants, and its elements in registers. The bytes: packing.py."""
+
+# What a kernel is given has no Python type: pointers, numbers and tensors of Triton's own.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from kvmix_compile.kernels.packing import PLANES
+from kvmix_compile.kernels.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Precision
+
+# tl.dot wants at least this many channels.
+SMALLEST_DOT = 16
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_TOKENS = tl.constexpr(BLOCK_TOKENS)
+_EXTREMES_BYTES = tl.constexpr(BLOCK_EXTREMES_BYTES)
+_NIBBLE_LEVELS = tl.constexpr(15.0)
+_LOG_2 = tl.constexpr(0.6931471805599453)
+_FLOAT16_MAX = tl.constexpr(65504.0)
+
+# The bits of 2**23 in float32: a smaller integer in the mantissa's place makes the float 2**23 + integer. An or and a
+# subtraction take half the time of the conversion instruction.
+_EXPONENT_BITS = tl.constexpr(0x4B000000)
+_EXPONENT_VALUE = tl.constexpr(8388608.0)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A packed block of one head, as the constants a kernel is compiled for.
+
+    Byte p of a token's row of the lowest plane holds channels p, p + width, p + 2 * width .. in `slices` fields. Padded
+    to a power of two a row of fields has `padded_width` places, and a head `slices * padded_width`.
+    run: neighbouring channels that always share a value's scale, a power of two that divides slices and groups.
+    """
+
+    bits: int
+    group: int
+    scale_bits: int
+    head_dim: int
+    block_bytes: int
+    code_bytes: int
+    slices: int
+    width: int
+    padded_width: int
+    run: int
+
+    @classmethod
+    def of(cls, precision: Precision, head_dim: int, itemsize: int) -> BlockFormat:
+        """itemsize: bytes of an element of the model's dtype."""
+        slices = 8 // PLANES[precision.bits][0] if precision.is_quantized else 1
+        width = head_dim // slices
+        common = gcd(width, precision.group)
+        return cls(
+            bits=precision.bits,
+            group=precision.group,
+            scale_bits=precision.scale_bits,
+            head_dim=head_dim,
+            block_bytes=precision.block_bytes(head_dim, itemsize),
+            code_bytes=precision.code_bytes(head_dim) if precision.is_quantized else 0,
+            slices=slices,
+            width=width,
+            padded_width=max(triton.next_power_of_2(width), SMALLEST_DOT // slices),
+            run=common & -common,
+        )
+
+
+@triton.jit
+def channels_in_order(FORMAT: tl.constexpr):
+    """The channel at each place of an unpacked row, and whether it is one: int32 and bool [places]."""
+    place = tl.arange(0, FORMAT.slices * FORMAT.padded_width)
+    within = place % FORMAT.padded_width
+    return place // FORMAT.padded_width * FORMAT.width + within, within < FORMAT.width
+
+
+@triton.jit
+def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """Keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
+
+    blocks: pointer to the bytes of the head's block 0.
+    """
+    if FORMAT.bits == 16:
+        return _load_elements(blocks, first, end, DTYPE, BLOCKS, FORMAT)
+    PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
+    GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
+    group = tl.arange(0, GROUPS)
+    block = first + group // PER_BLOCK
+    metadata = (blocks + FORMAT.code_bytes + block * FORMAT.block_bytes)[:, None, None]
+    slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
+    within = tl.arange(0, FORMAT.padded_width)[None, None, :]
+    index = (group % PER_BLOCK * FORMAT.head_dim)[:, None, None] + slice_ * FORMAT.width + within
+    is_block = (block < end)[:, None, None]
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    codes = _load_codes(blocks, first, end, BLOCKS, FORMAT)
+    codes = codes.reshape(GROUPS, FORMAT.group, FORMAT.slices, FORMAT.padded_width)
+    elements = codes * _of_fields(scale, slice_, FORMAT)[:, None, :, :] + zero_point[:, None, :, :]
+    return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+
+
+@triton.jit
+def unpack_values(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """As unpack_keys."""
+    if FORMAT.bits == 16:
+        return _load_elements(blocks, first, end, DTYPE, BLOCKS, FORMAT)
+    PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
+    RUNS: tl.constexpr = FORMAT.padded_width // FORMAT.run
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    block = first + token // _TOKENS
+    metadata = (blocks + FORMAT.code_bytes + block * FORMAT.block_bytes)[:, None, None]
+    slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
+    within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
+    index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
+    is_block = (block < end)[:, None, None]
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    codes = _load_codes(blocks, first, end, BLOCKS, FORMAT)
+    codes = codes.reshape(BLOCKS * _TOKENS, FORMAT.slices, RUNS, FORMAT.run)
+    elements = codes * _of_fields(scale, slice_, FORMAT)[:, :, :, None] + zero_point[:, :, :, None]
+    return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+
+
+@triton.jit
+def _load_elements(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    channel, is_channel = channels_in_order(FORMAT)
+    elements = blocks.to(tl.pointer_type(DTYPE)) + first * (_TOKENS * FORMAT.head_dim)
+    mask = (first + token // _TOKENS < end)[:, None] & is_channel[None, :]
+    return tl.load(elements + token[:, None] * FORMAT.head_dim + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_codes(blocks, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """Codes, each times the place value of its field's lowest bit: float32 [BLOCKS * 32, slices, padded_width]."""
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    within = tl.arange(0, FORMAT.padded_width)
+    block = first + token // _TOKENS
+    mask = (block < end)[:, None, None] & (within < FORMAT.width)[None, None, :]
+    rows = blocks + block * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
+    low = tl.load(rows[:, None, None] + within[None, None, :], mask=mask, other=0).to(tl.int32)
+    shift = _field_shift(tl.arange(0, FORMAT.slices), FORMAT)[None, :, None]
+    if FORMAT.bits == 3:
+        HALF: tl.constexpr = FORMAT.width // 2
+        plane = blocks + _TOKENS * FORMAT.width
+        rows = plane + block * FORMAT.block_bytes + token % _TOKENS * HALF
+        # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
+        high = tl.load(rows[:, None, None] + (within % HALF)[None, None, :], mask=mask, other=0).to(tl.int32)
+        high = (high >> (within // HALF)[None, None, :]) << 2
+        fields = (low & (3 << shift)) | (high & (4 << shift))
+    else:
+        fields = low & ((2**FORMAT.bits - 1) << shift)
+    return _to_float(fields)
+
+
+@triton.jit
+def _to_float(integer):
+    """Of integers from 0 to 2**23 - 1."""
+    return (integer | _EXPONENT_BITS).to(tl.float32, bitcast=True) - _EXPONENT_VALUE
+
+
+@triton.jit
+def _field_shift(slice_, FORMAT: tl.constexpr):
+    return slice_ * (8 // FORMAT.slices)
+
+
+@triton.jit
+def _of_fields(scale, slice_, FORMAT: tl.constexpr):
+    """The scale of codes that were left in their fields; powers of two, so nothing is rounded."""
+    return scale * ((127 - _field_shift(slice_, FORMAT)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, EXACT: tl.constexpr):
+    """Scales and zero points, float32, finite also where is_block or is_channel is false.
+
+    metadata: pointers to the first byte behind the codes of a block.
+    EXACT: as packing.py computes them, to the last bit; else faster.
+    """
+    halves = metadata.to(tl.pointer_type(tl.float16))
+    mask = is_block & is_channel
+    if FORMAT.scale_bits == 16:
+        GROUPS: tl.constexpr = _TOKENS * FORMAT.head_dim // FORMAT.group
+        scale = tl.load(halves + index, mask=mask, other=0.0).to(tl.float32)
+        zero_point = tl.load(halves + GROUPS + index, mask=mask, other=0.0).to(tl.float32)
+    else:
+        nibbles = tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0).to(tl.int32)
+        log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
+        scale = exact_exp(log2_scale * _LOG_2) if EXACT else tl.exp2(log2_scale)
+        zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
+    return scale, zero_point
+
+
+@triton.jit
+def _from_nibble(extremes, nibble, mask, EXACT: tl.constexpr):
+    """extremes: pointers to the lowest number, with the highest behind it."""
+    lowest = tl.load(extremes, mask=mask, other=0.0).to(tl.float32)
+    highest = tl.load(extremes + 1, mask=mask, other=0.0).to(tl.float32)
+    step = nibble_step(lowest, highest) if EXACT else (highest - lowest) * (1.0 / _NIBBLE_LEVELS)
+    return _to_float(nibble) * step + lowest
+
+
+@triton.jit
+def nibble_step(lowest, highest):
+    """What one of a nibble's levels is worth between these extremes, correctly rounded."""
+    extent = highest - lowest
+    return tl.div_rn(extent, tl.full(extent.shape, _NIBBLE_LEVELS, tl.float32))
+
+
+@triton.jit
+def exact_exp(x):
+    """As PyTorch computes it on the device: tl.exp is an approximation there."""
+    return tl.exp(x) if _INTERPRETED else libdevice.exp(x)
+
+
+@triton.jit
+def exact_log2(x):
+    """As exact_exp."""
+    return tl.log2(x) if _INTERPRETED else libdevice.log2(x)
+
+
+@triton.jit
+def _rounded(elements, DTYPE: tl.constexpr):
+    """Only upwards can an element leave float16's range: no zero point does, and scales are not negative."""
+    if DTYPE.is_fp16():
+        elements = tl.minimum(elements, _FLOAT16_MAX)
+    return elements.to(DTYPE)
