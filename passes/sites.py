@@ -43,6 +43,10 @@ class Attention:
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
         scale = node.kwargs.get("scale")
+        if isinstance(scale, fx.Node):
+            raise UnsupportedModelError(
+                f"{layer}: the scale of its attention scores is computed, which is not supported"
+            )
         scale = float(scale) if isinstance(scale, int | float) else _shape(query)[-1] ** -0.5
         mask = _fused_mask(node, layer, probe)
         return cls(layer, query, key, value, node, ScoreFunction(scale, 0.0, mask))
@@ -154,8 +158,8 @@ def _site(attention: Attention, captured: Captured) -> AttentionSite:
     if mask.kind == "chunked":
         raise UnsupportedModelError(f"{layer}: chunked attention (chunks of {mask.size} tokens) is not supported")
     query_heads, key_dim = _heads_and_dim(attention.query, captured, f"{layer}: its queries")
-    key = _before_repeat(attention.key, query_heads, captured, layer)
-    value = _before_repeat(attention.value, query_heads, captured, layer)
+    key = _before_repeat(attention.key, query_heads, captured)
+    value = _before_repeat(attention.value, query_heads, captured)
     kv_heads, _ = _heads_and_dim(key, captured, f"{layer}: its keys")
     value_heads, value_dim = _heads_and_dim(value, captured, f"{layer}: its values")
     if kv_heads != value_heads or query_heads % kv_heads:
@@ -243,7 +247,7 @@ def _transposed(key: fx.Node, layer: str) -> fx.Node:
     raise UnsupportedModelError(f"{layer}: its scores are not the product of queries and transposed keys")
 
 
-def _before_repeat(node: fx.Node, query_heads: int, captured: Captured, layer: str) -> fx.Node:
+def _before_repeat(node: fx.Node, query_heads: int, captured: Captured) -> fx.Node:
     """The keys or values before their heads are repeated: the earliest node of the layout chain that still has its
     shape `[batch, heads, tokens, dim]`, and whose repetition gives exactly `node`.
     """
