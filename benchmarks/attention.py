@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
-from benchmarks.record import circumstances
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.records import circumstances
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -66,7 +66,9 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    record = {"dtype": str(dtype), "copy_bytes_per_second": bandwidth, "results": rows} | circumstances()
+    record = {"dtype": str(dtype), "copy_bytes_per_second": bandwidth, "results": rows} | circumstances(
+        "attention", torch.device(DEVICE)
+    )
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -18,9 +18,9 @@ import torch
 from transformers import DynamicCache
 
 import kvmix_compile
-from benchmarks.record import circumstances
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
+from kvmix_compile.records import circumstances
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 CHUNK = 500
@@ -40,7 +40,7 @@ def main() -> None:
     rows = {kind: _in_own_process(kind, arguments) for kind in ("dynamic", "kvmix")}
     ratio = rows["dynamic"]["resident_growth"] / rows["kvmix"]["resident_growth"]
     record = {"tokens": options.tokens, "budget": options.budget, "results": rows, "resident_ratio": ratio}
-    RESULTS.write_text(json.dumps(record | circumstances(), indent=2) + "\n")
+    RESULTS.write_text(json.dumps(record | circumstances("memory", torch.device("cpu")), indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, QuantizedCache
 
-from kvmix_compile.configurations import UNQUANTIZED_BITS, Configuration
+from kvmix_compile.configurations import Configuration
 from kvmix_compile.errors import InputError
+from kvmix_compile.kernels.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.importance import Importance
 from kvmix_compile.passes.plan import Plan
 

@@ -10,11 +10,10 @@ from transformers import DynamicCache
 
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.compiler import apply
+from kvmix_compile.kernels.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.allocate import BudgetError
 from kvmix_compile.passes.importance import Importance
 from kvmix_compile.passes.plan import Plan
-
-UNQUANTIZED_BITS = 16
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ class CompiledModel(nn.Module):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         asked = {name for name, value in options.items() if value is not None and value is not False} - _BOOKKEEPING
+        if not asked:  # as in every step of decoding, which need not look at signatures
+            return
         # What the original takes by name means something to it; what falls into its **kwargs does not.
         for name in asked & (_UNANSWERED | set(inspect.signature(super().forward).parameters)):
             raise InputError(f"{name} is not available from a compiled model: call the original model for it")

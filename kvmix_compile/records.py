@@ -54,9 +54,20 @@ def record(
         "passkeys": [asdict(retrieval) | {"retrieved": retrieval.retrieved} for retrieval in retrievals],
         "importance": _importance(importance),
         "precisions": {name: _precisions(plan) for name, plan in plans.items()},
-        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        **circumstances("kvmix", torch.device("cpu"), packages),
+    }
+
+
+def circumstances(program: str, device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """On what, with what and how this run of `program` was made: what a stored result needs besides its numbers."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return {
+        "device": name,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *packages)},
-        "command": ["kvmix", *sys.argv[1:]],
+        "command": [program, *sys.argv[1:]],
     }
 
 
