@@ -1,8 +1,9 @@
 """Time of attend and append against PyTorch's attention over 16-bit keys and values: `python -m benchmarks.attention`.
 
 One decoded token per row, on a CUDA device if there is one, else on the CPU; the baseline is the fastest of SDPA's
-backends at the same shapes in the same run. The share of memory bandwidth counts the bytes that must be read, the
-state's, against what a copy reaches on the same device.
+backends at the same shapes in the same run, taking turns with attend, and for each also the layout in which the query
+heads of a group are queries of one head. The share of memory bandwidth counts the bytes that must be read, the state's,
+against what a copy reaches on the same device.
 """
 
 import argparse
@@ -21,19 +22,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 from kvmix_compile.records import circumstances
 
-RESULTS = Path(__file__).parent / "results" / "attention.json"
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESULTS = Path(__file__).parent / "results" / f"attention-{DEVICE}.json"
 # More than any cache between memory and processor, so that a copy of as much measures memory.
 COPIED_BYTES = 2**30
 # Several times the second-level cache of any GPU.
 FLUSHED_BYTES = 2**29
-LENGTHS = [2048, 8192, 32768, 131072] if DEVICE == "cuda" else [2048, 8192]
+LENGTHS = [2048, 8192, 32768, 131072] if DEVICE == "cuda" else [1024, 8192, 32768]
+# Query heads, heads of keys and values, channels of a head: as Llama 3.1 8B has them, and SmolLM2-135M.
+HEADS = [32, 8, 128] if DEVICE == "cuda" else [9, 3, 64]
 REPEATS = 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,29 @@ class Shape:
 
     batch: int
     tokens: int
-    bits: int
-    query_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
+    key_bits: int
+    value_bits: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
 
     def layout(self) -> StateLayout:
-        precision = Precision(self.bits, 32, 4)
-        return StateLayout(self.kv_heads, self.head_dim, self.head_dim, precision, precision, sinks=64, recent=128)
+        key, value = Precision(self.key_bits, 32, 4), Precision(self.value_bits, 32, 4)
+        return StateLayout(self.kv_heads, self.head_dim, self.head_dim, key, value, sinks=64, recent=128)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32] if DEVICE == "cuda" else [1])
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--bits", nargs="+", default=["2", "3", "3/2", "4"], help="of keys and values, or keys/values")
+    parser.add_argument("--heads", type=int, nargs=3, default=HEADS, help="of queries, of keys and values; head_dim")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if DEVICE == "cuda" else "float32")
     options = parser.parse_args()
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    dtype = DTYPES[options.dtype]
     bandwidth = copy_bandwidth()
     rows = []
-    for shape in shapes(options.batch, options.tokens, options.bits):
+    for shape in shapes(options.batch, options.tokens, options.bits, options.heads):
         row = asdict(shape) | measure(shape, dtype, bandwidth)
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -72,11 +79,12 @@ def main() -> None:
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def shapes(batches: list[int], lengths: list[int], widths: list[int]) -> Iterator[Shape]:
+def shapes(batches: list[int], lengths: list[int], widths: list[str], heads: list[int]) -> Iterator[Shape]:
     for batch in batches:
         for tokens in lengths:
             for bits in widths:
-                yield Shape(batch, tokens, bits)
+                key_bits, _, value_bits = bits.partition("/")
+                yield Shape(batch, tokens, int(key_bits), int(value_bits or key_bits), *heads)
 
 
 def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
@@ -87,20 +95,30 @@ def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any
     q = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, dtype=dtype, device=DEVICE)
     k, v = (q[:, : shape.kv_heads].clone() for _ in range(2))
     lengths = torch.full((shape.batch,), shape.tokens, device=DEVICE)
-    inputs = (k, v, lengths, torch.zeros_like(lengths), *state.tensors())
+    starts = torch.zeros_like(lengths)
+    inputs = (k, v, lengths, starts, *state.tensors())
+    # With a multiple of 32 tokens, sinks and recent ones the next token completes a block, and the one after it none.
+    next_inputs = (k, v, lengths + 1, starts, *state.tensors())
     ints = (layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     scale = shape.head_dim**-0.5
-    attend = seconds(lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0))
-    append = seconds(lambda: torch.ops.kvmix.append.default(*inputs, *ints))
-    backends = sdpa_seconds(shape, q)
-    fastest = min(backends.values(), default=None)
+    took = seconds(
+        {
+            "attend": lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0),
+            "append": lambda: torch.ops.kvmix.append.default(*inputs, *ints),
+            "append_token": lambda: torch.ops.kvmix.append.default(*next_inputs, *ints),
+        }
+        | sdpa(shape, q)
+    )
+    attend, append, append_token = (took.pop(name) for name in ("attend", "append", "append_token"))
+    fastest = min(took.values(), default=None)
     return {
         "attend_seconds": attend,
         "append_seconds": append,
-        "sdpa_seconds": backends,
+        "append_token_seconds": append_token,
+        "sdpa_seconds": took,
         "speedup": fastest and fastest / attend,
         "bandwidth_share": state.nbytes / attend / bandwidth,
-        "append_share": append / attend,
+        "append_share": (append + (BLOCK_TOKENS - 1) * append_token) / BLOCK_TOKENS / attend,
     }
 
 
@@ -113,15 +131,27 @@ def fill(state: SiteState) -> None:
         tensor.random_(0, 0x3C)
 
 
-def sdpa_seconds(shape: Shape, q: Tensor) -> dict[str, float]:
-    """Seconds of each of PyTorch's backends that takes these shapes."""
+def sdpa(shape: Shape, q: Tensor) -> dict[str, Callable[[], object]]:
+    """PyTorch's attention by each of its backends, and in each layout, that it takes these shapes in."""
     size = (shape.batch, shape.kv_heads, shape.tokens + 1, shape.head_dim)
     k, v = (torch.randn(size, dtype=q.dtype, device=q.device) for _ in range(2))
+    as_queries = q.view(shape.batch, shape.kv_heads, -1, shape.head_dim)
+
+    def attention(backend: SDPBackend, queries: Tensor) -> Callable[[], object]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(queries, k, v, enable_gqa=True)
+
+        return run
+
     found = {}
     for backend in BACKENDS:
-        # A backend that does not support the shapes or the device, or runs out of memory, raises RuntimeError.
-        with suppress(RuntimeError), sdpa_kernel(backend):
-            found[backend.name] = seconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        for layout, queries in (("", q), ("_AS_QUERIES", as_queries)):
+            run = attention(backend, queries)
+            # A backend that does not support the shapes or the device, or runs out of memory, raises RuntimeError.
+            with suppress(RuntimeError):
+                run()
+                found[backend.name + layout] = run
     return found
 
 
@@ -129,14 +159,16 @@ def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / seconds(lambda: target.copy_(source))
+    return 2 * COPIED_BYTES / seconds({"copy": lambda: target.copy_(source)})["copy"]
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Median of several runs after two that warm up."""
-    for _ in range(2):
-        run()
-    return median(_timed(run) for _ in range(REPEATS))
+def seconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median of several rounds, in which all take turns, after two that warm up."""
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(2 + REPEATS):
+        for name, run in runs.items():
+            took[name].append(_timed(run))
+    return {name: median(times[2:]) for name, times in took.items()}
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import gcd
 
@@ -37,15 +37,25 @@ class Precision:
     bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in their own dtype.
     group: elements that share a scale and a zero point.
     scale_bits: bits of a scale and of a zero point: 16 (float16) or 4 (relative to the block's own extremes).
+    important_bits: of keys, bits of a code in the first half of the channels, more than `bits`, which are those of the
+        second half; 0 where all channels have `bits`. Which channels of a model come first is not known here.
     """
 
     bits: int
     group: int = 32
     scale_bits: int = 16
+    important_bits: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BIT_WIDTHS:
             raise KVMixError(f"{self.bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
+        if self.important_bits and not self.bits < self.important_bits < UNQUANTIZED_BITS:
+            raise KVMixError(
+                f"important channels have more bits than the others, which have {self.bits}, and at most "
+                f"{BIT_WIDTHS[-2]}, not {self.important_bits}"
+            )
+        if self.important_bits and self.important_bits not in BIT_WIDTHS:
+            raise KVMixError(f"{self.important_bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
         if self.group < 1:
             raise KVMixError(f"a group holds at least one element, not {self.group}; 32 is the usual size")
         if self.scale_bits not in SCALE_BIT_WIDTHS:
@@ -63,13 +73,26 @@ class Precision:
         """The highest code."""
         return 2**self.bits - 1
 
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, averaged over the channels."""
+        return (self.bits + self.important_bits) / 2 if self.important_bits else self.bits
+
+    def halves(self) -> tuple[Precision, ...]:
+        """What a block consists of, in equal parts of its channels: the precision of the important half and that of
+        the other, or this one alone.
+        """
+        if not self.important_bits:
+            return (self,)
+        return replace(self, bits=self.important_bits, important_bits=0), replace(self, important_bits=0)
+
     def groups(self, head_dim: int) -> int:
         """Groups in a block of 32 tokens of one head."""
         return BLOCK_TOKENS * head_dim // self.group
 
     def code_bytes(self, head_dim: int) -> int:
         """Bytes of a block's codes."""
-        return BLOCK_TOKENS * head_dim * self.bits // 8
+        return int(BLOCK_TOKENS * head_dim * self.mean_bits) // 8
 
     def block_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of a block of 32 tokens of one head, everything counted.
@@ -79,7 +102,7 @@ class Precision:
         if not self.is_quantized:
             return BLOCK_TOKENS * head_dim * itemsize
         per_group_bits = 2 * self.scale_bits  # a scale and a zero point
-        extremes = BLOCK_EXTREMES_BYTES if self.scale_bits == 4 else 0
+        extremes = BLOCK_EXTREMES_BYTES * len(self.halves()) if self.scale_bits == 4 else 0
         return self.code_bytes(head_dim) + extremes + self.groups(head_dim) * per_group_bits // 8
 
     def stored_bits(self, head_dim: int) -> float:
@@ -97,6 +120,11 @@ class Precision:
                 f"a head of {head_dim} channels cannot be quantized: the count must be a multiple of "
                 f"{CHANNEL_MULTIPLE}; keep this site at {UNQUANTIZED_BITS} bits"
             )
+        if self.important_bits and (axis != Axis.TOKENS or head_dim % (2 * CHANNEL_MULTIPLE)):
+            raise KVMixError(
+                f"only keys of a multiple of {2 * CHANNEL_MULTIPLE} channels can have important ones of more bits, not "
+                f"{'values' if axis != Axis.TOKENS else f'keys of {head_dim}'}"
+            )
         extent = BLOCK_TOKENS if axis == Axis.TOKENS else head_dim
         if extent % self.group:
             raise KVMixError(
@@ -105,13 +133,13 @@ class Precision:
 
     def as_ints(self) -> list[int]:
         """For an operator's schema, which knows integers only."""
-        return [self.bits, self.group, self.scale_bits]
+        return [self.bits, self.group, self.scale_bits, self.important_bits]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Precision:
         """The inverse of as_ints."""
-        if len(ints) != 3:
-            raise KVMixError(f"a precision is [bits, group, scale_bits], not {list(ints)}")
+        if len(ints) != 4:
+            raise KVMixError(f"a precision is [bits, group, scale_bits, important_bits], not {list(ints)}")
         return cls(*ints)
 
 

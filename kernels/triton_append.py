@@ -29,7 +29,7 @@ from kvmix_compile.kernels.packing import (
     SMALLEST_SCALE,
 )
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
-from kvmix_compile.kernels.triton_unpack import BlockFormat, exact_log2, load_metadata, nibble_step
+from kvmix_compile.kernels.triton_unpack import BlockFormat, exact_log2, load_metadata, nibble_step, part_of
 
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
 _FLOAT16_MAX = tl.constexpr(FLOAT16_MAX)
@@ -43,8 +43,9 @@ _WHOLE = tl.constexpr(8388608.0)
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """What packing a block needs beside its format, as the constants a kernel is compiled for.
+    """What packing a part of a block needs beside its format, as the constants a kernel is compiled for.
 
+    padded_dim: channels of the whole head, padded to a power of two.
     margin: the share of a group's range cut off at either end; zero_point_bias, log2_scale_bias: see NIBBLE_BIAS.
     """
 
@@ -59,9 +60,15 @@ class BlockWriter:
     log2_scale_bias: float
 
     @classmethod
-    def of(cls, precision: Precision, axis: Axis, head_dim: int) -> BlockWriter:
+    def parts(cls, precision: Precision, axis: Axis, head_dim: int) -> tuple[BlockWriter, ...]:
+        """As BlockFormat.parts."""
+        halves = precision.halves()
+        return tuple(cls._of(half, axis, head_dim // len(halves), head_dim) for half in halves)
+
+    @classmethod
+    def _of(cls, precision: Precision, axis: Axis, channels: int, head_dim: int) -> BlockWriter:
         quantized = precision.is_quantized
-        groups = precision.groups(head_dim) if quantized else 1
+        groups = precision.groups(channels) if quantized else 1
         zero_point_bias, log2_scale_bias = NIBBLE_BIAS[precision.bits] if quantized else (0.0, 0.0)
         kept = KEYS_KEPT_RANGE.get(precision.bits, 1.0) if axis == Axis.TOKENS else 1.0
         return cls(
@@ -100,10 +107,10 @@ def append_kernel(
     tokens,  # of the chunk, padding counted
     room,  # packed blocks
     HEADS: tl.constexpr,
-    KEY: tl.constexpr,
-    KEY_WRITER: tl.constexpr,
-    VALUE: tl.constexpr,
-    VALUE_WRITER: tl.constexpr,
+    KEYS: tl.constexpr,  # the formats of a block's parts
+    KEY_WRITERS: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUE_WRITERS: tl.constexpr,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -118,16 +125,16 @@ def append_kernel(
             k + row * k_row + head * k_head,
             k_token,
             k_channel,
-            sink_k + state_head * SINKS * KEY.head_dim,
-            packed_k + state_head * room * KEY.block_bytes,
-            tail_k + state_head * SLOTS * KEY.head_dim,
+            sink_k + state_head * SINKS * KEYS[0].head_dim,
+            packed_k + state_head * room * KEYS[0].block_bytes,
+            tail_k + state_head * SLOTS * KEYS[0].head_dim,
             length,
             start,
             tokens,
             room,
             unit,
-            KEY,
-            KEY_WRITER,
+            KEYS,
+            KEY_WRITERS,
             SINKS,
             RECENT,
             SLOTS,
@@ -137,16 +144,16 @@ def append_kernel(
             v + row * v_row + head * v_head,
             v_token,
             v_channel,
-            sink_v + state_head * SINKS * VALUE.head_dim,
-            packed_v + state_head * room * VALUE.block_bytes,
-            tail_v + state_head * SLOTS * VALUE.head_dim,
+            sink_v + state_head * SINKS * VALUES[0].head_dim,
+            packed_v + state_head * room * VALUES[0].block_bytes,
+            tail_v + state_head * SLOTS * VALUES[0].head_dim,
             length,
             start,
             tokens,
             room,
             unit,
-            VALUE,
-            VALUE_WRITER,
+            VALUES,
+            VALUE_WRITERS,
             SINKS,
             RECENT,
             SLOTS,
@@ -166,12 +173,14 @@ def _append(
     tokens,
     room,
     unit,
-    FORMAT: tl.constexpr,
-    WRITER: tl.constexpr,
+    FORMATS: tl.constexpr,
+    WRITERS: tl.constexpr,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
+    FORMAT: tl.constexpr = FORMATS[0]
+    WRITER: tl.constexpr = WRITERS[0]
     # So that the row's token u lies at chunk + u * chunk_token.
     chunk += (start - length).to(tl.int64) * chunk_token
     end = tl.maximum(length + tokens - start, length)
@@ -184,31 +193,25 @@ def _append(
     for block in tl.range(begin, until, num_stages=1):
         target = packed + block * FORMAT.block_bytes
         first = SINKS + block * _TOKENS
-        if FORMAT.bits == 16:
-            _copy_block(target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS)
-        else:
-            _write_metadata(
-                target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS
+        for part in tl.static_range(len(FORMATS)):
+            _pack_part(
+                target + FORMATS[part].first_byte,
+                first,
+                chunk + FORMATS[part].first_channel * chunk_channel,
+                chunk_token,
+                chunk_channel,
+                tail + FORMATS[part].first_channel,
+                length,
+                part_of(FORMATS, part),
+                part_of(WRITERS, part),
+                SINKS,
+                SLOTS,
             )
-            # Other threads of this program read what was written.
-            tl.debug_barrier()
-            LOW: tl.constexpr = 8 // FORMAT.slices
-            _write_plane(
-                *(target, first, chunk, chunk_token, chunk_channel, tail, length, 0, LOW),
-                *(FORMAT, WRITER, SINKS, SLOTS),
-            )
-            if FORMAT.bits == 3:
-                _write_plane(
-                    *(target, first, chunk, chunk_token, chunk_channel, tail, length, 2, 1),
-                    *(FORMAT, WRITER, SINKS, SLOTS),
-                )
     if unit == 0:
         # Only now may the ring be overwritten: the tokens just packed lay in it.
         tl.debug_barrier()
-        _copy_tokens(
-            *(sink, chunk, chunk_token, chunk_channel, length, tl.minimum(end, SINKS), 0, SINKS),
-            *(FORMAT, WRITER),
-        )
+        in_sink = tl.minimum(end, SINKS)
+        _copy_tokens(sink, chunk, chunk_token, chunk_channel, length, in_sink, 0, SINKS, FORMAT, WRITER)
         oldest = tl.maximum(tl.maximum(length, SINKS), end - SLOTS)
         _copy_tokens(tail, chunk, chunk_token, chunk_channel, oldest, end, SINKS, SLOTS, FORMAT, WRITER)
 
@@ -256,6 +259,39 @@ def _load_tokens(
 
 
 @triton.jit
+def _pack_part(
+    target,
+    first,
+    chunk,
+    chunk_token,
+    chunk_channel,
+    tail,
+    length,
+    FORMAT: tl.constexpr,
+    WRITER: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """target, chunk and tail: pointers to where the part's own bytes and channels begin."""
+    if FORMAT.bits == 16:
+        _copy_block(target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS)
+    else:
+        _write_metadata(target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS)
+        # Other threads of this program read what was written.
+        tl.debug_barrier()
+        LOW: tl.constexpr = 8 // FORMAT.slices
+        _write_plane(
+            *(target, first, chunk, chunk_token, chunk_channel, tail, length, 0, LOW),
+            *(FORMAT, WRITER, SINKS, SLOTS),
+        )
+        if FORMAT.bits == 3:
+            _write_plane(
+                *(target, first, chunk, chunk_token, chunk_channel, tail, length, 2, 1),
+                *(FORMAT, WRITER, SINKS, SLOTS),
+            )
+
+
+@triton.jit
 def _copy_block(
     target,
     first,
@@ -297,10 +333,10 @@ def _write_metadata(
     index = tl.arange(0, WRITER.padded_groups)
     within = tl.arange(0, WRITER.padded_group)[None, :]
     if WRITER.by_tokens:
-        place = (index // FORMAT.head_dim * FORMAT.group)[:, None] + within
-        channel = (index % FORMAT.head_dim)[:, None]
+        place = (index // FORMAT.channels * FORMAT.group)[:, None] + within
+        channel = (index % FORMAT.channels)[:, None]
     else:
-        PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
+        PER_TOKEN: tl.constexpr = FORMAT.channels // FORMAT.group
         place = (index // PER_TOKEN)[:, None]
         channel = (index % PER_TOKEN * FORMAT.group)[:, None] + within
     is_group = index < WRITER.groups
@@ -359,7 +395,7 @@ def _write_plane(
     SLOTS: tl.constexpr,
 ):
     FIELDS: tl.constexpr = 8 // BITS
-    WIDTH: tl.constexpr = FORMAT.head_dim // FIELDS
+    WIDTH: tl.constexpr = FORMAT.channels // FIELDS
     PADDED: tl.constexpr = FORMAT.padded_width * FORMAT.slices // FIELDS
     place = tl.arange(0, _TOKENS)[:, None, None]
     field = tl.arange(0, FIELDS)[None, :, None]
@@ -371,16 +407,16 @@ def _write_plane(
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     if WRITER.by_tokens:
-        group = place // FORMAT.group * FORMAT.head_dim + channel
+        group = place // FORMAT.group * FORMAT.channels + channel
     else:
-        group = place * (FORMAT.head_dim // FORMAT.group) + channel // FORMAT.group
+        group = place * (FORMAT.channels // FORMAT.group) + channel // FORMAT.group
     scale, zero_point = load_metadata(target + FORMAT.code_bytes + 0 * group, group, mask, mask, FORMAT, EXACT=True)
     step = tl.where(scale == 0, float("inf"), scale)
     code = _rounded(tl.div_rn(_clamped(elements) - zero_point, step), WRITER.levels).to(tl.int32)
     bits = (code >> BELOW & (2**BITS - 1)) << (field * BITS)
     byte = tl.sum(tl.where(mask, bits, 0), 1)
     places = tl.arange(0, PADDED)[None, :]
-    plane = target + _TOKENS * FORMAT.head_dim * BELOW // 8
+    plane = target + _TOKENS * FORMAT.channels * BELOW // 8
     address = plane + tl.arange(0, _TOKENS)[:, None] * WIDTH + places
     tl.store(address, byte.to(tl.uint8), mask=places < WIDTH)
 
@@ -446,10 +482,10 @@ def append(
         *(k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v),
         *(*k.stride(), *v.stride(), tokens, packed_k.shape[2]),
         HEADS=heads,
-        KEY=BlockFormat.of(key, key_dim, k.element_size()),
-        KEY_WRITER=BlockWriter.of(key, Axis.TOKENS, key_dim),
-        VALUE=BlockFormat.of(value, value_dim, k.element_size()),
-        VALUE_WRITER=BlockWriter.of(value, Axis.CHANNELS, value_dim),
+        KEYS=BlockFormat.parts(key, key_dim, k.element_size()),
+        KEY_WRITERS=BlockWriter.parts(key, Axis.TOKENS, key_dim),
+        VALUES=BlockFormat.parts(value, value_dim, k.element_size()),
+        VALUE_WRITERS=BlockWriter.parts(value, Axis.CHANNELS, value_dim),
         SINKS=sink_k.shape[2],
         RECENT=recent,
         SLOTS=tail_k.shape[2],

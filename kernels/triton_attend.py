@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Precision
-from kvmix_compile.kernels.triton_unpack import BlockFormat, channels_in_order, unpack_keys, unpack_values
+from kvmix_compile.kernels.triton_unpack import BlockFormat, channels_in_order, part_of, unpack_keys, unpack_values
 
 # A tensor core multiplies at least this many rows of queries.
 SMALLEST_QUERY_TILE = 16
@@ -75,7 +75,7 @@ def attend_kernel(
     sliding_window,
     HEADS: tl.constexpr,  # of keys and values
     SHARED: tl.constexpr,  # query heads of each
-    KEY: tl.constexpr,
+    KEYS: tl.constexpr,  # the formats of a block's parts
     VALUE: tl.constexpr,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
@@ -100,14 +100,9 @@ def attend_kernel(
     place = query // SHARED
     is_query = (place >= start) & (place < tokens)
     number = length - start + place
-    key_channel, is_key_channel = channels_in_order(KEY)
     value_channel, is_value_channel = channels_in_order(VALUE)
     query_head = head * SHARED + query % SHARED
-    queries = tl.load(
-        (q + row * q_row + query_head * q_head + place * q_token)[:, None] + (key_channel * q_channel)[None, :],
-        mask=is_query[:, None] & is_key_channel[None, :],
-        other=0.0,
-    )
+    queries = _load_queries(q + row * q_row + query_head * q_head + place * q_token, q_channel, is_query, KEYS)
 
     # The past as stored, then what is not packed: sink, tail and the chunk up to the tile's last token.
     last_place = tl.minimum((first_query + QUERIES - 1) // SHARED, tokens - 1)
@@ -138,52 +133,52 @@ def attend_kernel(
     place_in_tile = tl.arange(0, TILE)
 
     state_head = row * HEADS + head
-    head_of_packed_k = packed_k + state_head * room * KEY.block_bytes
+    head_of_packed_k = packed_k + state_head * room * KEYS[0].block_bytes
     head_of_packed_v = packed_v + state_head * room * VALUE.block_bytes
     for tile in tl.range(begin, tl.minimum(end, packed_tiles)):
         block = first_block + tile * BLOCKS
         token = SINKS + block * _TOKENS + place_in_tile
-        keys = unpack_keys(head_of_packed_k, block, blocks, DTYPE, BLOCKS, KEY)
+        scores = tl.zeros([QUERIES, TILE], tl.float32)
+        for part in tl.static_range(len(KEYS)):
+            keys = unpack_keys(head_of_packed_k, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part))
+            scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
         if SLIDING:
             visible &= token[None, :] > number[:, None] - sliding_window
-        weights, highest, total, correction = _weigh(
-            queries, keys, visible, highest, total, scale, scale_log2, softcap, SOFTCAP
-        )
+        weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
         values = unpack_values(head_of_packed_v, block, blocks, DTYPE, BLOCKS, VALUE)
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
-    head_of_sink_k = sink_k + state_head * SINKS * KEY.head_dim
+    head_of_sink_k = sink_k + state_head * SINKS * KEYS[0].head_dim
     head_of_sink_v = sink_v + state_head * SINKS * VALUE.head_dim
-    head_of_tail_k = tail_k + state_head * SLOTS * KEY.head_dim
+    head_of_tail_k = tail_k + state_head * SLOTS * KEYS[0].head_dim
     head_of_tail_v = tail_v + state_head * SLOTS * VALUE.head_dim
     # Few tiles: reading ahead would only take shared memory from the loop above.
     for tile in tl.range(tl.maximum(begin, packed_tiles), end, num_stages=1):
         index = skipped + (tile - packed_tiles) * TILE + place_in_tile
         token = tl.where(index < in_sink, index, index + blocks * _TOKENS)
-        keys = _load_unpacked(
-            head_of_sink_k,
-            head_of_tail_k,
-            k + row * k_row + head * k_head,
-            k_token,
-            k_channel,
-            token,
-            in_sink,
-            length,
-            start,
-            in_chunk,
-            key_channel,
-            is_key_channel,
-            SINKS,
-            SLOTS,
-            KEY.head_dim,
-        )
+        scores = tl.zeros([QUERIES, TILE], tl.float32)
+        for part in tl.static_range(len(KEYS)):
+            keys = _load_unpacked(
+                head_of_sink_k,
+                head_of_tail_k,
+                k + row * k_row + head * k_head,
+                k_token,
+                k_channel,
+                token,
+                in_sink,
+                length,
+                start,
+                in_chunk,
+                SINKS,
+                SLOTS,
+                part_of(KEYS, part),
+            )
+            scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token[None, :] <= number[:, None])
         if SLIDING:
             visible &= token[None, :] > number[:, None] - sliding_window
-        weights, highest, total, correction = _weigh(
-            queries, keys, visible, highest, total, scale, scale_log2, softcap, SOFTCAP
-        )
+        weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
         values = _load_unpacked(
             head_of_sink_v,
             head_of_tail_v,
@@ -195,11 +190,9 @@ def attend_kernel(
             length,
             start,
             in_chunk,
-            value_channel,
-            is_value_channel,
             SINKS,
             SLOTS,
-            VALUE.head_dim,
+            VALUE,
         )
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
@@ -218,6 +211,20 @@ def attend_kernel(
 
 
 @triton.jit
+def _load_queries(queries, channel_stride, is_query, KEYS: tl.constexpr):
+    """The queries' channels that meet each part of the keys: a tuple of [queries, places].
+
+    queries: pointers to their first channels.
+    """
+    loaded = tl.tuple([])
+    for part in tl.static_range(len(KEYS)):
+        channel, is_channel = channels_in_order(part_of(KEYS, part))
+        mask = is_query[:, None] & is_channel[None, :]
+        loaded += (tl.load(queries[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0),)
+    return loaded
+
+
+@triton.jit
 def _load_unpacked(
     sink,
     tail,
@@ -229,13 +236,12 @@ def _load_unpacked(
     length,
     start,
     in_chunk,
-    channel,
-    is_channel,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
-    DIM: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """The elements of tokens that lie in the sink, the tail or the chunk: [tokens, places], zero beyond the chunk."""
+    channel, is_channel = channels_in_order(FORMAT)
     in_tail = (token >= in_sink) & (token < length)
     of_chunk = (token >= length) & (token < length + in_chunk)
     slot = tl.where(in_tail, token - SINKS, 0) % SLOTS
@@ -246,25 +252,28 @@ def _load_unpacked(
         other=0.0,
     )
     from_tail = tl.load(
-        tail + (slot * DIM)[:, None] + channel[None, :], mask=in_tail[:, None] & is_channel[None, :], other=0.0
+        tail + (slot * FORMAT.head_dim)[:, None] + channel[None, :],
+        mask=in_tail[:, None] & is_channel[None, :],
+        other=0.0,
     )
     elements = tl.where(in_tail[:, None], from_tail, elements)
     if SINKS > 0:
         of_sink = token < in_sink
         from_sink = tl.load(
-            sink + (token * DIM)[:, None] + channel[None, :], mask=of_sink[:, None] & is_channel[None, :], other=0.0
+            sink + (token * FORMAT.head_dim)[:, None] + channel[None, :],
+            mask=of_sink[:, None] & is_channel[None, :],
+            other=0.0,
         )
         elements = tl.where(of_sink[:, None], from_sink, elements)
     return elements
 
 
 @triton.jit
-def _weigh(queries, keys, visible, highest, total, scale, scale_log2, softcap, SOFTCAP: tl.constexpr):
+def _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP: tl.constexpr):
     """One step of the running softmax, in powers of two.
 
     Returns the tile's weights, the new maximum and sum, and what the sums up to here must be multiplied by.
     """
-    scores = _multiply(queries, keys.trans(), tl.zeros([queries.shape[0], keys.shape[0]], tl.float32))
     if SOFTCAP:
         # tanh without its overflow: where the exponential is infinite this is 1.
         scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / softcap * scale_log2)))
@@ -397,8 +406,8 @@ def attend(
         *(tokens, room, scale, softcap, sliding_window),
         HEADS=heads,
         SHARED=shared,
-        KEY=BlockFormat.of(key, key_dim, q.element_size()),
-        VALUE=BlockFormat.of(value, value_dim, q.element_size()),
+        KEYS=BlockFormat.parts(key, key_dim, q.element_size()),
+        VALUE=BlockFormat.parts(value, value_dim, q.element_size())[0],
         SINKS=sinks,
         RECENT=recent,
         SLOTS=slots,

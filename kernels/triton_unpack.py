@@ -33,10 +33,13 @@ _EXPONENT_VALUE = tl.constexpr(8388608.0)
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A packed block of one head, as the constants a kernel is compiled for.
+    """A packed block of one head, or the part of it that holds half of the channels, as the constants a kernel is
+    compiled for.
 
     Byte p of a token's row of the lowest plane holds channels p, p + width, p + 2 * width .. in `slices` fields. Padded
-    to a power of two a row of fields has `padded_width` places, and a head `slices * padded_width`.
+    to a power of two a row of fields has `padded_width` places, and all of them `slices * padded_width`.
+    channels, code_bytes: of the part; first_channel, first_byte: where in head and block it begins.
+    head_dim, block_bytes: of the whole head and block.
     run: neighbouring channels that always share a value's scale, a power of two that divides slices and groups.
     """
 
@@ -44,7 +47,10 @@ class BlockFormat:
     group: int
     scale_bits: int
     head_dim: int
+    first_channel: int
+    channels: int
     block_bytes: int
+    first_byte: int
     code_bytes: int
     slices: int
     width: int
@@ -52,18 +58,38 @@ class BlockFormat:
     run: int
 
     @classmethod
-    def of(cls, precision: Precision, head_dim: int, itemsize: int) -> BlockFormat:
-        """itemsize: bytes of an element of the model's dtype."""
+    def parts(cls, precision: Precision, head_dim: int, itemsize: int) -> tuple[BlockFormat, ...]:
+        """Of all the channels, or of the important half and the other.
+
+        itemsize: bytes of an element of the model's dtype.
+        """
+        block_bytes = precision.block_bytes(head_dim, itemsize)
+        halves = precision.halves()
+        channels = head_dim // len(halves)
+        formats: list[BlockFormat] = []
+        first_byte = 0
+        for half in halves:
+            formats.append(cls._of(half, channels, head_dim, len(formats) * channels, block_bytes, first_byte))
+            first_byte += half.block_bytes(channels, itemsize)
+        return tuple(formats)
+
+    @classmethod
+    def _of(
+        cls, precision: Precision, channels: int, head_dim: int, first_channel: int, block_bytes: int, first_byte: int
+    ) -> BlockFormat:
         slices = 8 // PLANES[precision.bits][0] if precision.is_quantized else 1
-        width = head_dim // slices
+        width = channels // slices
         common = gcd(width, precision.group)
         return cls(
             bits=precision.bits,
             group=precision.group,
             scale_bits=precision.scale_bits,
             head_dim=head_dim,
-            block_bytes=precision.block_bytes(head_dim, itemsize),
-            code_bytes=precision.code_bytes(head_dim) if precision.is_quantized else 0,
+            first_channel=first_channel,
+            channels=channels,
+            block_bytes=block_bytes,
+            first_byte=first_byte,
+            code_bytes=precision.code_bytes(channels) if precision.is_quantized else 0,
             slices=slices,
             width=width,
             padded_width=max(triton.next_power_of_2(width), SMALLEST_DOT // slices),
@@ -71,22 +97,30 @@ class BlockFormat:
         )
 
 
+@triton.constexpr_function
+def part_of(constants, part):
+    """constants[part], which Triton 3.6 would not take for a constant where it is handed to a function."""
+    return constants[part]
+
+
 @triton.jit
 def channels_in_order(FORMAT: tl.constexpr):
-    """The channel at each place of an unpacked row, and whether it is one: int32 and bool [places]."""
+    """The head's channel at each place of an unpacked row, and whether it is one: int32 and bool [places]."""
     place = tl.arange(0, FORMAT.slices * FORMAT.padded_width)
     within = place % FORMAT.padded_width
-    return place // FORMAT.padded_width * FORMAT.width + within, within < FORMAT.width
+    channel = FORMAT.first_channel + place // FORMAT.padded_width * FORMAT.width + within
+    return channel, within < FORMAT.width
 
 
 @triton.jit
 def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
-    """Keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
+    """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
 
     blocks: pointer to the bytes of the head's block 0.
     """
     if FORMAT.bits == 16:
         return _load_elements(blocks, first, end, DTYPE, BLOCKS, FORMAT)
+    blocks += FORMAT.first_byte
     PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
     GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
     group = tl.arange(0, GROUPS)
@@ -94,7 +128,7 @@ def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, F
     metadata = (blocks + FORMAT.code_bytes + block * FORMAT.block_bytes)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
-    index = (group % PER_BLOCK * FORMAT.head_dim)[:, None, None] + slice_ * FORMAT.width + within
+    index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
     codes = _load_codes(blocks, first, end, BLOCKS, FORMAT)
@@ -105,7 +139,7 @@ def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, F
 
 @triton.jit
 def unpack_values(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
-    """As unpack_keys."""
+    """As unpack_keys; values have all their channels in one part."""
     if FORMAT.bits == 16:
         return _load_elements(blocks, first, end, DTYPE, BLOCKS, FORMAT)
     PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
@@ -183,7 +217,7 @@ def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, E
     halves = metadata.to(tl.pointer_type(tl.float16))
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
-        GROUPS: tl.constexpr = _TOKENS * FORMAT.head_dim // FORMAT.group
+        GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
         scale = tl.load(halves + index, mask=mask, other=0.0).to(tl.float32)
         zero_point = tl.load(halves + GROUPS + index, mask=mask, other=0.0).to(tl.float32)
     else:

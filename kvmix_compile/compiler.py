@@ -1,5 +1,6 @@
 """The pipeline, top to bottom: capture, find sites, verify, measure, allocate, rewrite."""
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,11 +85,7 @@ def apply(
     report = Report(type(model).__name__)
     found = _find(model, report)
     if plan is not None:
-        plan.check_fingerprint(
-            fingerprint(found.captured, found.sites),
-            [site.layer for site in found.sites],
-            [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
-        )
+        _check_plan(found, plan)
     if verify:
         _verify(found, report)
     if plan is None:
@@ -97,8 +94,17 @@ def apply(
             budget = DEFAULT_BUDGET
         with report.timed("allocate"):
             plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
-    with report.timed("rewrite"):
-        return _compile(model, found, plan, report)
+    return _compile(model, found, plan, report)
+
+
+def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
+    """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
+    report = Report(type(model).__name__)
+    found = _find(model, report)
+    for plan in plans:
+        _check_plan(found, plan)
+    _verify(found, report)
+    return [_compile(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
 
 def analyze(
@@ -174,6 +180,14 @@ def _reasons(refused: Sequence[Refusal]) -> str:
     )
 
 
+def _check_plan(found: Found, plan: Plan) -> None:
+    plan.check_fingerprint(
+        fingerprint(found.captured, found.sites),
+        [site.layer for site in found.sites],
+        [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
+    )
+
+
 def _verify(found: Found, report: Report) -> None:
     with report.timed("verify"):
         report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
@@ -201,9 +215,12 @@ def _measure(
 
 def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     precisions = [(site.key, site.value) for site in plan.sites]
+    orders = [site.channel_order for site in plan.sites]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    with report.timed("rewrite"):
+        rewritten = rewrite(found.captured, found.sites, precisions, plan.recent, orders)
     program = Program(
-        rewritten=rewrite(found.captured, found.sites, precisions, plan.recent),
+        rewritten=rewritten,
         plan=plan,
         report=report,
         dtypes=tuple(site.key.meta["val"].dtype for site in found.sites),

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from kvmix_compile.cache import KVMixCache
-from kvmix_compile.compiler import apply
+from kvmix_compile.compiler import apply_plans
 from kvmix_compile.kernels.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.allocate import BudgetError
 from kvmix_compile.passes.importance import Importance
@@ -104,7 +104,5 @@ def make_plans(
 
 
 def compile_plans(model: nn.Module, plans: Mapping[str, Plan]) -> list[Compiled]:
-    """`model` compiled once for each plan; that its graph is understood needs to be verified only once."""
-    return [
-        Compiled(name, apply(model, plan=plan, verify=index == 0)) for index, (name, plan) in enumerate(plans.items())
-    ]
+    """`model` compiled for each plan."""
+    return list(map(Compiled, plans, apply_plans(model, list(plans.values()))))

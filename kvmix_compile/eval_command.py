@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from kvmix_compile.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
-from kvmix_compile.comparison import Result, compare
+from kvmix_compile.comparison import compare
 from kvmix_compile.compiler import DEFAULT_BUDGET
 from kvmix_compile.configurations import Configuration, compile_plans, make_plans
 from kvmix_compile.evaluation import windowed
@@ -19,9 +19,15 @@ from kvmix_compile.passes.importance import Importance
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.plots import FRONTIER_FILE, LAYERS_FILE, check_plots, plot_frontier, plot_layers
-from kvmix_compile.records import About, check_writable, record, write_json
+from kvmix_compile.records import TextResults, check_writable, record, write_json
 from kvmix_compile.tables import passkey_table, results_table
 
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", help="Text to evaluate on; may be repeated. Else built-in English that calibration does not see."
+    ),
+]
 Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Mean code bits; may be repeated.")]
 StorageBudgets = Annotated[
     list[float] | None,
@@ -45,10 +51,8 @@ PasskeyDepths = Annotated[
 
 def evaluate(
     name: ModelName,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on; else built-in English that calibration does not see.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 4096,
+    texts: Texts = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of each text.")] = 4096,
     budgets: Budgets = None,
     storage_budgets: StorageBudgets = None,
     policies: Policies = None,
@@ -68,31 +72,28 @@ def evaluate(
     if plots is not None:
         check_plots(plots)
     check_baselines(names, model)
-    ids = token_ids(tokenizer, read_text(text) if text else _held_out(), tokens)
-    windowed(ids)  # refuses too short a text before anything is measured
+    read = {str(path): token_ids(tokenizer, read_text(path), tokens) for path in texts or []}
+    read = read or {"built-in English, held out": token_ids(tokenizer, "\n\n".join(held_out_english()), tokens)}
+    for ids in read.values():
+        windowed(ids)  # refuses too short a text before anything is measured
     asked = passkey or passkey_lengths or passkey_depths
     lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
-    passkeys = hide_passkeys(tokenizer, _held_out(), lengths, depths) if asked else []
+    passkeys = hide_passkeys(tokenizer, lengths, depths) if asked else []
 
     importance = analyze_on(loaded, calibration)
     plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
     configurations = [
         Configuration("original", model), *compile_plans(model, plans), *quantized_caches(names, model)
     ]  # fmt: skip
-    results = compare(configurations, ids, progress=True)
+    found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
     retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
 
-    about = About(name, str(text) if text else "built-in English, held out", len(ids))
-    _show(about, results, retrievals)
+    _show(name, found, retrievals)
     if json_file is not None:
-        write_json(json_file, record(about, results, retrievals, importance, plans, packages(names)))
+        write_json(json_file, record(name, found, retrievals, importance, plans, packages(names)))
     if plots is not None:
-        plot_frontier(results, plots / FRONTIER_FILE)
+        plot_frontier({text.text: text.results for text in found}, plots / FRONTIER_FILE)
         plot_layers(importance, plans, plots / LAYERS_FILE)
-
-
-def _held_out() -> str:
-    return "\n\n".join(held_out_english())
 
 
 def _plans(
@@ -110,8 +111,9 @@ def _plans(
     return plans
 
 
-def _show(about: About, results: Sequence[Result], retrievals: Sequence[Retrieval]) -> None:
+def _show(model: str, texts: Sequence[TextResults], retrievals: Sequence[Retrieval]) -> None:
     console = Console()
-    console.print(results_table(results, str(about)))
+    for text in texts:
+        console.print(results_table(text.results, f"{model}, {text}"))
     if retrievals:
         console.print(passkey_table(retrievals))

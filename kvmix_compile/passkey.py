@@ -26,6 +26,7 @@ INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
     "about the important information there.\n\n"
 )
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 SENTENCE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 LENGTHS = (2048,)
@@ -58,16 +59,14 @@ class Retrieval:
         return self.answer.strip().startswith(self.key)
 
 
-def hide_passkeys(
-    tokenizer: PreTrainedTokenizerBase, text: str, lengths: Iterable[int], depths: Iterable[float]
-) -> list[Passkey]:
-    """A key for every length (tokens of introduction, text and key) and depth, each key another one; a text that is too
-    short is repeated. The same arguments give the same keys.
+def hide_passkeys(tokenizer: PreTrainedTokenizerBase, lengths: Iterable[int], depths: Iterable[float]) -> list[Passkey]:
+    """A key for every length (tokens of introduction, text and key) and depth, each key another one. The same arguments
+    give the same keys.
 
     Raises InputError for a depth that is not from 0 to 1, and a length that leaves no room for a text.
     """
     random, depths = Random(SEED), tuple(depths)
-    filler = _all_ids(tokenizer, text + "\n\n")
+    filler = _all_ids(tokenizer, FILLER)
     return [_hide(tokenizer, filler, length, depth, random) for length in lengths for depth in depths]
 
 

@@ -14,8 +14,8 @@ from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.plan import Plan, SitePlan
 
 LABEL_WIDTH = 7
-CELL_WIDTH = 3
-MOST_CELLS = 32  # a line of 103 columns: wider ones are harder to read than two
+CELL_WIDTH = 4
+MOST_CELLS = 24  # a line of 103 columns: wider ones are harder to read than two
 NUMBERED = 4  # every fourth layer has its number: a cell is too narrow for three digits and a gap
 BAR_LINES = 3
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -61,7 +61,7 @@ def _row(sites: Sequence[SitePlan], start: int, highest: float) -> Iterator[Text
     yield _cells("keys", [site.key for site in sites])
     yield _cells("values", [site.value for site in sites])
     indices = range(start, start + len(sites))
-    axis = "".join(f"{index:2}".ljust(CELL_WIDTH) if index % NUMBERED == 0 else " " * CELL_WIDTH for index in indices)
+    axis = "".join(f"{index:3}".ljust(CELL_WIDTH) if index % NUMBERED == 0 else " " * CELL_WIDTH for index in indices)
     yield Text(("layer".ljust(LABEL_WIDTH) + axis).rstrip(), style="dim")
 
 
@@ -72,19 +72,21 @@ def _bars(bits: Sequence[float], highest: float) -> Iterator[Text]:
     for line in reversed(range(BAR_LINES)):
         blocks = [BLOCKS[min(levels, max(0, height - line * levels))] for height in heights]
         label = f"{highest:g}" if line == BAR_LINES - 1 else "bits" if line == 0 else ""
-        bars = "".join(f" {block * 2}" for block in blocks)
+        bars = "".join(f" {block * 3}" for block in blocks)
         yield Text((label.ljust(LABEL_WIDTH) + bars).rstrip())
 
 
 def _cells(label: str, precisions: Sequence[Precision]) -> Text:
     line = Text(label.ljust(LABEL_WIDTH))
     for precision in precisions:
-        line.append_text(_cell(precision.bits))
+        line.append_text(_cell(precision))
     return line
 
 
-def _cell(bits: int) -> Text:
-    return Text(f"{bits:2} ", style=f"bold white on {COLOURS[bits]}")
+def _cell(precision: Precision) -> Text:
+    """Bits of a code; of important channels and of the others, where they differ."""
+    bits = f"{precision.important_bits}/{precision.bits}" if precision.important_bits else f"{precision.bits}"
+    return Text(f"{bits:>3} ", style=f"bold white on {COLOURS[precision.bits]}")
 
 
 def _legend(sites: Sequence[SitePlan]) -> Iterator[Text]:
@@ -95,7 +97,9 @@ def _legend(sites: Sequence[SitePlan]) -> Iterator[Text]:
         if precision.is_quantized:
             meaning = f"groups of {precision.group}, {precision.scale_bits}-bit scales"
         counts = f"layers: {keys[precision]} for keys, {values[precision]} for values"
-        yield Text("  ").append_text(_cell(precision.bits)).append(f" {meaning:<30} {counts}")
+        yield Text("  ").append_text(_cell(precision)).append(f" {meaning:<30} {counts}")
+    if any(precision.important_bits for precision in keys):
+        yield Text("  4/2: 4 bits in the half of a head's channels that matters more, 2 in the other", style="dim")
 
 
 def _means(plan: Plan) -> Iterator[Text]:
@@ -109,5 +113,5 @@ def _means(plan: Plan) -> Iterator[Text]:
 
 def _mean_bits(site: SitePlan) -> float:
     """Code bits of a cached element of this site."""
-    bits = site.key.bits * site.key_elements + site.value.bits * site.value_elements
+    bits = site.key.mean_bits * site.key_elements + site.value.mean_bits * site.value_elements
     return bits / (site.key_elements + site.value_elements)

@@ -39,10 +39,19 @@ def check_plots(folder: Path) -> None:
         raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
-def plot_frontier(results: Sequence[Result], path: Path) -> None:
-    """Perplexity against stored bits, a line for each family of configurations; the first result is the original."""
+def plot_frontier(texts: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """Perplexity against stored bits, a diagram for each named text and in it a line for each family of configurations;
+    a text's first result is the original's.
+    """
+    figure, row = _figure(7 * len(texts), 4.5, columns=len(texts))
+    for axes, (name, results) in zip(row, texts.items(), strict=True):
+        _plot_results(axes, results)
+        axes.set_title(name, fontsize="medium")
+    _save(figure, path)
+
+
+def _plot_results(axes: Any, results: Sequence[Result]) -> None:
     original, others = results[0], results[1:]
-    figure, axes = _figure(7, 4.5)
     axes.axhline(original.perplexity, color="black", linestyle="--", label=f"original ({original.perplexity:.2f})")
     edge = HIGHEST * original.perplexity
     for index, (family, members) in enumerate(groupby(others, key=_family)):
@@ -52,7 +61,6 @@ def plot_frontier(results: Sequence[Result], path: Path) -> None:
     axes.set_ylim(top=min(edge, axes.get_ylim()[1]) * 1.02)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    _save(figure, path)
 
 
 def plot_layers(importance: Importance, plans: Mapping[str, Plan], path: Path) -> None:
@@ -60,7 +68,8 @@ def plot_layers(importance: Importance, plans: Mapping[str, Plan], path: Path) -
     measured = _importance_rows(importance)
     bits = {f"{name}: {part}": row for name, plan in plans.items() for part, row in _bits_rows(plan).items()}
     width = LABEL_INCHES + CELL_INCHES * max(len(importance.sites), FEWEST_CELLS)
-    figure, (above, below) = _figure(width, 2 + CELL_INCHES * (len(measured) + len(bits)), [len(measured), len(bits)])
+    lines = [len(measured), len(bits)]
+    figure, (above, below) = _figure(width, 2 + CELL_INCHES * sum(lines), rows=2, height_ratios=lines)
     image = _heat_map(above, measured, "viridis")
     figure.colorbar(image, ax=above, label="log10 of the highest")
     above.set_title("importance", fontsize="medium")
@@ -138,12 +147,12 @@ def _write_in_cells(axes: Any, rows: Sequence[Sequence[float]]) -> None:
             axes.text(column, line, f"{number:.2g}", ha="center", va="center", fontsize="x-small", color=colour)
 
 
-def _figure(width: float, height: float, heights: Sequence[int] | None = None) -> tuple[Any, Any]:
-    """A figure of this many inches and its axes, one below the other where there are `heights`."""
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure of this many inches, and its axes in an array."""
     from matplotlib.figure import Figure  # an optional dependency
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(len(heights) if heights else 1, height_ratios=heights)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten()
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -23,34 +23,31 @@ PACKAGES = ("kvmix-compile", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class About:
-    """What was evaluated: a model, by its name, on so many tokens of a text."""
+class TextResults:
+    """What every configuration did on so many tokens of a text, called `text`; the first one is the original."""
 
-    model: str
     text: str
     tokens: int
+    results: Sequence[Result]
     window: int = WINDOW
     chunk: int = CHUNK
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}, {self.tokens} tokens ({self.text}) in windows of {self.window}, read in chunks of "
-            f"{self.chunk}"
-        )
+        return f"{self.tokens} tokens ({self.text}) in windows of {self.window}, read in chunks of {self.chunk}"
 
 
 def record(
-    about: About,
-    results: Sequence[Result],
+    model: str,
+    texts: Sequence[TextResults],
     retrievals: Sequence[Retrieval],
     importance: Importance,
     plans: Mapping[str, Plan],
     packages: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Everything measured; `packages` are those whose versions matter besides PACKAGES."""
+    """Everything measured of a model; `packages` are those whose versions matter besides PACKAGES."""
     return {
-        **asdict(about),
-        "results": [asdict(result) for result in results],
+        "model": model,
+        "texts": [asdict(text) for text in texts],
         "passkeys": [asdict(retrieval) | {"retrieved": retrieval.retrieved} for retrieval in retrievals],
         "importance": _importance(importance),
         "precisions": {name: _precisions(plan) for name, plan in plans.items()},
@@ -100,7 +97,7 @@ def _importance(importance: Importance) -> list[dict[str, Any]]:
 
 
 def _precisions(plan: Plan) -> dict[str, list[list[int]]]:
-    """Of each layer [bits of a code, group size, bits of a scale and of a zero point]."""
+    """Of each layer Precision.as_ints: bits of a code, group size, bits of a scale, bits of important channels."""
     return {
         "keys": [site.key.as_ints() for site in plan.sites],
         "values": [site.value.as_ints() for site in plan.sites],

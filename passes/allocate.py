@@ -50,6 +50,8 @@ class SiteImportance:
         the weights of the key and the value projection.
     key_sensitivity, value_sensitivity: the candidate precisions, each with the increase of the loss (nats a token)
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
+    important_channels: the half of each key head's channels that key precisions with important_bits give more bits, as
+        in SitePlan; empty where no candidate has such.
     """
 
     layer: str
@@ -60,6 +62,7 @@ class SiteImportance:
     value_gradient_norm: float
     key_sensitivity: Mapping[Precision, float]
     value_sensitivity: Mapping[Precision, float]
+    important_channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Budget:
     def cost(self, precision: Precision, head_dim: int) -> int:
         """Bits that a block of 32 tokens of one head costs in this unit."""
         if self.unit == "budget":
-            return precision.bits * BLOCK_TOKENS * head_dim
+            return round(precision.mean_bits * BLOCK_TOKENS * head_dim)
         return 8 * precision.block_bytes(head_dim, UNQUANTIZED_BYTES)
 
     def capacity(self, sites: Sequence[SiteImportance]) -> int:
@@ -164,17 +167,20 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
 def _comparable(candidates: Iterable[Precision], budget: Budget) -> list[Precision]:
     """The candidates that a budget can compare.
 
-    A budget of code bits leaves scales uncounted, so that the smallest groups would be free: there each number of bits
+    A budget of code bits leaves scales uncounted, so that the smallest groups would be free: there each choice of bits
     comes in one group size, the published one or the largest below it.
     """
     candidates = list(candidates)
     if budget.unit == "storage_budget":
         return candidates
-    groups: dict[int, int] = {}
+    groups: dict[tuple[int, int], int] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.group):
-        if candidate.group <= PUBLISHED_GROUP or candidate.bits not in groups:
-            groups[candidate.bits] = candidate.group
-    return [candidate for candidate in candidates if candidate.group == groups[candidate.bits]]
+        bits = candidate.bits, candidate.important_bits
+        if candidate.group <= PUBLISHED_GROUP or bits not in groups:
+            groups[bits] = candidate.group
+    return [
+        candidate for candidate in candidates if candidate.group == groups[candidate.bits, candidate.important_bits]
+    ]
 
 
 def _allocate_kvmix(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:

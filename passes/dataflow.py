@@ -1,5 +1,6 @@
 """Dataflow: a networkx view of a graph, for questions about who feeds whom."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import networkx
@@ -11,7 +12,9 @@ from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation
 class Dataflow:
     """Who feeds whom in an FX graph. A snapshot: make a new one after the graph changes."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, tokens: Iterable[fx.Node] | None = None) -> None:
+        """`tokens`: the inputs that carry the tokens; by default the one named `input_ids`."""
+        self.tokens = None if tokens is None else list(tokens)
         self.edges: networkx.DiGraph[fx.Node] = networkx.DiGraph()
         for node in graph.nodes:
             self.edges.add_node(node, operation=operation(node))
@@ -29,5 +32,7 @@ class Dataflow:
         by_value = networkx.subgraph_view(
             self.edges, filter_edge=lambda _, target: self.edges.nodes[target]["operation"] not in SHAPE_ONLY
         )
-        inputs = [node for node in self.edges if node.op == "placeholder" and node.name == "input_ids"]
+        inputs = self.tokens
+        if inputs is None:
+            inputs = [node for node in self.edges if node.op == "placeholder" and node.name == "input_ids"]
         return frozenset(inputs).union(*(networkx.descendants(by_value, node) for node in inputs))

@@ -7,36 +7,28 @@ One forward and one backward of the captured graph for each calibration row give
 - the sensitivity to each candidate precision: half the sum over elements of (gradient x quantization error)^2, the
   second-order increase of the loss with the Hessian replaced by the diagonal of the empirical Fisher information.
   Unlike the score, it compares keys with values and one precision with another, because the error is the one that the
-  quantizer really makes.
+  quantizer really makes. The gradient is with respect to the *stored* keys and values, those that a later token reads
+  from the cache in quantized form: what it reads of recent tokens and of attention sinks has no error to multiply.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kvmix_compile.kernels.packing import dequantize_block, quantize_block
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, Axis, Precision
-from kvmix_compile.passes.allocate import PUBLISHED_GROUP, Policy, SiteImportance, allocate
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis
+from kvmix_compile.passes.allocate import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
-from kvmix_compile.passes.errors import CalibrationError, UnsupportedModelError
+from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.projections import Projection, find_projection
+from kvmix_compile.passes.sensitivity import Tally, can_be_halved, candidates_for
 from kvmix_compile.passes.sites import AttentionSite
-
-# What fisher chooses from. One bit is left out: its error is too large for a second-order estimate, and SmolLM2-135M's
-# perplexity at 2.3 bits is 21.39 with it and 21.03 without. 4-bit scales and zero points cost 0.1 of perplexity and
-# save 0.7 bits an element.
-CANDIDATE_BITS = (2, 3, 4, 8)
-# Small groups are cheap with 4-bit scales: 0.5 bits an element in groups of 16, 0.28 in groups of 32. Keys cannot have
-# larger groups than a block has tokens. At 8 bits the group hardly matters.
-KEY_GROUPS = (16, 32)
-VALUE_GROUPS = (16, 32, 64)
-CANDIDATE_SCALE_BITS = 4
+from kvmix_compile.passes.stored_gradients import stored_gradients
 
 
 @dataclass(frozen=True)
@@ -58,60 +50,18 @@ class Importance:
         """A plan that spends a budget of bits where they matter; see `passes.allocate.allocate`."""
         precisions = allocate(self.sites, policy=policy, budget=budget, storage_budget=storage_budget)
         sites = tuple(
-            SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim)
+            SitePlan(
+                site.layer,
+                key,
+                value,
+                site.kv_heads,
+                site.key_dim,
+                site.value_dim,
+                site.important_channels if key.important_bits else (),
+            )
             for site, (key, value) in zip(self.sites, precisions, strict=True)
         )
         return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
-
-
-@dataclass
-class _Tally:
-    """Sums over calibration rows for the keys or the values of one site."""
-
-    candidates: tuple[Precision, ...]
-    axis: Axis
-    gradient_norm: float = 0.0
-    sensitivity: dict[Precision, float] = field(default_factory=dict)
-
-    def add_sensitivity(self, values: Tensor, gradient: Tensor, sinks: int) -> None:
-        """Add one row: `values` and the loss's `gradient` to them, `[1, kv_heads, tokens, dim]`."""
-        _, heads, tokens, dim = values.shape
-        # A row too short to leave a block behind its sinks is measured as if it had fewer.
-        first = min(sinks, tokens - BLOCK_TOKENS)
-        blocks = (tokens - first) // BLOCK_TOKENS
-        stored = slice(first, first + blocks * BLOCK_TOKENS)
-        shape = (heads, blocks, BLOCK_TOKENS, dim)
-        original, slope = values[0, :, stored].reshape(shape).float(), gradient[0, :, stored].reshape(shape).float()
-        for candidate in self.candidates:
-            loss = 0.0
-            if candidate.is_quantized:
-                packed = quantize_block(original, candidate, self.axis)
-                error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
-                loss = 0.5 * (slope * error).square().sum().item() / (blocks * BLOCK_TOKENS)
-            self.sensitivity[candidate] = self.sensitivity.get(candidate, 0.0) + loss
-
-
-def candidates_for(dim: int, axis: Axis) -> tuple[Precision, ...]:
-    """The precisions to choose from for keys or values with `dim` elements a head, 16 bits included.
-
-    Those alone where `dim` is no multiple of 8, which cannot be packed.
-    """
-    if dim % CHANNEL_MULTIPLE:
-        return (Precision(16),)
-    groups = [group for group in (KEY_GROUPS if axis == Axis.TOKENS else VALUE_GROUPS) if _fits(group, dim, axis)]
-    groups = groups or [max(group for group in range(1, PUBLISHED_GROUP + 1) if dim % group == 0)]
-    usual = max(group for group in groups if group <= PUBLISHED_GROUP)
-    quantized = tuple(
-        Precision(bits, group, CANDIDATE_SCALE_BITS)
-        for bits in CANDIDATE_BITS
-        for group in groups
-        if bits < 8 or group == usual
-    )
-    return (*quantized, Precision(16))
-
-
-def _fits(group: int, dim: int, axis: Axis) -> bool:
-    return axis == Axis.TOKENS or dim % group == 0
 
 
 def measure(
@@ -134,11 +84,11 @@ def measure(
             "longer texts"
         )
     recorder = _Recorder(captured, sites)
-    keys = [_Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
-    values = [_Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
+    keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
+    values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
     total_loss, predicted = 0.0, 0
     for row in rows:
-        total_loss += recorder.add(row, keys, values, sinks)
+        total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
     measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))
@@ -157,17 +107,24 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _site_importance(site: AttentionSite, key: _Tally, value: _Tally, rows: int) -> SiteImportance:
+def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -> SiteImportance:
+    key_losses, channels = key.losses(rows), tuple[int, ...]()
+    if can_be_halved(site.key_dim):
+        important = key.important_half()
+        key_losses |= key.losses_of_halves(important, rows)
+        channels = tuple(sum(1 << channel for channel in head.nonzero().flatten().tolist()) for head in important)
     return SiteImportance(
-        site.layer,
-        site.kv_heads,
-        site.key_dim,
-        site.value_dim,
-        key.gradient_norm / rows,
-        value.gradient_norm / rows,
-        {precision: loss / rows for precision, loss in key.sensitivity.items()},
-        {precision: loss / rows for precision, loss in value.sensitivity.items()},
-    )
+        site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
+        key_losses, value.losses(rows), channels,
+    )  # fmt: skip
+
+
+def _state_in(tokens: int, sinks: int, recent: int) -> tuple[int, int]:
+    """The sinks and recent tokens that a row of so many tokens is measured with: fewer where it is too short for half
+    of its tokens to read from storage.
+    """
+    shortened = max(1.0, 2 * (sinks + recent) / tokens)
+    return int(sinks / shortened), int(recent / shortened)
 
 
 class _Recorder(fx.Interpreter):
@@ -182,11 +139,10 @@ class _Recorder(fx.Interpreter):
             (find_projection(site.key, dataflow), find_projection(site.value, dataflow)) for site in sites
         ]
         found = [projection for pair in self.projections for projection in pair if projection is not None]
-        self.differentiated = {node for site in sites for node in (site.key, site.value)}
-        self.differentiated |= {projection.output for projection in found}
+        self.differentiated = {site.output for site in sites} | {projection.output for projection in found}
         self.watched = self.differentiated | {projection.input for projection in found}
+        self.watched |= {node for site in sites for node in (site.query, site.key, site.value)}
         self.values: dict[fx.Node, Tensor] = {}
-        self.passed_on: dict[fx.Node, tuple[Tensor, int]] = {}
         self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
 
     def fetch_attr(self, target: str) -> object:
@@ -202,40 +158,31 @@ class _Recorder(fx.Interpreter):
         if node in self.differentiated and not value.requires_grad:
             value = value.detach().requires_grad_()
         self.values[node] = value
-        # A leaf may not be written to in place, its copy may; _check_unwritten then finds that it was.
-        passed_on = value.clone() if value.is_leaf else value
-        self.passed_on[node] = (passed_on, passed_on._version)
-        return passed_on
+        # A leaf may not be written to in place, its copy may.
+        return value.clone() if node in self.differentiated and value.is_leaf else value
 
-    def _check_unwritten(self) -> None:
-        """Gradients belong to values: keys and values that were written to after they were made have several."""
-        for site in self.sites:
-            for node in (site.key, site.value):
-                value, version = self.passed_on[node]
-                if value._version != version:
-                    raise UnsupportedModelError(
-                        f"{site.layer}: its keys or values are written in place, so their importance cannot be "
-                        "measured: apply a plan instead"
-                    )
-
-    def add(self, row: Tensor, keys: Sequence[_Tally], values: Sequence[_Tally], sinks: int) -> float:
+    def add(self, row: Tensor, keys: Sequence[Tally], values: Sequence[Tally], sinks: int, recent: int) -> float:
         """Add one row's gradients and sensitivities to the tallies; returns its summed loss in nats."""
         tokens = row.numel()
+        sinks, recent = _state_in(tokens, sinks, recent)
         with torch.enable_grad():
             loss = self._loss(row)
-            self._check_unwritten()
             nodes = sorted(self.differentiated, key=lambda node: node.name)
             gradients = dict(
                 zip(nodes, torch.autograd.grad(loss, [self.values[n] for n in nodes], retain_graph=True), strict=True)
             )
             for site, pair, key, value in zip(self.sites, self.projections, keys, values, strict=True):
                 for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
-                    norm = self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
-                    tally.gradient_norm += norm
-                    with torch.no_grad():
-                        tally.add_sensitivity(self.values[node], gradients[node], sinks)
+                    tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
+        for site, key, value in zip(self.sites, keys, values, strict=True):
+            queries, site_keys, site_values = (
+                self.values[node].detach()[0] for node in (site.query, site.key, site.value)
+            )
+            slope = gradients[site.output][0]
+            slopes = stored_gradients(queries, site_keys, site_values, slope, site.score_function, sinks, recent)
+            key.add_sensitivity(site_keys, slopes[0], sinks, tokens - sinks - recent)
+            value.add_sensitivity(site_values, slopes[1], sinks, tokens - sinks - recent)
         self.values.clear()
-        self.passed_on.clear()
         return loss.item()
 
     def _loss(self, row: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ cap), the function of one score is `cap * tanh(scale * score / cap)`, or `scale 
 and minus infinity elsewhere. What is not that is an error.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +74,7 @@ class Probe:
         key = (node, tokens)
         if key not in self._recognised:
             value = evaluate(self.captured.module, node, self.inputs(tokens))
-            self._recognised[key] = recognise(_allowed(value, layer), layer)
+            self._recognised[key] = recognise(allowed_by(value, layer), layer)
         return self._recognised[key]
 
     def tokens_for(self, node: fx.Node, layer: str) -> int:
@@ -112,33 +113,44 @@ class Probe:
         def run(value: Tensor) -> Tensor:
             return evaluate(self.captured.module, weights_input, known | {scores: value}).float()
 
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn((1,) * (rank - 2) + (tokens, tokens), generator=generator).to(device, dtype)
-        bias = run(torch.zeros_like(noise))
-        allowed = _allowed(bias, layer)
+        ones = torch.ones((1,) * (rank - 2) + (tokens, tokens), dtype=dtype, device=device)
+        allowed = allowed_by(run(torch.zeros_like(ones)), layer)
         mask = recognise(allowed, layer)
+        return ScoreFunction(*scale_and_softcap(run, ones, allowed, layer), mask)
 
-        def at(score: float) -> float:
-            """What a score becomes where attention is always allowed: a token's score with itself."""
-            return run(torch.full_like(noise, score)).flatten()[-1].item()
 
-        # A soft cap is what remains of a score without bounds; without one the function is linear.
-        unbounded = at(SATURATING) / SATURATING
-        scale = at(2.0**-6) * 2.0**6
-        capped = abs(unbounded - scale) > 0.1 * abs(scale)
-        softcap = unbounded * SATURATING if capped else 0.0
-        scale = scale if capped else at(1.0)
-        expected = noise.float() * scale
-        if capped:
-            expected = softcap * torch.tanh(expected / softcap)
-        actual = run(noise)
-        error = (actual - expected).masked_fill(~allowed, 0).abs().max().item()
-        if error > max(TOLERANCE, 8 * torch.finfo(dtype).eps) * expected.abs().max().item():
-            raise UnsupportedModelError(
-                f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and "
-                "a mask"
-            )
-        return ScoreFunction(scale, softcap, mask)
+def scale_and_softcap(
+    run: Callable[[Tensor], Tensor], ones: Tensor, allowed: Tensor, layer: str
+) -> tuple[float, float]:
+    """The scale and the soft cap (0: none) that `run` applies to scores, float32 out, of the shape, dtype and device
+    of `ones` `[.., queries, keys]` wherever it is `allowed`, boolean `[queries, keys]`.
+    """
+    dtype = ones.dtype
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(ones.shape, generator=generator).to(ones.device, dtype)
+    # The last token's score with itself or whatever else it may attend to.
+    query, key = allowed.nonzero()[-1].tolist()
+
+    def at(score: float) -> float:
+        """What a score becomes where attention is allowed."""
+        return run(ones * score)[..., query, key].flatten()[-1].item()
+
+    # A soft cap is what remains of a score without bounds; without one the function is linear.
+    unbounded = at(SATURATING) / SATURATING
+    scale = at(2.0**-6) * 2.0**6
+    capped = abs(unbounded - scale) > 0.1 * abs(scale)
+    softcap = unbounded * SATURATING if capped else 0.0
+    scale = scale if capped else at(1.0)
+    expected = noise.float() * scale
+    if capped:
+        expected = softcap * torch.tanh(expected / softcap)
+    actual = run(noise)
+    error = (actual - expected).masked_fill(~allowed, 0).abs().max().item()
+    if error > max(TOLERANCE, 8 * torch.finfo(dtype).eps) * expected.abs().max().item():
+        raise UnsupportedModelError(
+            f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a mask"
+        )
+    return scale, softcap
 
 
 def recognise(allowed: Tensor, layer: str) -> Mask:
@@ -161,21 +173,26 @@ def recognise(allowed: Tensor, layer: str) -> Mask:
     raise UnsupportedModelError(f"{layer}: its attention mask is none of causal, sliding window and chunked")
 
 
-def _allowed(mask: Tensor, layer: str) -> Tensor:
+def allowed_by(mask: Tensor, layer: str) -> Tensor:
     """Boolean `[tokens, tokens]` of a boolean or additive mask that is the same for every row and head."""
-    if mask.dtype is torch.bool:
-        allowed = mask
-    else:
-        allowed = mask > BLOCKED
-        if mask.masked_fill(~allowed, 0).abs().max() > 0:
-            raise UnsupportedModelError(
-                f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
-            )
+    allowed = unbiased(mask, layer)
     tokens = allowed.shape[-1]
     flat = allowed.expand(*allowed.shape[:-2], tokens, tokens).reshape(-1, tokens, tokens)
     if not torch.equal(flat, flat[:1].expand_as(flat)):
         raise UnsupportedModelError(f"{layer}: its heads have different attention masks, which is not supported")
     return flat[0]
+
+
+def unbiased(mask: Tensor, layer: str) -> Tensor:
+    """Where a boolean or additive mask allows attention, boolean of its shape. It must do nothing else to scores."""
+    if mask.dtype is torch.bool:
+        return mask
+    allowed = mask > BLOCKED
+    if mask.masked_fill(~allowed, 0).abs().max() > 0:
+        raise UnsupportedModelError(
+            f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
+        )
+    return allowed
 
 
 def _integers(node: fx.Node) -> list[int]:

@@ -17,7 +17,7 @@ from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import StateLayout, required_blocks
 
 FORMAT = "kvmix-plan"
-VERSION = 1
+VERSION = 2  # 1 knew no important channels
 
 # A cache grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
 GROWTH_SHIFT = 3
@@ -37,6 +37,8 @@ class SitePlan:
     key, value: precision of the cached keys and values.
     kv_heads: heads of the keys and values, before they are repeated for the query heads.
     key_dim, value_dim: elements of one head's key and of its value.
+    important_channels: where key has important_bits, half of each head's channels, as a number whose bit c stands for
+        channel c; else empty.
     """
 
     layer: str
@@ -45,15 +47,34 @@ class SitePlan:
     kv_heads: int
     key_dim: int
     value_dim: int
+    important_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
             raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
+        if len(self.important_channels) != (self.kv_heads if self.key.important_bits else 0):
+            raise PlanError(
+                f"{self.layer}: important_bits and important_channels go together, the latter one number a head; "
+                f"{self.key} of {self.kv_heads} heads has {len(self.important_channels)}"
+            )
+        for channels in self.important_channels:
+            if not 0 <= channels < 1 << self.key_dim or 2 * channels.bit_count() != self.key_dim:
+                raise PlanError(f"{self.layer}: important_channels must be half of a head's {self.key_dim} channels")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(kv_heads, key_dim, value_dim)."""
         return self.kv_heads, self.key_dim, self.value_dim
+
+    @property
+    def channel_order(self) -> list[list[int]] | None:
+        """For each head its key's channels, the important half first; None where all are kept alike."""
+        if not self.important_channels:
+            return None
+        return [
+            sorted(range(self.key_dim), key=lambda channel: not channels >> channel & 1)
+            for channels in self.important_channels
+        ]
 
     @property
     def key_elements(self) -> int:
@@ -92,7 +113,7 @@ class Plan:
     @property
     def key_bits(self) -> float:
         """Code bits of a cached key element, averaged over all elements."""
-        return _mean([(site.key.bits, site.key_elements) for site in self.sites])
+        return _mean([(site.key.mean_bits, site.key_elements) for site in self.sites])
 
     @property
     def value_bits(self) -> float:
@@ -102,7 +123,7 @@ class Plan:
     @property
     def code_bits(self) -> float:
         """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts."""
-        keys = [(site.key.bits, site.key_elements) for site in self.sites]
+        keys = [(site.key.mean_bits, site.key_elements) for site in self.sites]
         return _mean(keys + [(site.value.bits, site.value_elements) for site in self.sites])
 
     @property
@@ -220,7 +241,7 @@ def _to_json(plan: Plan) -> str:
 
 
 def _site_record(site: SitePlan) -> dict[str, object]:
-    return {
+    record: dict[str, object] = {
         "layer": site.layer,
         "kv_heads": site.kv_heads,
         "key_dim": site.key_dim,
@@ -228,10 +249,14 @@ def _site_record(site: SitePlan) -> dict[str, object]:
         "key": _precision_record(site.key),
         "value": _precision_record(site.value),
     }
+    if site.important_channels:
+        record["important_channels"] = [f"{channels:0{-(-site.key_dim // 4)}x}" for channels in site.important_channels]
+    return record
 
 
 def _precision_record(precision: Precision) -> dict[str, int]:
-    return {"bits": precision.bits, "group": precision.group, "scale_bits": precision.scale_bits}
+    record = {"bits": precision.bits, "group": precision.group, "scale_bits": precision.scale_bits}
+    return record | ({"important_bits": precision.important_bits} if precision.important_bits else {})
 
 
 def _from_document(document: object) -> Plan:
@@ -240,7 +265,7 @@ def _from_document(document: object) -> Plan:
     version = _field(document, "version", int, "the plan")
     if version > VERSION:
         raise PlanError(f"this plan (version {version}) was made by a newer kvmix_compile; upgrade kvmix_compile")
-    if version != VERSION:
+    if version < 1:
         raise PlanError(f"there is no plan version {version}; save the plan again")
     records = _field(document, "sites", list, "the plan")
     return Plan(
@@ -260,11 +285,24 @@ def _site_plan(record: object, where: str) -> SitePlan:
         kv_heads=_field(record, "kv_heads", int, where),
         key_dim=_field(record, "key_dim", int, where),
         value_dim=_field(record, "value_dim", int, where),
+        important_channels=_channels(record, where),
     )
 
 
+def _channels(record: object, where: str) -> tuple[int, ...]:
+    if not isinstance(record, dict) or "important_channels" not in record:
+        return ()
+    channels = _field(record, "important_channels", list, where)
+    try:
+        return tuple(int(digits, 16) for digits in channels)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{where}: important_channels must be hexadecimal numbers; save the plan again") from error
+
+
 def _precision(record: object, where: str) -> Precision:
-    numbers = [_field(record, name, int, where) for name in ("bits", "group", "scale_bits")]
+    names = ["bits", "group", "scale_bits"]
+    names += ["important_bits"] * (isinstance(record, dict) and "important_bits" in record)
+    numbers = [_field(record, name, int, where) for name in names]
     try:
         return Precision(*numbers)
     except KVMixError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend and kvmix::append)
+from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
 from kvmix_compile.passes.cleanup import clean_up
@@ -37,20 +37,35 @@ class Rewritten:
 
 
 def rewrite(
-    captured: Captured, sites: Sequence[AttentionSite], precisions: Sequence[tuple[Precision, Precision]], recent: int
+    captured: Captured,
+    sites: Sequence[AttentionSite],
+    precisions: Sequence[tuple[Precision, Precision]],
+    recent: int,
+    channel_orders: Sequence[list[list[int]] | None] = (),
 ) -> Rewritten:
     """A copy of the captured graph in which every site reads and writes a cache.
 
     `precisions`: for each site that of its keys and of its values. `recent`: tokens kept in full precision, at most.
+    `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
+    all, for that of the model.
     """
     graph, copies = _copy(captured.graph)
-    lengths, starts = _add_inputs(graph, ["lengths", "starts"])
+    lengths, starts = add_inputs(graph, ["lengths", "starts"])
     for index, (site, (key, value)) in enumerate(zip(sites, precisions, strict=True)):
-        state = _add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
-        _attend_and_append(graph, site, copies, (lengths, starts, *state), (key, value), recent)
+        state = add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
+        copied = replace(
+            site, query=copies[site.query], key=copies[site.key], value=copies[site.value], output=copies[site.output]
+        )
+        if channel_orders and channel_orders[index] is not None:
+            copied = with_ordered_channels(graph, copied, _order_name(index))
+        attend_and_append(graph, copied, (lengths, starts, *state), (key, value), recent)
     graph.eliminate_dead_code()
     shifted = not captured.has_position_input and shift_positions(graph, lengths, captured.tokens)
     module = bind(captured.module, graph)
+    for index, order in enumerate(channel_orders):
+        if order is not None:
+            constant = torch.tensor(order, device=sites[index].key.meta["val"].device)
+            module.register_buffer(_order_name(index), constant, persistent=False)
     clean_up(module)
     return Rewritten(module, tuple(sites), shifted)
 
@@ -71,7 +86,8 @@ def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, nodes
 
 
-def _add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
+def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
+    """New placeholders behind those that the graph has."""
     added = []
     for name in names:
         with graph.inserting_after(graph_inputs(graph)[-1]):
@@ -79,15 +95,35 @@ def _add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
     return added
 
 
-def _attend_and_append(
+def with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
+    """The site with its queries and keys in the order of channels that the graph's constant `order` holds. Their
+    products are the same.
+    """
+    with graph.inserting_before(site.output):
+        constant = graph.get_attr(order)
+        query, key = (
+            graph.call_function(torch.ops.kvmix.order_channels.default, (node, constant))
+            for node in (site.query, site.key)
+        )
+    query.meta, key.meta = dict(site.query.meta), dict(site.key.meta)
+    return replace(site, query=query, key=key)
+
+
+def _order_name(index: int) -> str:
+    return f"channel_order_{index}"
+
+
+def attend_and_append(
     graph: fx.Graph,
     site: AttentionSite,
-    copies: dict[fx.Node, fx.Node],
     cache: tuple[fx.Node, ...],
     precisions: tuple[Precision, Precision],
     recent: int,
 ) -> None:
-    query, key, value, output = (copies[node] for node in (site.query, site.key, site.value, site.output))
+    """Put the operators in the place of `site.output`, which is erased. `cache`: lengths, starts and the six tensors of
+    the site's state; `precisions`: of keys and of values.
+    """
+    query, key, value, output = site.query, site.key, site.value, site.output
     formats = tuple(list(precision.as_ints()) for precision in precisions)
     function = site.score_function
     window = function.mask.size if function.mask.kind == "sliding" else 0

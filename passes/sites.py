@@ -5,9 +5,11 @@ matcher walks back through layout operations to the keys and values as they were
 grouped queries.
 """
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
@@ -22,11 +24,17 @@ from kvmix_compile.passes.vocabulary import LAYOUT, argument, as_node, is_active
 
 ATTENTION = "scaled_dot_product_attention"
 
+# How paths of modules begin: with the wrapper's attribute in export's graphs, with a local variable in Dynamo's.
+_ROOT = re.compile(r"^(model|L\['\w+'\])\.?")
+
 
 @dataclass(frozen=True)
 class Attention:
     """Attention as the graph spells it. `query` `[batch, query heads, tokens, head_dim]`; `key` and `value` likewise,
     their heads perhaps repeated; `output` `[batch, query heads, tokens, value dim]`.
+
+    Fused, it has a `mask` (or `is_causal`) and a `scale`. Spelled out, its `scores` go through whatever the model does
+    to them and become the `softmax_input`.
     """
 
     layer: str
@@ -34,10 +42,21 @@ class Attention:
     key: fx.Node
     value: fx.Node
     output: fx.Node
-    score_function: ScoreFunction
+    mask: fx.Node | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    scores: fx.Node | None = None
+    softmax_input: fx.Node | None = None
 
     @classmethod
-    def fused(cls, node: fx.Node, layer: str, probe: Probe) -> Self:
+    def match(cls, node: fx.Node, layer: str, dataflow: Dataflow) -> Self:
+        """Match fused attention, or the softmax of attention that is spelled out. Raises UnsupportedModelError where
+        it cannot be replaced.
+        """
+        return cls.fused(node, layer) if operation(node) == ATTENTION else cls.spelled_out(node, layer, dataflow)
+
+    @classmethod
+    def fused(cls, node: fx.Node, layer: str) -> Self:
         """Match `scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=...)`."""
         query, key, value = (as_node(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
@@ -48,17 +67,16 @@ class Attention:
                 f"{layer}: the scale of its attention scores is computed, which is not supported"
             )
         scale = float(scale) if isinstance(scale, int | float) else _shape(query)[-1] ** -0.5
-        mask = _fused_mask(node, layer, probe)
-        return cls(layer, query, key, value, node, ScoreFunction(scale, 0.0, mask))
+        mask, is_causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
+        return cls(layer, query, key, value, node, mask if isinstance(mask, fx.Node) else None, is_causal, scale)
 
     @classmethod
-    def spelled_out(cls, softmax: fx.Node, layer: str, probe: Probe) -> Self:
+    def spelled_out(cls, softmax: fx.Node, layer: str, dataflow: Dataflow) -> Self:
         """Match `softmax(f(query @ key^T)) @ value`, whatever pointwise f (scale, soft cap, mask) is."""
-        scores = _scores_behind(softmax, probe.dataflow, layer)
+        scores = _scores_behind(softmax, dataflow, layer)
         output, value = _weighted_sum_after(softmax, layer)
-        query, key = as_node(scores.args[0]), as_node(scores.args[1])
-        function = probe.score_function(scores, as_node(softmax.args[0]), layer)
-        return cls(layer, query, _transposed(key, layer), value, output, function)
+        query, key = as_node(scores.args[0]), _transposed(as_node(scores.args[1]), layer)
+        return cls(layer, query, key, value, output, scores=scores, softmax_input=as_node(softmax.args[0]))
 
 
 @dataclass(frozen=True)
@@ -110,10 +128,10 @@ def find_sites(captured: Captured, longest_context: int | None = None) -> Sites:
     probe = Probe(captured, dataflow, longest_context)
     matched: list[AttentionSite] = []
     refused: list[Refusal] = []
-    for layer, node in _named(_candidates(captured, dataflow)):
+    for layer, node in named(_candidates(captured, dataflow)):
         try:
-            find = Attention.fused if operation(node) == ATTENTION else Attention.spelled_out
-            matched.append(_site(find(node, layer, probe), captured))
+            attention = Attention.match(node, layer, dataflow)
+            matched.append(_site(attention, _score_function(attention, probe), captured))
         except UnsupportedModelError as error:
             refused.append(Refusal(layer, str(error).removeprefix(f"{layer}: ")))
     return Sites(tuple(matched), tuple(refused))
@@ -136,7 +154,7 @@ def _is_over_tokens(node: fx.Node, captured: Captured) -> bool:
     )  # fmt: skip
 
 
-def _named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
+def named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
     """Each attention with the path of the module that it was traced in, made unique."""
     taken: dict[str, int] = {}
     named = []
@@ -150,11 +168,17 @@ def _named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
 def module_path(node: fx.Node) -> str:
     """The path in the user's model of the innermost module that `node` was traced in, or an empty string."""
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1].removeprefix("model").removeprefix(".") if stack else ""
+    return _ROOT.sub("", stack[-1]) if stack else ""
 
 
-def _site(attention: Attention, captured: Captured) -> AttentionSite:
-    layer, mask = attention.layer, attention.score_function.mask
+def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:
+    if attention.scores is not None and attention.softmax_input is not None:
+        return probe.score_function(attention.scores, attention.softmax_input, attention.layer)
+    return ScoreFunction(attention.scale, 0.0, _fused_mask(attention, probe))
+
+
+def _site(attention: Attention, score_function: ScoreFunction, captured: Captured) -> AttentionSite:
+    layer, mask = attention.layer, score_function.mask
     if mask.kind == "chunked":
         raise UnsupportedModelError(f"{layer}: chunked attention (chunks of {mask.size} tokens) is not supported")
     query_heads, key_dim = _heads_and_dim(attention.query, captured, f"{layer}: its queries")
@@ -176,17 +200,20 @@ def _site(attention: Attention, captured: Captured) -> AttentionSite:
         kv_heads=kv_heads,
         key_dim=key_dim,
         value_dim=value_dim,
-        score_function=attention.score_function,
+        score_function=score_function,
     )
 
 
-def _fused_mask(node: fx.Node, layer: str, probe: Probe) -> Mask:
-    mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-    if isinstance(mask, fx.Node):
-        return probe.mask_of(mask, layer)
-    if is_causal:
+def _fused_mask(attention: Attention, probe: Probe) -> Mask:
+    if attention.mask is not None:
+        return probe.mask_of(attention.mask, attention.layer)
+    if attention.is_causal:
         return Mask("causal")
-    raise UnsupportedModelError(
+    raise unmasked(attention.layer)
+
+
+def unmasked(layer: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"{layer}: its attention has no mask, so that a token attends to later ones. An encoder or a bidirectional "
         "model has no KV cache to compress"
     )
@@ -275,10 +302,29 @@ def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Cap
     known = {
         node: torch.zeros(batch, tokens, dtype=torch.int64, device=device) for node in graph_inputs(captured.graph)
     }
-    numbers = torch.arange(batch * heads * tokens * dim, dtype=torch.float32, device=device)
-    numbers = numbers.reshape(batch, heads, tokens, dim)
-    result = evaluate(captured.module, repeated, known | {source: numbers})
-    expected = numbers if _shape(repeated)[1] == heads else numbers.repeat_interleave(query_heads // heads, dim=1)
+    numbers = distinct_numbers(batch, heads, tokens, dim, device=device)
+    return is_repeat(captured.module, repeated, numbers, query_heads, known | {source: numbers})
+
+
+def distinct_numbers(*shape: int, device: torch.device) -> Tensor:
+    """Float32 of this shape, no number twice."""
+    return torch.arange(math.prod(shape), dtype=torch.float32, device=device).reshape(shape)
+
+
+def is_repeat(
+    module: fx.GraphModule,
+    node: fx.Node,
+    source: Tensor,
+    query_heads: int,
+    known: Mapping[fx.Node, Any],
+    tokens: int | None = None,
+) -> bool:
+    """Whether `node`, evaluated on `known`, is `source` `[batch, heads, tokens, dim]` itself, or with each head
+    repeated in place for its group of queries; of the first `tokens` tokens where that is given.
+    """
+    result, heads = evaluate(module, node, known), source.shape[1]
+    expected = source if _shape(node)[1] == heads else source.repeat_interleave(query_heads // heads, dim=1)
+    expected = expected[:, :, :tokens]
     return isinstance(result, Tensor) and torch.equal(result, expected)
 
 

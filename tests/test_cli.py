@@ -87,7 +87,8 @@ def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None
     result = kvmix("eval", "tiny:llama", *arguments, "--baseline", "kivi")
     assert result.exit_code == 0, result.output
     record = json.loads(path.read_text())
-    rows = {row["configuration"]: row for row in record["results"]}
+    (found,) = record["texts"]
+    rows = {row["configuration"]: row for row in found["results"]}
     assert list(rows) == ["original", "fisher, budget 2", "fisher, budget 16", "kivi"]
     assert all(name in result.stdout for name in rows)
     original, lossless = rows["original"], rows["fisher, budget 16"]
@@ -95,9 +96,9 @@ def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None
     assert lossless["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
     assert rows["fisher, budget 2"]["code_bits"] <= 2 < rows["fisher, budget 2"]["stored_bits"]
     assert rows["kivi"]["divergence"] > 0
-    assert record["precisions"]["kivi"] == {"keys": [[2, 32, 16]] * 2, "values": [[2, 32, 16]] * 2}
+    assert record["precisions"]["kivi"] == {"keys": [[2, 32, 16, 0]] * 2, "values": [[2, 32, 16, 0]] * 2}
     assert len(record["importance"]) == 2
-    assert record["tokens"] == 400
+    assert found["tokens"] == 400
     assert record["versions"]["torch"]
     assert record["device"].startswith("CPU")
 

@@ -229,7 +229,7 @@ def test_a_sliding_window_has_no_quantized_cache(monkeypatch: pytest.MonkeyPatch
 
 def test_a_passkey_is_where_it_should_be() -> None:
     tokenizer = character_tokenizer()
-    passkeys = hide_passkeys(tokenizer, TEXT, [300, 700], [0.0, 0.5, 1.0])
+    passkeys = hide_passkeys(tokenizer, [300, 700], [0.0, 0.5, 1.0])
     assert [passkey.text.numel() for passkey in passkeys] == [300] * 3 + [700] * 3
     assert len({passkey.key for passkey in passkeys}) == 6
     for passkey in passkeys:
@@ -239,7 +239,7 @@ def test_a_passkey_is_where_it_should_be() -> None:
 
 
 def test_the_same_passkeys_every_time() -> None:
-    first, second = (hide_passkeys(character_tokenizer(), TEXT, [300], [0.2, 0.8]) for _ in range(2))
+    first, second = (hide_passkeys(character_tokenizer(), [300], [0.2, 0.8]) for _ in range(2))
     assert [passkey.key for passkey in first] == [passkey.key for passkey in second]
 
 
@@ -248,13 +248,13 @@ def test_the_same_passkeys_every_time() -> None:
 )
 def test_impossible_passkeys(length: int, depth: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        hide_passkeys(character_tokenizer(), TEXT, [length], [depth])
+        hide_passkeys(character_tokenizer(), [length], [depth])
 
 
 def test_the_answer_is_greedy_and_its_text_from_the_cache(configurations: list[Configuration]) -> None:
     """What a model answers is what greedy decoding of text and question answers; a tiny model knows no key."""
     tokenizer = character_tokenizer()
-    (passkey,) = hide_passkeys(tokenizer, TEXT, [300], [0.5])
+    (passkey,) = hide_passkeys(tokenizer, [300], [0.5])
     original, two_bits, lossless = retrieve(configurations, tokenizer, [passkey])
     question = torch.tensor(tokenizer.encode(QUESTION, add_special_tokens=False))
     prompt = torch.cat([passkey.text, question])[None]
@@ -275,7 +275,7 @@ def test_a_key_is_retrieved_where_the_answer_begins_with_it(answer: str, retriev
 def test_a_passkey_beyond_the_models_positions(configurations: list[Configuration]) -> None:
     tokenizer = character_tokenizer()
     with pytest.raises(InputError, match="the model has 512 positions"):
-        retrieve(configurations, tokenizer, hide_passkeys(tokenizer, TEXT, [500], [0.5]))
+        retrieve(configurations, tokenizer, hide_passkeys(tokenizer, [500], [0.5]))
 
 
 # Plots
@@ -292,7 +292,7 @@ def test_plots_are_pictures(importance: Importance, tmp_path: Path) -> None:
         result("original", 16, 20), result("fisher, budget 2", 2.3, 22), result("fisher, budget 3", 3.3, 20.5),
         result("quanto-2", 2.5, 240),
     ]  # fmt: skip
-    plot_frontier(results, tmp_path / "frontier.png")
+    plot_frontier({"a text": results, "another": results}, tmp_path / "frontier.png")
     # Where there is no projection there is no norm.
     unknown = replace(importance.sites[0], key_gradient_norm=math.nan, value_gradient_norm=0.0)
     plans, _ = make_plans(importance, ["fisher"], [2.3, 16.0], [])

@@ -35,26 +35,36 @@ def test_the_picture_in_full() -> None:
     assert text_of(plan_of([(4, 2), (2, 2)])) == [
         "2 layers, model.layers.0.self_attn to model.layers.1.self_attn",
         "",
-        "3       ██",
-        "        ██ ██",
-        "bits    ██ ██",
-        "keys    4  2 ",
-        "values  2  2 ",
-        "layer   0",
+        "3       ███",
+        "        ███ ███",
+        "bits    ███ ███",
+        "keys     4   2 ",
+        "values   2   2 ",
+        "layer    0",
         "",
-        "   2  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
-        "   2  groups of 32, 16-bit scales    layers: 0 for keys, 2 for values",
-        "   4  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
+        "    2  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
+        "    2  groups of 32, 16-bit scales    layers: 0 for keys, 2 for values",
+        "    4  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
         "",
         "code bits 2.50 (keys 3.00, values 2.00), stored bits 3.14",
         "policy fisher, 64 sink tokens and 128 recent tokens unquantized",
     ]
 
 
+def test_important_channels_are_seen_and_explained() -> None:
+    key = Precision(2, 32, 4, important_bits=4)
+    site = SitePlan("attention", key, Precision(2, 32, 4), 2, 64, 64, (2**32 - 1,) * 2)
+    lines = text_of(Plan((site,), policy="fisher", fingerprint="f00d", sinks=64, recent=128))
+    assert "keys   4/2 " in lines
+    assert any(line.strip().startswith("4/2  groups of 32") for line in lines)
+    assert any(line.strip().startswith("4/2: 4 bits in the half") for line in lines)
+    assert any("keys 3.00, values 2.00" in line for line in lines)
+
+
 def test_bars_grow_with_bits() -> None:
     lines = text_of(plan_of([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]))
     bars = lines[2:5]
-    columns = ["".join(line.ljust(30)[8 + 3 * index] for line in reversed(bars)) for index in range(5)]
+    columns = ["".join(line.ljust(30)[8 + 4 * index] for line in reversed(bars)) for index in range(5)]
     assert columns == ["███", "█▄ ", "▆  ", "▃  ", "▂  "]
 
 

@@ -30,10 +30,23 @@ precisions = st.builds(
     scale_bits=st.sampled_from([4, 16]),
 )
 dims = st.integers(1, 512)
+
+
+@st.composite
+def sites_with_important_channels(draw: st.DrawFn) -> SitePlan:
+    kv_heads, key_dim = draw(st.integers(1, 4)), 16 * draw(st.integers(1, 8))
+    heads = [draw(st.permutations(range(key_dim)))[: key_dim // 2] for _ in range(kv_heads)]
+    important = tuple(sum(1 << channel for channel in channels) for channels in heads)
+    key = Precision(2, draw(st.sampled_from([16, 32])), 4, draw(st.sampled_from([3, 4])))
+    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), important)
+
+
 plans = st.builds(
     Plan,
     sites=st.lists(
-        st.builds(SitePlan, st.text(), precisions, precisions, dims, dims, dims), min_size=1, max_size=4
+        st.builds(SitePlan, st.text(), precisions, precisions, dims, dims, dims) | sites_with_important_channels(),
+        min_size=1,
+        max_size=4,
     ).map(tuple),
     policy=st.text(),
     fingerprint=st.text(),
@@ -52,6 +65,31 @@ def test_loading_gives_what_was_saved(file: Path, plan: Plan) -> None:
     plan.save(file)
     assert Plan.load(file) == plan
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_important_channels_come_first_and_count_half() -> None:
+    site = SitePlan("attention", Precision(2, 32, 4, 4), Precision(2, 32, 4), 2, 16, 16, (0x00FF, 0xAAAA))
+    plan = replace(PLAN, sites=(site,))
+    assert plan.key_bits == 3 and plan.code_bits == 2.5
+    first, second = site.channel_order
+    assert first == list(range(16))
+    assert second == [1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14]
+    assert PLAN.sites[0].channel_order is None
+
+
+@pytest.mark.parametrize(
+    ("important_bits", "channels"),
+    [(0, (0x00FF, 0x00FF)), (4, ()), (4, (0x00FF,)), (4, (0x00FF, 0x01FF)), (4, (0x00FF, 0xFF0000))],
+)
+def test_important_channels_that_make_no_half_are_refused(important_bits: int, channels: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="important_channels"):
+        SitePlan("attention", Precision(2, 32, 4, important_bits), Precision(2, 32, 4), 2, 16, 16, channels)
+
+
+@pytest.mark.parametrize("content", [3, ["xyz", "00ff"], [None]])
+def test_important_channels_in_a_file_are_hexadecimal(tmp_path: Path, content: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json: .*important_channels"):
+        load_changed(tmp_path, ["sites", 0, "important_channels"], content)
 
 
 def test_means_are_weighted_by_elements() -> None:
@@ -130,7 +168,7 @@ def load_changed(directory: Path, path: list[str | int], content: object) -> Pla
 
 def test_a_newer_plan_asks_to_upgrade(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="newer kvmix_compile; upgrade"):
-        load_changed(tmp_path, ["version"], 2)
+        load_changed(tmp_path, ["version"], 3)
 
 
 @pytest.mark.parametrize(

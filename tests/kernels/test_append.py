@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import IMPORTANT_BITS, with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
@@ -15,16 +16,18 @@ from kvmix_compile.kernels.state import SiteState, StateLayout
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
 )
-layouts = st.builds(
-    StateLayout,
-    kv_heads=st.sampled_from([1, 2]),
-    key_dim=st.just(24),
-    value_dim=st.just(16),
-    key=precisions,
-    value=precisions,
-    sinks=st.sampled_from([0, 3, 32, 40]),
-    recent=st.sampled_from([32, 45, 64]),
-    rollback=st.sampled_from([0, 7]),
+layouts = with_important_keys(
+    st.builds(
+        StateLayout,
+        kv_heads=st.sampled_from([1, 2]),
+        key_dim=st.sampled_from([24, 32]),
+        value_dim=st.just(16),
+        key=precisions,
+        value=precisions,
+        sinks=st.sampled_from([0, 3, 32, 40]),
+        recent=st.sampled_from([32, 45, 64]),
+        rollback=st.sampled_from([0, 7]),
+    )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -72,9 +75,10 @@ def test_any_chunking_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("scale_bits", [4, 16])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
-def test_token_by_token_gives_the_same_bytes(bits: int, scale_bits: int) -> None:
-    layout = StateLayout(2, 24, 16, Precision(bits, 32, scale_bits), Precision(bits, 8, scale_bits), 5, 40, 3)
+@pytest.mark.parametrize(("important_bits", "bits"), [*((0, bits) for bits in (1, 2, 3, 4, 8, 16)), *IMPORTANT_BITS])
+def test_token_by_token_gives_the_same_bytes(important_bits: int, bits: int, scale_bits: int) -> None:
+    key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 8, scale_bits)
+    layout = StateLayout(2, 32 if important_bits else 24, 16, key, value, 5, 40, 3)
     k, v = random_tokens(layout, 1, 150, torch.float32)
     whole, chunked = (empty_state(layout, 1, 150, torch.float32) for _ in range(2))
     append_in_chunks(layout, whole, k, v, [])

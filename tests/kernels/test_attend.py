@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
@@ -18,16 +19,18 @@ from kvmix_compile.kernels.state import SiteState, StateLayout
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
 )
-layouts = st.builds(
-    StateLayout,
-    kv_heads=st.sampled_from([1, 2]),
-    key_dim=st.sampled_from([16, 48]),
-    value_dim=st.sampled_from([16, 48]),
-    key=precisions,
-    value=precisions,
-    sinks=st.sampled_from([0, 3, 32]),
-    recent=st.sampled_from([32, 45]),
-    rollback=st.sampled_from([0, 7]),
+layouts = with_important_keys(
+    st.builds(
+        StateLayout,
+        kv_heads=st.sampled_from([1, 2]),
+        key_dim=st.sampled_from([16, 48]),
+        value_dim=st.sampled_from([16, 48]),
+        key=precisions,
+        value=precisions,
+        sinks=st.sampled_from([0, 3, 32]),
+        recent=st.sampled_from([32, 45]),
+        rollback=st.sampled_from([0, 7]),
+    )
 )
 
 
@@ -161,12 +164,13 @@ def test_attend_is_attention_over_what_is_stored(case: Case, options: Options) -
 @pytest.mark.parametrize("tokens", [1, 10])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
-    layout = StateLayout(2, 32, 32, Precision(3, 32, 4), Precision(2, 32), sinks=4, recent=32)
-    case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
-    for options in (Options(), Options(softcap=5.0), Options(sliding_window=50)):
-        output = case.attend(options)
-        assert output.dtype == dtype
-        torch.testing.assert_close(output.double(), expected(case, options), rtol=tolerance, atol=tolerance)
+    for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=4)):
+        layout = StateLayout(2, 32, 32, key, Precision(2, 32), sinks=4, recent=32)
+        case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
+        for options in (Options(), Options(softcap=5.0), Options(sliding_window=50)):
+            output = case.attend(options)
+            assert output.dtype == dtype
+            torch.testing.assert_close(output.double(), expected(case, options), rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=30)

@@ -1,5 +1,7 @@
 """The operators as graphs call them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
 LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
+IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=4))
 
 
 def chunk(tokens: int) -> list[Tensor]:
@@ -18,39 +21,51 @@ def chunk(tokens: int) -> list[Tensor]:
     return [torch.randn(2, tokens, heads, dim).transpose(1, 2) for heads, dim in shapes]
 
 
-def filled_state() -> tuple[SiteState, Tensor]:
-    state = SiteState.allocate(LAYOUT, 2, 6, torch.float32)
+def filled_state(layout: StateLayout = LAYOUT) -> tuple[SiteState, Tensor]:
+    state = SiteState.allocate(layout, 2, 6, torch.float32)
     _, k, v = chunk(100)
     lengths, starts = torch.tensor([0, 0]), torch.tensor([0, 20])
-    append(k, v, lengths, starts, *state.tensors(), LAYOUT.key, LAYOUT.value, LAYOUT.recent)
+    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
     return state, torch.tensor([100, 80])
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, IMPORTANT_KEYS])
 @pytest.mark.parametrize(("tokens", "starts"), [(1, [0, 0]), (40, [0, 7])])
-def test_torch_accepts_the_operators(tokens: int, starts: list[int]) -> None:
-    state, lengths = filled_state()
+def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: StateLayout) -> None:
+    state, lengths = filled_state(layout)
     q, k, v = chunk(tokens)
-    precisions = LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent
+    precisions = layout.key.as_ints(), layout.value.as_ints(), layout.recent
     stored = (k, v, lengths, torch.tensor(starts), *state.tensors(), *precisions)
     torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, 0.25, 0.0, 0))
     torch.library.opcheck(torch.ops.kvmix.append.default, stored)
 
 
-def test_the_operators_are_the_reference() -> None:
-    state, lengths = filled_state()
+@pytest.mark.parametrize("layout", [LAYOUT, IMPORTANT_KEYS])
+def test_the_operators_are_the_reference(layout: StateLayout) -> None:
+    state, lengths = filled_state(layout)
     other = SiteState(*(tensor.clone() for tensor in state.tensors()))
     q, k, v = chunk(5)
     inputs = (k, v, lengths, torch.tensor([0, 2]))
     attended = torch.ops.kvmix.attend.default(
-        *(q, *inputs, *state.tensors(), LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent, 0.25, 5.0, 30)
+        *(q, *inputs, *state.tensors(), layout.key.as_ints(), layout.value.as_ints(), layout.recent, 0.25, 5.0, 30)
     )
     torch.ops.kvmix.append.default(
-        *(*inputs, *state.tensors(), LAYOUT.key.as_ints(), LAYOUT.value.as_ints(), LAYOUT.recent)
+        *(*inputs, *state.tensors(), layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     )
-    options = (LAYOUT.key, LAYOUT.value, LAYOUT.recent)
-    assert torch.equal(attended, attend(q, *inputs, *other.tensors(), *options, 0.25, 5.0, 30))
+    options = (layout.key, layout.value, layout.recent)
+    torch.testing.assert_close(attended, attend(q, *inputs, *other.tensors(), *options, 0.25, 5.0, 30))
     append(*inputs, *other.tensors(), *options)
     assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
+
+
+def test_channels_are_ordered_head_by_head() -> None:
+    x = torch.randn(2, 3, 4, 16).transpose(1, 2)
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    ordered = torch.ops.kvmix.order_channels.default(x, order)
+    assert ordered.is_contiguous()
+    # Heads 0 and 1 are of the first order's group, heads 2 and 3 of the second's.
+    for head in range(4):
+        assert torch.equal(ordered[:, head], x[:, head, :, order[head // 2]])
 
 
 def test_a_graph_compiles_around_the_operators() -> None:

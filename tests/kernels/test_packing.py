@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import IMPORTANT_BITS
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
@@ -58,6 +59,28 @@ def test_four_bit_scales_and_zero_points_byte_by_byte() -> None:
     assert packed[136:140] == [0x00, 0x1F, 0x20, 0x3F]
 
 
+@pytest.mark.parametrize("scale_bits", [4, 16])
+def test_important_channels_byte_by_byte(scale_bits: int) -> None:
+    token, channel = torch.arange(32).unsqueeze(1), torch.arange(8)
+    important, others = (token + channel) % 16, 7 - (token + channel) % 8
+    keys = torch.cat([important, others], dim=1).float()
+    one, zero = float16_bytes(1.0), float16_bytes(0.0)
+
+    packed = quantize_block(keys, Precision(3, 32, scale_bits, important_bits=4), Axis.TOKENS).tolist()
+
+    # The important half is a block of 8 channels of its own: token 0 has codes 0 to 7, two a byte, p beside p + 4.
+    assert packed[0:4] == [0x40, 0x51, 0x62, 0x73]
+    # Scales of 1 = 2**0 and zero points of 0: the extremes are 0, and so are all nibbles.
+    metadata = (one * 8 + zero * 8) if scale_bits == 16 else [0] * 16
+    other_half = 128 + len(metadata)
+    assert packed[128:other_half] == metadata
+    # The block of the other half follows: token 0 has codes 7 to 0, whose low two bits are 3 2 1 0 3 2 1 0 ..
+    assert packed[other_half : other_half + 2] == [0b01_11_01_11, 0b00_10_00_10]
+    # .. and whose high bits are 1 1 1 1 0 0 0 0.
+    assert packed[other_half + 64] == 0b00001111
+    assert packed[other_half + 96 :] == metadata
+
+
 @pytest.mark.parametrize(("axis", "kept"), [(Axis.TOKENS, KEYS_KEPT_RANGE[2]), (Axis.CHANNELS, 1.0)])
 def test_two_bit_keys_lose_the_ends_of_their_range_and_values_do_not(axis: Axis, kept: float) -> None:
     block = torch.linspace(-1, 1, 32).repeat(32, 1)
@@ -84,15 +107,24 @@ def test_a_block_has_32_tokens() -> None:
 @pytest.mark.parametrize("scale_bits", [4, 16])
 @pytest.mark.parametrize("bits", QUANTIZED_BITS)
 def test_blocks_are_self_contained(bits: int, scale_bits: int, axis: Axis, group: int) -> None:
-    precision = Precision(bits, group, scale_bits)
-    blocks = torch.randn(2, 3, 5, BLOCK_TOKENS, 24)
+    check_self_contained(Precision(bits, group, scale_bits), axis, head_dim=24)
+
+
+@pytest.mark.parametrize("scale_bits", [4, 16])
+@pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
+def test_blocks_with_important_channels_are_self_contained(important_bits: int, bits: int, scale_bits: int) -> None:
+    check_self_contained(Precision(bits, 16, scale_bits, important_bits), Axis.TOKENS, head_dim=48)
+
+
+def check_self_contained(precision: Precision, axis: Axis, head_dim: int) -> None:
+    blocks = torch.randn(2, 3, 5, BLOCK_TOKENS, head_dim)
     packed = quantize_block(blocks, precision, axis)
-    restored = dequantize_block(packed, precision, axis, 24, torch.float32)
-    assert packed.shape == (2, 3, 5, precision.block_bytes(24, blocks.itemsize))
+    restored = dequantize_block(packed, precision, axis, head_dim, torch.float32)
+    assert packed.shape == (2, 3, 5, precision.block_bytes(head_dim, blocks.itemsize))
     for place in product(range(2), range(3), range(5)):
         alone = quantize_block(blocks[place].mT.contiguous().mT, precision, axis)
         assert torch.equal(packed[place], alone)
-        assert torch.equal(restored[place], dequantize_block(alone, precision, axis, 24, torch.float32))
+        assert torch.equal(restored[place], dequantize_block(alone, precision, axis, head_dim, torch.float32))
 
 
 @pytest.mark.parametrize("axis", list(Axis))
@@ -164,6 +196,20 @@ def test_an_element_is_within_half_a_step_of_the_original(
     rounding_in_float32 = 1e-6 * (zero_point.abs() + highest.abs())
     assert torch.isfinite(restored).all()
     assert ((restored - original).abs() <= 0.5001 * scale + rounding_in_float32).all()
+
+
+@given(hard_blocks(), st.sampled_from(IMPORTANT_BITS), st.sampled_from([16, 32]), st.sampled_from([4, 16]))
+def test_each_half_is_restored_as_if_it_were_alone(
+    half: Tensor, both_bits: tuple[int, int], group: int, scale_bits: int
+) -> None:
+    halves = half, half.flip(0) * 1e-3
+    important, head_dim = Precision(both_bits[1], group, scale_bits, both_bits[0]), half.shape[1]
+    packed = quantize_block(torch.cat(halves, dim=1), important, Axis.TOKENS)
+    restored = dequantize_block(packed, important, Axis.TOKENS, 2 * head_dim, half.dtype)
+    for part, bits, alone in zip(restored.chunk(2, dim=1), both_bits, halves, strict=True):
+        precision = Precision(bits, group, scale_bits)
+        packed_alone = quantize_block(alone, precision, Axis.TOKENS)
+        assert torch.equal(part, dequantize_block(packed_alone, precision, Axis.TOKENS, head_dim, half.dtype))
 
 
 @given(hard_blocks(), st.sampled_from(QUANTIZED_BITS), st.sampled_from([4, 16]), st.sampled_from(list(Axis)))

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
@@ -69,7 +71,7 @@ class Pair:
 
 
 @settings(max_examples=50)
-@given(layouts, dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.data())
+@given(with_important_keys(layouts), dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.data())
 def test_it_writes_the_bytes_of_the_reference(
     layout: StateLayout, dtype: torch.dtype, size: float, data: st.DataObject
 ) -> None:
@@ -83,9 +85,10 @@ def test_it_writes_the_bytes_of_the_reference(
     pair.check()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
-def test_token_by_token(bits: int) -> None:
-    layout = StateLayout(1, 16, 24, Precision(bits, 32, 4), Precision(bits, 24, 16), sinks=5, recent=32)
+@pytest.mark.parametrize(("important_bits", "bits"), [*((0, bits) for bits in (1, 2, 3, 4, 8, 16)), (4, 3)])
+def test_token_by_token(important_bits: int, bits: int) -> None:
+    key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
+    layout = StateLayout(1, 16, 24, key, value, sinks=5, recent=32)
     pair = Pair(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 105, torch.float32, 1.0)
     for token in range(105):
@@ -95,8 +98,9 @@ def test_token_by_token(bits: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_heads_of_real_models(dim: int) -> None:
-    for bits in (2, 3):
-        layout = StateLayout(1, dim, dim, Precision(bits, 32, 4), Precision(bits, dim // 2, 4), sinks=4, recent=32)
+    for important_bits, bits in ((0, 2), (0, 3), (4, 2), (4, 3)):
+        key, value = Precision(bits, 32, 4, important_bits), Precision(bits, dim // 2, 4)
+        layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
         pair = Pair(layout, 1, torch.bfloat16)
         pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
         pair.check()
@@ -104,8 +108,9 @@ def test_heads_of_real_models(dim: int) -> None:
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, -3.5, 1e-30, 65504.0, 1e30])
 def test_equal_elements(constant: float) -> None:
-    for scale_bits in (4, 16):
-        layout = StateLayout(1, 16, 16, Precision(2, 32, scale_bits), Precision(3, 16, scale_bits), sinks=0, recent=32)
+    for important_bits, scale_bits in product((0, 3), (4, 16)):
+        key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
+        layout = StateLayout(1, 16, 16, key, value, sinks=0, recent=32)
         pair = Pair(layout, 1, torch.float32)
         chunk = torch.full((1, 1, 100, 16), constant)
         pair.append(chunk, chunk, torch.tensor([0]))

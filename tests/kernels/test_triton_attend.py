@@ -1,13 +1,14 @@
 """The Triton kernel of attend against the reference: on a GPU, else in Triton's interpreter."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from attend_cases import TOLERANCE, Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.precision import Precision
@@ -20,69 +21,10 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="neither a GPU nor Triton's interpreter"
 )
 
-BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Rows with a past, and a chunk that follows it."""
-
-    layout: StateLayout
-    state: SiteState
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lengths: Tensor
-    starts: Tensor
-
-    @classmethod
-    def random(
-        cls, layout: StateLayout, shared: int, lengths: list[int], starts: list[int], tokens: int, dtype: torch.dtype
-    ) -> "Case":
-        def draw(heads: int, count: int, dim: int) -> Tensor:
-            return torch.randn(len(lengths), count, heads, dim).to(dtype).transpose(1, 2)
-
-        longest, heads = max(lengths), layout.kv_heads
-        state = SiteState.allocate(layout, len(lengths), layout.required_blocks(longest) + 2, dtype)
-        k, v = draw(heads, longest, layout.key_dim), draw(heads, longest, layout.value_dim)
-        padding = torch.tensor([longest - length for length in lengths])
-        reference.append(
-            k, v, torch.zeros_like(padding), padding, *state.tensors(), layout.key, layout.value, layout.recent
-        )
-        chunk = draw(heads * shared, tokens, layout.key_dim), draw(heads, tokens, layout.key_dim)
-        return cls(
-            layout, state, *chunk, draw(heads, tokens, layout.value_dim), torch.tensor(lengths), torch.tensor(starts)
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()
-
-    def poisoned(self) -> "Case":
-        """The same with NaN and all ones wherever no token lies."""
-        layout = self.layout
-        state = SiteState(*(tensor.clone() for tensor in self.state.tensors()))
-        q, k, v = self.q.clone(), self.k.clone(), self.v.clone()
-        for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
-            blocks = layout.required_blocks(length)
-            waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
-            unused = [slot for slot in range(layout.tail_slots) if slot not in waiting]
-            for sink, packed, tail, chunk in (
-                (state.sink_k, state.packed_k, state.tail_k, k),
-                (state.sink_v, state.packed_v, state.tail_v, v),
-            ):
-                sink[row, :, length:] = torch.nan
-                packed[row, :, blocks:] = 0xFF
-                tail[row, :, unused] = torch.nan
-                chunk[row, :, :start] = torch.nan
-            q[row, :, :start] = torch.nan
-        return replace(self, state=state, q=q, k=k, v=v)
-
 
 def check(case: Case, softcap: float, sliding_window: int, splits: int, blocks: int, query_tile: int = 16) -> None:
     layout = case.layout
-    scale = layout.key_dim**-0.5
-    options = (layout.key, layout.value, layout.recent, scale, softcap, sliding_window)
+    options = case.options(softcap, sliding_window)
     expected = reference.attend(*case.tensors(), *options)
     queries = case.q.shape[1] // layout.kv_heads * case.q.shape[2]
     launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
@@ -90,29 +32,6 @@ def check(case: Case, softcap: float, sliding_window: int, splits: int, blocks: 
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
     torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    precision = st.builds(Precision, BITS, st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
-    layout = StateLayout(
-        kv_heads=draw(st.sampled_from([1, 2])),
-        key_dim=draw(st.sampled_from([16, 40, 64])),
-        value_dim=draw(st.sampled_from([16, 24, 64])),
-        key=draw(precision),
-        value=replace(draw(precision), group=8),
-        sinks=draw(st.sampled_from([0, 3, 40])),
-        recent=draw(st.sampled_from([32, 45])),
-        rollback=draw(st.sampled_from([0, 7])),
-    )
-    full = layout.sinks + layout.recent
-    edge = st.sampled_from([0, 1, layout.sinks, full, full + 32, full + 64, full + 128])
-    past = st.builds(lambda edge, more: max(0, edge + more), edge, st.integers(-1, 1))
-    lengths = draw(st.lists(past, min_size=1, max_size=2))
-    tokens = draw(st.sampled_from([1, 1, 1, 2, 9, 33]))
-    starts = [draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in lengths]
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    return Case.random(layout, draw(st.sampled_from([1, 2, 3])), lengths, starts, tokens, dtype)
 
 
 @settings(max_examples=80)
@@ -135,6 +54,14 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     layout = StateLayout(2, key_dim, value_dim, key, value, sinks=4, recent=32)
     case = Case.random(layout, 4, [131], [0], 1, torch.bfloat16)
     check(case, softcap=0.0, sliding_window=0, splits=2, blocks=1)
+
+
+@pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
+def test_keys_with_important_channels(important_bits: int, bits: int) -> None:
+    for key_dim, group, scale_bits in ((64, 32, 4), (80, 16, 4), (128, 16, 16)):
+        key = Precision(bits, group, scale_bits, important_bits)
+        layout = StateLayout(2, key_dim, 64, key, Precision(2, 32, 4), sinks=4, recent=32)
+        check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), 0.0, 0, splits=2, blocks=1)
 
 
 @pytest.mark.parametrize("length", [*range(94, 100), 126, 127, 128, 129, 190, 191, 192, 193])

@@ -7,7 +7,7 @@ on the tensor cores. `pytest -s` shows the table.
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -90,8 +90,8 @@ def compile_attend(
     constants = {
         "HEADS": HEADS,
         "SHARED": shared,
-        "KEY": BlockFormat.of(key, key_dim, ITEMSIZE),
-        "VALUE": BlockFormat.of(value, value_dim, ITEMSIZE),
+        "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZE),
+        "VALUE": BlockFormat.parts(value, value_dim, ITEMSIZE)[0],
         "SOFTCAP": masks,
         "SLIDING": masks,
         "SPLITS": launch.splits,
@@ -113,10 +113,10 @@ def compile_append(chip: int, key: Precision, value: Precision, key_dim: int, va
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     constants = {
         "HEADS": HEADS,
-        "KEY": BlockFormat.of(key, key_dim, ITEMSIZE),
-        "KEY_WRITER": BlockWriter.of(key, Axis.TOKENS, key_dim),
-        "VALUE": BlockFormat.of(value, value_dim, ITEMSIZE),
-        "VALUE_WRITER": BlockWriter.of(value, Axis.CHANNELS, value_dim),
+        "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZE),
+        "KEY_WRITERS": BlockWriter.parts(key, Axis.TOKENS, key_dim),
+        "VALUES": BlockFormat.parts(value, value_dim, ITEMSIZE),
+        "VALUE_WRITERS": BlockWriter.parts(value, Axis.CHANNELS, value_dim),
         **STATE,
         **unit_strides("k", "v"),
     }
@@ -159,6 +159,22 @@ def test_decoding(
     masks = key_dim == 256
     compiled = compile_attend(chip, key, value, key_dim, value_dim, dtype, tokens=1, masks=masks)
     show(chip, f"attend {key_bits}/{value_bits} bits, dims {key_dim}/{value_dim}, {dtype}", compiled)
+    check_decoding(chip, compiled)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(
+    ("important_bits", "bits", "scale_bits", "dim"), [(4, 2, 4, 64), (3, 2, 16, 80), (4, 3, 4, 128), (8, 4, 4, 256)]
+)
+def test_decoding_with_important_channels(chip: int, important_bits: int, bits: int, scale_bits: int, dim: int) -> None:
+    key, value = precisions(bits, 2, scale_bits, dim)
+    key = replace(key, important_bits=important_bits)
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16", tokens=1, masks=dim == 256)
+    show(chip, f"attend {important_bits} and {bits}/2 bits, dim {dim}", compiled)
+    check_decoding(chip, compiled)
+
+
+def check_decoding(chip: int, compiled: Compiled) -> None:
     assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled.ptx)
     assert compiled.spilled_bytes == 0
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]
@@ -173,8 +189,12 @@ def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize(("key_bits", "value_bits", "scale_bits", "dim"), [(2, 3, 4, 128), (4, 16, 16, 80)])
-def test_appending(chip: int, key_bits: int, value_bits: int, scale_bits: int, dim: int) -> None:
-    compiled = compile_append(chip, *precisions(key_bits, value_bits, scale_bits, dim), dim, dim, "bf16")
-    show(chip, f"append {key_bits}/{value_bits} bits, dim {dim}", compiled)
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "scale_bits", "dim", "important_bits"),
+    [(2, 3, 4, 128, 0), (4, 16, 16, 80, 0), (2, 2, 4, 128, 4)],
+)
+def test_appending(chip: int, key_bits: int, value_bits: int, scale_bits: int, dim: int, important_bits: int) -> None:
+    key, value = precisions(key_bits, value_bits, scale_bits, dim)
+    compiled = compile_append(chip, replace(key, important_bits=important_bits), value, dim, dim, "bf16")
+    show(chip, f"append {key_bits}/{value_bits} bits, important {important_bits}, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]

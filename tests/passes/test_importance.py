@@ -1,7 +1,9 @@
 """Measure: gradient norms are autograd's, sensitivities are gradient times the quantizer's own error."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture import Captured, capture, logits_of
-from kvmix_compile.passes.errors import CalibrationError, UnsupportedModelError
-from kvmix_compile.passes.importance import Importance, candidates_for, fingerprint, measure
+from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.importance import Importance, fingerprint, measure
+from kvmix_compile.passes.sensitivity import CANDIDATE_HALVES, candidates_for
 from kvmix_compile.passes.sites import find_sites
 
 SINKS, RECENT = 8, 32
@@ -102,40 +105,65 @@ def test_gradient_norms_are_those_of_the_models_own_weights(captured, name: str)
     torch.testing.assert_close(found, norms / len(rows()), rtol=1e-3, atol=0)
 
 
-def test_sensitivity_is_half_the_squared_gradient_times_error(captured) -> None:
-    """Against a computation of its own: hooks on the model, and the quantizer's round trip."""
+def test_sensitivity_is_half_the_squared_gradient_times_error(captured, monkeypatch) -> None:
+    """Against a computation of its own: attention in the model that reads old keys and values from leaves."""
     graph = captured("fused_arange")
     model, importance = graph.model, measured(graph)
-    outputs: list[Tensor] = []
+    stored: list[tuple[Tensor, Tensor]] = []
 
-    def keep(module: nn.Module, arguments: object, output: Tensor) -> None:
-        output.retain_grad()
-        outputs.append(output)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        tokens = query.shape[-2]
+        # What a row of this length is measured with: half of its tokens read from storage.
+        shortened = max(1.0, 2 * (SINKS + RECENT) / tokens)
+        sinks, recent = int(SINKS / shortened), int(RECENT / shortened)
+        token = torch.arange(tokens)
+        old = (token[:, None] - token >= recent) & (token >= sinks)
+        stored.append((key.detach().requires_grad_(), value.detach().requires_grad_()))
+        stored_key, stored_value = stored[-1]
+        scores = torch.where(old, query @ stored_key.mT, query @ key.mT) / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(token > token[:, None], -torch.inf).softmax(-1)
+        return weights.masked_fill(~old, 0) @ stored_value + weights.masked_fill(old, 0) @ value
 
-    handle = model.layers[1].attention.qkv.register_forward_hook(keep)
+    monkeypatch.setattr(plain.F, "scaled_dot_product_attention", attention)
     expected: dict[tuple[str, Precision], float] = {}
     with without_leftovers(model):
         for row in rows():
-            outputs.clear()
+            stored.clear()
             with torch.enable_grad():
                 loss_of(model, row, "sum").backward()
-            (output,) = outputs
-            blocks = (len(row) - SINKS) // 32
-            for part, axis in ((1, Axis.TOKENS), (2, Axis.CHANNELS)):
-                stored, slope = (
-                    tensor[0, SINKS : SINKS + 32 * blocks].unflatten(-1, (3, 4, 16))[:, part].transpose(0, 1)
-                    for tensor in (output.detach(), output.grad)
-                )
+            shortened = max(1.0, 2 * (SINKS + RECENT) / len(row))
+            sinks, recent = int(SINKS / shortened), int(RECENT / shortened)
+            blocks = (len(row) - sinks) // 32
+            for leaf, axis in zip(stored[1], (Axis.TOKENS, Axis.CHANNELS), strict=True):
+                kept, slope = (tensor[0, :, -32 * blocks :] for tensor in (leaf.detach(), leaf.grad))
                 for precision in candidates_for(16, axis):
-                    error = round_trip(stored, precision, axis, blocks) - stored
-                    loss = 0.5 * (slope * error).square().sum().item() / (32 * blocks)
+                    error = round_trip(kept, precision, axis, blocks) - kept
+                    loss = 0.5 * (slope * error).square().sum().item() / (len(row) - sinks - recent)
                     expected[axis, precision] = expected.get((axis, precision), 0.0) + loss / len(rows())
-    handle.remove()
     site = importance.sites[1]
-    for precision, loss in site.key_sensitivity.items():
-        assert loss == pytest.approx(expected[Axis.TOKENS, precision], rel=1e-3)
+    for precision in candidates_for(16, Axis.TOKENS):
+        assert site.key_sensitivity[precision] == pytest.approx(expected[Axis.TOKENS, precision], rel=1e-3)
     for precision, loss in site.value_sensitivity.items():
         assert loss == pytest.approx(expected[Axis.CHANNELS, precision], rel=1e-3)
+
+
+def test_the_important_half_of_the_channels_is_the_one_that_would_lose_most(captured) -> None:
+    """Keys with eight channels blown up, and queries with the same ones shrunk, so that the scores stay."""
+    model = copy.deepcopy(captured("fused_arange").model)
+    loud = [1, 2, 5, 6, 9, 11, 14, 15]
+    weight = model.layers[1].attention.qkv.weight.data.unflatten(0, (3, 4, 16))
+    # A channel kept at the scale of its own range loses as much at any size; only a rare large element is different.
+    weight[1, :, loud] *= 8
+    importance = measured(capture(model))
+    sensitivity = importance.sites[1].key_sensitivity
+    assert importance.sites[1].important_channels == (sum(1 << channel for channel in loud),) * 4
+    for (important_bits, bits), group in product(CANDIDATE_HALVES, (16, 32)):
+        if important_bits == 8 and group == 16:
+            continue
+        halves = sensitivity[Precision(bits, group, 4, important_bits)]
+        assert sensitivity[Precision(important_bits, group, 4)] <= halves <= sensitivity[Precision(bits, group, 4)]
+        mean = (sensitivity[Precision(important_bits, group, 4)] + sensitivity[Precision(bits, group, 4)]) / 2
+        assert halves < mean
 
 
 def round_trip(stored: Tensor, precision: Precision, axis: Axis, blocks: int) -> Tensor:
@@ -265,10 +293,17 @@ def written_in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, assembled, value, is_causal=True)
 
 
-def test_keys_written_in_place_are_refused(capture_toy) -> None:
-    """Their gradient would be that of a value they no longer have: nothing, and so no bits."""
-    with pytest.raises(UnsupportedModelError, match="written in place"):
-        measured(capture_toy(written_in_place), [row % 64 for row in rows()])
+def written_at_once(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    assembled = torch.cat([key[..., 4:], key[..., :4].sin()], dim=-1)
+    return F.scaled_dot_product_attention(query, assembled, value, is_causal=True)
+
+
+def test_keys_written_in_place_are_measured_like_others(capture_toy) -> None:
+    on_rows = [row % 64 for row in rows()]
+    in_place, at_once = (measured(capture_toy(toy), on_rows) for toy in (written_in_place, written_at_once))
+    for site, expected in zip(in_place.sites, at_once.sites, strict=True):
+        assert site.key_sensitivity == pytest.approx(expected.key_sensitivity, rel=1e-4)
+        assert site.key_sensitivity[Precision(2, 32, 4)] > 0
 
 
 def test_the_models_dtype_does_not_stop_it() -> None:

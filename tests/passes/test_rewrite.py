@@ -124,3 +124,36 @@ def test_one_token_after_a_prompt_reads_the_cache(captured) -> None:
     whole = run(result, states(result, Precision(16), Precision(16), 4), ids, 0)
     run(result, cache, ids[:, :89], 0)
     torch.testing.assert_close(run(result, cache, ids[:, 89:], 89), whole[:, 89:], atol=1e-4, rtol=1e-4)
+
+
+def with_orders(captured: Captured, key: Precision) -> Rewritten:
+    """Each head's channels of the second site in an order of its own, those of the first in the model's."""
+    sites = find_sites(captured, 512).matched
+    generator = torch.Generator().manual_seed(0)
+    order = [torch.randperm(sites[1].key_dim, generator=generator).tolist() for _ in range(sites[1].kv_heads)]
+    return rewrite(captured, sites, [(key, Precision(16))] * 2, RECENT, [None, order])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "fused_arange"])
+def test_an_order_of_channels_is_put_before_attend_and_append(captured, name: str) -> None:
+    result = with_orders(captured(name), Precision(16))
+    nodes = {node for node in result.module.graph.nodes if operation(node) in ("attend", "append")}
+    first, second = ({node for node in nodes if f"packed_key_{index}" in map(str, node.args)} for index in (0, 1))
+    assert len(first) == len(second) == 2
+    assert not any("order_channels" in map(operation, node.all_input_nodes) for node in first)
+    for node in second:
+        ordered = [operation(argument) == "order_channels" for argument in node.args[:3]]
+        assert ordered == ([True, True, False] if operation(node) == "attend" else [True, False, False])
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "fused_arange"])
+def test_an_order_of_channels_changes_no_logits(captured, name: str) -> None:
+    ids = torch.randint(3, 60, (2, 90))
+    plain, ordered = rewritten(captured(name), Precision(16), Precision(16)), with_orders(captured(name), Precision(16))
+    logits = []
+    for result in (plain, ordered):
+        cache = states(result, Precision(16), Precision(16), 4)
+        logits.append([run(result, cache, part, first) for first, part in ((0, ids[:, :80]), (80, ids[:, 80:]))])
+    for expected, found in zip(*logits, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(cache[1].sink_k, states(plain, Precision(16), Precision(16), 4)[1].sink_k)

@@ -1,0 +1,153 @@
+"""attend and append on the CPU: the functions of cpu.cpp, called with the addresses of tensors.
+
+Arguments and results are the reference's. Whatever cpu.cpp does not do, the reference does: prompts on an empty state,
+which PyTorch's own attention serves best; quantizing blocks; other dtypes and layouts; and all of it where there is no
+library.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.cpu_library import library
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import packed_blocks
+
+# As cpu.cpp numbers them.
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Its structures: a Shape and two Sides make AppendArguments, and the beginning of AttendArguments.
+SHAPE_AND_SIDES = struct.Struct("=10q 13q 13q")
+ATTEND_ONLY = struct.Struct("=9q 2d")
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    packed_k: Tensor,
+    packed_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    key: Precision,
+    value: Precision,
+    recent: int,
+) -> None:
+    """As reference.append, byte for byte."""
+    loaded = library()
+    state = sink_k, sink_v, packed_k, packed_v, tail_k, tail_v
+    served = _served(k, v, lengths, starts, state)
+    if loaded is None or not served or _packs(k, lengths, starts, sink_k, packed_k, recent):
+        reference.append(k, v, lengths, starts, *state, key, value, recent)
+        return
+    k, v = _with_rows(k), _with_rows(v)
+    loaded.copy_tokens(_shape_and_sides(k, v, lengths, starts, state, key, value, recent))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    packed_k: Tensor,
+    packed_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    key: Precision,
+    value: Precision,
+    recent: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+) -> Tensor:
+    """As reference.attend, but for rounding. Its result depends neither on the number of threads nor on other rows."""
+    loaded = library()
+    state = sink_k, sink_v, packed_k, packed_v, tail_k, tail_v
+    rows, query_heads, tokens, _ = q.shape
+    longest = max(lengths.tolist(), default=0)
+    is_prompt = tokens > 1 and longest == 0
+    # Nothing is read beyond a state's end, whatever a row's length is said to be.
+    fits = packed_blocks(longest, sink_k.shape[2], recent) <= packed_k.shape[2]
+    served = fits and q.dtype == k.dtype and _served(k, v, lengths, starts, state)
+    if loaded is None or is_prompt or not served:
+        return reference.attend(q, k, v, lengths, starts, *state, key, value, recent, scale, softcap, sliding_window)
+    q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+    output = q.new_empty(rows, query_heads, tokens, v.shape[3], dtype=torch.float32)
+    row_stride, head_stride, token_stride, _ = q.stride()
+    loaded.attend(
+        _shape_and_sides(k, v, lengths, starts, state, key, value, recent)
+        + ATTEND_ONLY.pack(
+            *(q.data_ptr(), row_stride, head_stride, token_stride, output.data_ptr()),
+            *(query_heads // k.shape[1], sliding_window, torch.get_num_threads(), loaded.parallel, scale, softcap),
+        )
+    )
+    if q.dtype == torch.float16:
+        # Rounded scales can lead a little beyond what is finite in half precision.
+        output.clamp_(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
+    return output.to(q.dtype)
+
+
+def _served(k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor, state: tuple[Tensor, ...]) -> bool:
+    sink_k, sink_v, _, _, tail_k, tail_v = state
+    dtype = k.dtype
+    return (
+        dtype in ELEMENTS
+        and v.dtype == sink_k.dtype == sink_v.dtype == tail_k.dtype == tail_v.dtype == dtype
+        and all(map(Tensor.is_contiguous, (lengths, starts, *state)))
+    )
+
+
+def _packs(k: Tensor, lengths: Tensor, starts: Tensor, sink_k: Tensor, packed_k: Tensor, recent: int) -> bool:
+    """Whether the chunk completes a block, or leaves the state with more of them than it has room for."""
+    tokens, sinks, room = k.shape[2], sink_k.shape[2], packed_k.shape[2]
+    for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
+        blocks = packed_blocks(length + tokens - start, sinks, recent)
+        if blocks > room or blocks > packed_blocks(length, sinks, recent):
+            return True
+    return False
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """The same elements, those of a row's channels side by side."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+@lru_cache
+def _format(precision: Precision, dim: int, itemsize: int) -> tuple[int, ...]:
+    return dim, *precision.as_ints(), precision.block_bytes(dim, itemsize)
+
+
+def _shape_and_sides(
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    state: tuple[Tensor, ...],
+    key: Precision,
+    value: Precision,
+    recent: int,
+) -> bytes:
+    sink_k, sink_v, packed_k, packed_v, tail_k, tail_v = state
+    rows, heads, tokens, key_dim = k.shape
+    key_row_stride, key_head_stride, key_token_stride, _ = k.stride()
+    value_row_stride, value_head_stride, value_token_stride, _ = v.stride()
+    itemsize = k.element_size()
+    return SHAPE_AND_SIDES.pack(
+        *(lengths.data_ptr(), starts.data_ptr(), ELEMENTS[k.dtype], rows, heads, tokens),
+        *(sink_k.shape[2], packed_k.shape[2], tail_k.shape[2], recent),
+        *(k.data_ptr(), key_row_stride, key_head_stride, key_token_stride),
+        *(sink_k.data_ptr(), packed_k.data_ptr(), tail_k.data_ptr(), *_format(key, key_dim, itemsize)),
+        *(v.data_ptr(), value_row_stride, value_head_stride, value_token_stride),
+        *(sink_v.data_ptr(), packed_v.data_ptr(), tail_v.data_ptr(), *_format(value, v.shape[3], itemsize)),
+    )

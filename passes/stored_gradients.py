@@ -1,0 +1,63 @@
+"""Stored gradients: how the loss changes with the keys and values that are read from the cache in quantized form.
+
+Attention reads a key or value many times: by the tokens right behind it while it is still in full precision, and by all
+later ones as it is stored. Only the reads from storage see the quantization error, so only their part of the gradient
+counts. It follows from the gradient of attention's output alone (FlashAttention, arXiv 2205.14135, appendix B.2), with
+everything but the reads from storage masked out.
+"""
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.passes.masks import ScoreFunction
+
+
+def stored_gradients(
+    query: Tensor, key: Tensor, value: Tensor, slope: Tensor, function: ScoreFunction, sinks: int, recent: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the stored keys and values of one row.
+
+    `query` `[query heads, tokens, key_dim]`, `key` `[kv_heads, tokens, key_dim]`, `value` `[kv_heads, tokens,
+    value_dim]`; `slope` `[query heads, tokens, value_dim]`, the gradient with respect to attention's output. A token
+    is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never.
+    Returns float32 of the shapes of `key` and `value`.
+    """
+    heads = key.shape[0]
+    attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
+    queries, slopes = (part.float().unflatten(0, (heads, -1)) for part in (query, slope))
+    # A head at a time: its weights are a matrix of tokens by tokens for each query head.
+    pairs = [
+        _of_head(*parts, function, attends, stored)
+        for parts in zip(queries, key.float(), value.float(), slopes, strict=True)
+    ]
+    key_gradients, value_gradients = zip(*pairs, strict=True)
+    return torch.stack(key_gradients), torch.stack(value_gradients)
+
+
+def _reads(
+    tokens: int, function: ScoreFunction, sinks: int, recent: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Bool `[tokens, tokens]`: what each token attends to, and what of that it reads from storage."""
+    token = torch.arange(tokens, device=device)
+    distance = token[:, None] - token
+    attends = distance >= 0
+    if function.mask.kind == "sliding":
+        attends &= distance < function.mask.size
+    return attends, attends & (distance >= recent) & (token >= sinks)
+
+
+def _of_head(
+    query: Tensor, key: Tensor, value: Tensor, slope: Tensor, function: ScoreFunction, attends: Tensor, stored: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`query` and `slope` `[query heads of the group, tokens, dim]`, `key` and `value` `[tokens, dim]`."""
+    scores = query @ key.T * function.scale
+    bend = torch.ones_like(scores)
+    if function.softcap:
+        capped = torch.tanh(scores / function.softcap)
+        scores, bend = capped * function.softcap, 1 - capped.square()
+    weights = scores.masked_fill(~attends, -torch.inf).softmax(-1)
+    mean = (slope * (weights @ value)).sum(-1, keepdim=True)
+    weights_read = weights * stored
+    score_gradients = weights_read * (slope @ value.T - mean) * bend
+    key_gradient = (score_gradients.mT @ query).sum(0) * function.scale
+    return key_gradient, (weights_read.mT @ slope).sum(0)

@@ -1,0 +1,103 @@
+"""What a kernel of attend is tried on, whatever the device: rows with a past, and a chunk that follows it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from important_keys import with_important_keys
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows with a past, and a chunk that follows it."""
+
+    layout: StateLayout
+    state: SiteState
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    starts: Tensor
+
+    @classmethod
+    def random(
+        cls, layout: StateLayout, shared: int, lengths: list[int], starts: list[int], tokens: int, dtype: torch.dtype
+    ) -> "Case":
+        def draw(heads: int, count: int, dim: int) -> Tensor:
+            return torch.randn(len(lengths), count, heads, dim).to(dtype).transpose(1, 2)
+
+        longest, heads = max(lengths), layout.kv_heads
+        state = SiteState.allocate(layout, len(lengths), layout.required_blocks(longest) + 2, dtype)
+        k, v = draw(heads, longest, layout.key_dim), draw(heads, longest, layout.value_dim)
+        padding = torch.tensor([longest - length for length in lengths])
+        reference.append(
+            k, v, torch.zeros_like(padding), padding, *state.tensors(), layout.key, layout.value, layout.recent
+        )
+        chunk = draw(heads * shared, tokens, layout.key_dim), draw(heads, tokens, layout.key_dim)
+        return cls(
+            layout, state, *chunk, draw(heads, tokens, layout.value_dim), torch.tensor(lengths), torch.tensor(starts)
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()
+
+    def options(
+        self, softcap: float = 0.0, sliding_window: int = 0
+    ) -> tuple[Precision, Precision, int, float, float, int]:
+        """What attend takes behind the tensors."""
+        layout = self.layout
+        return layout.key, layout.value, layout.recent, layout.key_dim**-0.5, softcap, sliding_window
+
+    def poisoned(self) -> "Case":
+        """The same with NaN and all ones wherever no token lies."""
+        layout = self.layout
+        state = SiteState(*(tensor.clone() for tensor in self.state.tensors()))
+        q, k, v = self.q.clone(), self.k.clone(), self.v.clone()
+        for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
+            blocks = layout.required_blocks(length)
+            waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
+            unused = [slot for slot in range(layout.tail_slots) if slot not in waiting]
+            for sink, packed, tail, chunk in (
+                (state.sink_k, state.packed_k, state.tail_k, k),
+                (state.sink_v, state.packed_v, state.tail_v, v),
+            ):
+                sink[row, :, length:] = torch.nan
+                packed[row, :, blocks:] = 0xFF
+                tail[row, :, unused] = torch.nan
+                chunk[row, :, :start] = torch.nan
+            q[row, :, :start] = torch.nan
+        return replace(self, state=state, q=q, k=k, v=v)
+
+
+@st.composite
+def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,)) -> Case:
+    precision = st.builds(Precision, BITS, st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
+    value_dim = draw(st.sampled_from([16, 24, 64]))
+    value_group = st.sampled_from([group for group in value_groups if value_dim % group == 0])
+    layout = StateLayout(
+        kv_heads=draw(st.sampled_from([1, 2])),
+        key_dim=draw(st.sampled_from([16, 40, 64])),
+        value_dim=value_dim,
+        key=draw(precision),
+        value=replace(draw(precision), group=draw(value_group)),
+        sinks=draw(st.sampled_from([0, 3, 40])),
+        recent=draw(st.sampled_from([32, 45])),
+        rollback=draw(st.sampled_from([0, 7])),
+    )
+    layout = draw(with_important_keys(st.just(layout)))
+    full = layout.sinks + layout.recent
+    edge = st.sampled_from([0, 1, layout.sinks, full, full + 32, full + 64, full + 128])
+    past = st.builds(lambda edge, more: max(0, edge + more), edge, st.integers(-1, 1))
+    lengths = draw(st.lists(past, min_size=1, max_size=2))
+    tokens = draw(st.sampled_from([1, 1, 1, 2, 9, 33]))
+    starts = [draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in lengths]
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return Case.random(layout, draw(st.sampled_from([1, 2, 3])), lengths, starts, tokens, dtype)

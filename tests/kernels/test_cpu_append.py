@@ -1,0 +1,76 @@
+"""The CPU's append writes the reference's bytes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmix_compile.kernels import cpu, reference
+from kvmix_compile.kernels.cpu_library import library
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
+
+layouts = st.builds(
+    StateLayout,
+    kv_heads=st.sampled_from([1, 2]),
+    key_dim=st.sampled_from([16, 40]),
+    value_dim=st.sampled_from([16, 24]),
+    key=st.builds(Precision, st.sampled_from([2, 3, 16]), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
+    value=st.builds(Precision, st.sampled_from([1, 8, 16]), st.just(8), st.sampled_from([4, 16])),
+    sinks=st.sampled_from([0, 3, 40]),
+    recent=st.sampled_from([32, 45]),
+    rollback=st.sampled_from([0, 7]),
+)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=200)
+@given(layouts, dtypes, st.data())
+def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.dtype, data: st.DataObject) -> None:
+    expected, written = (SiteState.allocate(layout, 2, 12, dtype) for _ in range(2))
+    lengths = torch.zeros(2, dtype=torch.int64)
+    for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
+        starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
+        k, v = (
+            torch.randn(2, tokens, layout.kv_heads, dim).to(dtype).transpose(1, 2)
+            for dim in (layout.key_dim, layout.value_dim)
+        )
+        for row, start in enumerate(starts.tolist()):
+            k[row, :, :start] = v[row, :, :start] = torch.nan
+        for append, state in ((reference.append, expected), (cpu.append, written)):
+            append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+        lengths = lengths + tokens - starts
+    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError
+
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    state = SiteState.allocate(layout, 1, 1, torch.float32)
+    token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(reference, "append", unexpected)
+    for length in range(34):
+        cpu.append(
+            *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
+        )
+    assert state.sink_k.all() and state.tail_v.all()
+
+
+def test_without_room_nothing_is_written() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
+    state = SiteState.allocate(layout, 1, 0, torch.float32)
+    token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
+    for length in (32, 40):
+        with pytest.raises(KVMixError, match="room for 1 packed blocks"):
+            cpu.append(
+                *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
+            )
+    assert not any(tensor.any() for tensor in state.tensors())
