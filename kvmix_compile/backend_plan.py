@@ -1,0 +1,111 @@
+"""Plan: what `torch.compile(.., backend="kvmix", options=..)` is told, and the plan that follows from it."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import tracing
+
+from kvmix_compile.compiler import DEFAULT_BUDGET, DEFAULT_RECENT, DEFAULT_SINKS, analyze
+from kvmix_compile.errors import InputError, PlanError
+from kvmix_compile.passes.allocate import Policy
+from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.sites import AttentionSite
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the backend; all but `backend` mean what they mean to `kvmix_compile.apply`.
+
+    backend: what compiles the rest of the graph, any backend of torch.compile.
+    """
+
+    plan: Plan | str | os.PathLike[str] | None = None
+    budget: float | None = None
+    storage_budget: float | None = None
+    policy: Policy = "fisher"
+    calibration: Any = None
+    tokenizer: Any = None
+    sinks: int = DEFAULT_SINKS
+    recent: int = DEFAULT_RECENT
+    backend: Any = "inductor"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> "Options":
+        """Raises InputError for an option that there is not, PlanError for a plan and a budget at once."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise InputError(f"backend 'kvmix' has no option {unknown[0]!r}; it takes {', '.join(known)}")
+        options = cls(**given)
+        if options.plan is not None and not (options.budget is None and options.storage_budget is None):
+            raise PlanError("give either a plan or a budget: a plan has its own bits")
+        if options.budget is None and options.storage_budget is None:
+            options = replace(options, budget=DEFAULT_BUDGET)
+        return options
+
+
+def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
+    """The plan for a graph's sites, which may be some of the model's.
+
+    Raises PlanError where the plan was made for another model, what kvmix_compile.analyze raises, and InputError where
+    there is only a budget and no model to measure.
+    """
+    plan = options.plan
+    if plan is None:
+        plan = _planned(options, sites[0].output)
+    elif not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    by_layer = {site.layer: site for site in plan.sites}
+    layers = [site.layer for site in sites]
+    if not by_layer.keys() & set(layers):
+        raise PlanError(
+            f"the plan has no layer {layers[0]!r}. Either it was made for another model, or Dynamo broke the model's "
+            "graph and hands over one layer alone: see TORCH_LOGS=graph_breaks; with transformers' models it helps to "
+            "pass attention_mask and position_ids, as generate does"
+        )
+    shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
+    if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
+        plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
+    return replace(plan, sites=tuple(by_layer[layer] for layer in layers))
+
+
+# A model is measured once, however many graphs it is compiled to.
+_plans: WeakKeyDictionary[nn.Module, list[tuple[Options, Plan]]] = WeakKeyDictionary()
+
+
+def _planned(options: Options, node: fx.Node) -> Plan:
+    model = _model_behind(node)
+    for known, plan in _plans.setdefault(model, []):
+        if all(getattr(known, field.name) is getattr(options, field.name) for field in fields(Options)):
+            return plan
+    # The model is measured as it is, outside the compilation that is going on.
+    with torch.compiler.set_stance("force_eager"), tracing(None), torch.no_grad():
+        importance = analyze(
+            model,
+            tokenizer=options.tokenizer,
+            calibration=options.calibration,
+            sinks=options.sinks,
+            recent=options.recent,
+        )
+    plan = importance.allocate(budget=options.budget, storage_budget=options.storage_budget, policy=options.policy)
+    _plans[model].append((options, plan))
+    return plan
+
+
+def _model_behind(node: fx.Node) -> nn.Module:
+    """The model that Dynamo is compiling: the local variable that the path of a node's module begins with."""
+    path = next((path for path, _ in node.meta.get("nn_module_stack", {}).values()), "")
+    root = re.match(r"L\['(\w+)'\]", path)
+    model = InstructionTranslator.current_tx().output.local_scope.get(root.group(1)) if root else None
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
+            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}"
+        )
+    return model

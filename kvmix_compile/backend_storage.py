@@ -1,0 +1,167 @@
+"""Storage: a StaticCache's buffers are given back, and a packed cache belongs to them instead.
+
+A buffer that was given back is the same tensor object with the same shape, over a few elements that are not numbers
+and that all buffers share, so that Dynamo's guards hold and whoever reads it by mistake sees it. The packed cache lives
+as long as the buffers do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import Cache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from kvmix_compile.cache import KVMixCache
+from kvmix_compile.errors import CacheError
+from kvmix_compile.passes.plan import Plan
+
+
+@dataclass(frozen=True)
+class _Program:
+    plan: Plan
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Owner:
+    kvmix_program: _Program
+
+
+class PackedCache(KVMixCache):
+    """What belongs to one StaticCache: a KVMixCache, and what the host knows of it without asking the device.
+
+    every_row_has_tokens: no row consists of padding only. counters: the versions of the StaticCache's own counters when
+    it was last seen; while they stay, so does `seen`.
+    """
+
+    def __init__(self, plan: Plan, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+        super().__init__(_Owner(_Program(plan, dtypes, device)))  # type: ignore[arg-type]
+        self.every_row_has_tokens = False
+        self.counters: tuple[int, ...] | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.every_row_has_tokens, self.counters = False, None
+
+    def reorder_site(self, site: int, rows: Tensor) -> None:
+        """Row i of one site becomes what row `rows[i]` was. To be done for every site."""
+        rows = rows.to(self.lengths.device)
+        self.states[site].select_rows(rows)
+        if site == 0:
+            self.lengths = self.lengths[rows]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the keys and values of a layer are kept: site `site` of a packed cache."""
+
+    cache: PackedCache
+    site: int
+
+
+_places = WeakTensorKeyDictionary()
+
+# Every step in any direction leads to the next element: little memory for any shape, and PyTorch lets Dynamo trace
+# writes to it, which it does not with strides of zero.
+_STRIDES = (1, 1, 1, 1)
+
+
+def place_of(buffer: Tensor) -> Place | None:
+    """Where what this buffer held is kept now, if it was given back."""
+    place = _places.get(buffer)
+    if place is None and is_given_back(buffer):
+        raise CacheError(
+            "this StaticCache is a copy of one whose keys and values are kept packed, and copies do not have them: "
+            "begin with a new StaticCache"
+        )
+    return place
+
+
+def is_given_back(buffer: object) -> bool:
+    """Whether the buffer has no storage of its own."""
+    return isinstance(buffer, Tensor) and buffer.stride() == _STRIDES
+
+
+def given_back(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, place: Place) -> Tensor:
+    """A new buffer that never had a storage of its own."""
+    # No view: autograd would not let one be written to that was made without gradients.
+    buffer = torch.empty(0, dtype=dtype, device=device).set_(_few_elements(shape, dtype, device), 0, shape, _STRIDES)
+    _places[buffer] = place
+    return buffer
+
+
+@torch.no_grad()
+def give_back(buffer: Tensor, place: Place) -> None:
+    """Free a buffer's storage, in place."""
+    storage = _few_elements(tuple(buffer.shape), buffer.dtype, buffer.device)
+    buffer.set_(storage, 0, buffer.shape, _STRIDES)
+    # What transformers marks with a fixed address is compiled for that one tensor.
+    buffer.__dict__.pop("_dynamo_static_input_type", None)
+    _places[buffer] = place
+
+
+def packed_cache(cache: Cache) -> PackedCache | None:
+    """What the compiled graphs keep of a StaticCache, to look at: `nbytes`, `bits_per_element`, `lengths`.
+
+    None as long as nothing was written to it.
+    """
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and (place := place_of(keys)) is not None:
+            return place.cache
+    return None
+
+
+@lru_cache
+def _few_elements(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.UntypedStorage:
+    """One for all buffers of a shape, as nobody writes to it."""
+    return torch.full((sum(shape) - len(shape) + 1,), torch.nan, dtype=dtype, device=device).untyped_storage()
+
+
+# transformers itself reads and writes a layer's buffers in three ways. For one that was given back they are replaced.
+
+_reset, _reorder_cache = StaticLayer.reset, StaticLayer.reorder_cache
+
+
+def _reset_packed(layer: StaticLayer) -> None:
+    """A layer that was given back is as good as new: the next tokens make its buffers again."""
+    if is_given_back(layer.keys):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+    _reset(layer)
+
+
+def _reorder_packed(layer: StaticLayer, beam_idx: torch.LongTensor) -> None:
+    place = place_of(layer.keys) if isinstance(layer.keys, Tensor) else None
+    if place is None:
+        _reorder_cache(layer, beam_idx)
+    else:
+        place.cache.reorder_site(place.site, beam_idx)
+
+
+def _unless_packed(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the compiled graphs nobody can write to a layer that was given back."""
+
+    @wraps(update)
+    def checked(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and is_given_back(layer.keys):
+            raise CacheError(
+                "this StaticCache is kept packed by a model compiled with backend 'kvmix', and the model was now "
+                "called without being compiled. Call the compiled model, or the cache's reset() first; if Dynamo gave "
+                "up after torch._dynamo.config.recompile_limit recompilations, raise that limit"
+            )
+        return update(layer, *args, **kwargs)
+
+    return checked
+
+
+StaticLayer.reset = _reset_packed  # type: ignore[assignment, method-assign]
+StaticLayer.reorder_cache = _reorder_packed  # type: ignore[assignment, method-assign]
+for _layer in (StaticLayer, StaticSlidingWindowLayer):
+    _layer.update = _unless_packed(_layer.update)  # type: ignore[method-assign]

@@ -1,0 +1,93 @@
+"""Static rewrite: attention over a StaticCache becomes `kvmix::attend` and `kvmix::append` on a packed state.
+
+The buffers leave the graph: as inputs, where they came in, and as outputs, where they were made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.passes.capture import graph_inputs
+from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.errors import UnsupportedModelError
+from kvmix_compile.passes.lowering import Lowered
+from kvmix_compile.passes.rewrite import STATE_TENSORS, add_inputs, attend_and_append, with_ordered_channels
+from kvmix_compile.passes.static_cache import Buffer, CachedSite
+from kvmix_compile.passes.vocabulary import operation
+
+
+@dataclass(frozen=True)
+class StaticRewritten:
+    """`module` takes those inputs of the lowered graph that are left, `kept` by their places there, then `lengths`,
+    `starts` and the six tensors of each site in turn (as passes.rewrite.Rewritten). It returns a tuple in which
+    `buffers` says which places stand for a buffer that the graph used to make, and are None.
+    """
+
+    module: fx.GraphModule
+    kept: tuple[int, ...]
+    buffers: dict[int, Buffer]
+
+
+def rewrite_static(
+    lowered: Lowered,
+    sites: Sequence[CachedSite],
+    precisions: Sequence[tuple[Precision, Precision]],
+    recent: int,
+    channel_orders: Sequence[list[list[int]] | None] = (),
+) -> StaticRewritten:
+    """Rewrite the lowered graph, in place. Arguments as of passes.rewrite.rewrite.
+
+    Raises UnsupportedModelError where something besides attention reads what a site's cache holds.
+    """
+    graph, inputs = lowered.graph, graph_inputs(lowered.graph)
+    lengths, starts = add_inputs(graph, ["lengths", "starts"])
+    for index, (cached, formats) in enumerate(zip(sites, precisions, strict=True)):
+        state = add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
+        site = cached.site
+        if channel_orders and (order := channel_orders[index]) is not None:
+            name = f"channel_order_{index}"
+            constant = torch.tensor(order, device=site.key.meta["val"].device)
+            lowered.module.register_buffer(name, constant, persistent=False)
+            site = with_ordered_channels(graph, site, name)
+        attend_and_append(graph, site, (lengths, starts, *state), formats, recent)
+    buffers = _drop_outputs(graph, sites)
+    graph.eliminate_dead_code()
+    for cached in sites:
+        for buffer in (cached.key, cached.value):
+            _drop_buffer(graph, buffer, cached.site.layer)
+    clean_up(lowered.module)
+    left = set(graph_inputs(graph))
+    return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)
+
+
+def _drop_outputs(graph: fx.Graph, sites: Sequence[CachedSite]) -> dict[int, Buffer]:
+    output = next(node for node in graph.nodes if node.op == "output")
+    made = {buffer.written: buffer for cached in sites for buffer in (cached.key, cached.value)}
+    returned = list(output.args[0])
+    buffers = {place: made[node] for place, node in enumerate(returned) if node in made}
+    output.args = (tuple(None if place in buffers else node for place, node in enumerate(returned)),)
+    return buffers
+
+
+def _drop_buffer(graph: fx.Graph, buffer: Buffer, layer: str) -> None:
+    written, source = buffer.written, buffer.written.args[1]
+    _erase(graph, written, layer)
+    for write in (source, *source.users) if isinstance(source, fx.Node) else ():
+        if operation(write) == "index_put_":
+            _erase(graph, write, layer)
+    graph.eliminate_dead_code()
+    # A tensor made in the graph is dead code by now.
+    if buffer.is_input:
+        _erase(graph, buffer.tensor, layer)
+
+
+def _erase(graph: fx.Graph, node: fx.Node, layer: str) -> None:
+    if node.users:
+        reader = next(iter(node.users))
+        raise UnsupportedModelError(
+            f"{layer}: what its cache holds is also read by {operation(reader)}, and not by its attention alone"
+        )
+    graph.erase_node(node)
