@@ -6,11 +6,12 @@ calibrate on; it must not be the text that is evaluated.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -70,6 +71,12 @@ def without(importance: Importance, unwanted: Callable[[Precision], bool]) -> Im
     )
 
 
+def has_quarters(precision: Precision) -> bool:
+    """Whether a quarter of the channels has bits of its own."""
+    first, second, third, fourth = precision.quarters
+    return first != second or third != fourth
+
+
 def with_wide_scales(plan: Plan) -> Plan:
     """The same bits with 16-bit scales and zero points."""
     sites = [
@@ -86,7 +93,8 @@ def ingredients(bench: Bench, importance: Importance) -> dict[str, Plan]:
     return {
         "as it is": plan,
         "gradients of every read, not of those from storage alone": every_read.allocate(budget=2.3),
-        "all channels of a key alike": without(importance, lambda p: p.important_bits > 0).allocate(budget=2.3),
+        "all channels of a key alike": without(importance, lambda p: bool(p.important_bits)).allocate(budget=2.3),
+        "halves of a key's channels, not quarters": without(importance, has_quarters).allocate(budget=2.3),
         "16-bit scales and zero points": with_wide_scales(plan),
         "no attention sinks": bench.importance(sinks=0).allocate(budget=2.3),
         "4 attention sinks": bench.importance(sinks=4).allocate(budget=2.3),
@@ -101,29 +109,12 @@ def storage(importance: Importance) -> dict[str, Plan]:
     return plans | {f"storage {bits:g}, groups of 32": alike.allocate(storage_budget=bits) for bits in (2.3, 2.67, 3.0)}
 
 
-@dataclass(frozen=True)
-class Patch:
-    """A constant of the quantizer that is changed for a while."""
-
-    name: str
-    owner: Any
-    attribute: str
-    content: Any
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        before = getattr(self.owner, self.attribute)
-        setattr(self.owner, self.attribute, self.content)
-        try:
-            yield
-        finally:
-            setattr(self.owner, self.attribute, before)
-
-
-PATCHES = (
-    Patch("2-bit keys keep their whole range", packing, "KEYS_KEPT_RANGE", {}),
-    Patch("one bit offered as well", sensitivity, "CANDIDATE_BITS", (1, 2, 3, 4, 8)),
-)
+def changed_quantizers() -> dict[str, AbstractContextManager[object]]:
+    """The quantizer, changed within each context."""
+    return {
+        "2-bit keys keep their whole range": patch.object(packing, "KEYS_KEPT_RANGE", {}),
+        "one bit offered as well": patch.object(sensitivity, "CANDIDATE_BITS", (1, 2, 3, 4, 8)),
+    }
 
 
 def calibrations(bench: Bench, domain_text: str | None) -> dict[str, Plan]:
@@ -152,9 +143,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     domain_text = options.domain_text.read_text() if options.domain_text else None
     importance = bench.importance()
     found = {"ingredients": bench.results(ingredients(bench, importance) | storage(importance), ids)}
-    for patch in PATCHES:
-        with patch.applied():
-            found["ingredients"] += bench.results({patch.name: bench.importance().allocate(budget=2.3)}, ids)[1:]
+    for name, changed in changed_quantizers().items():
+        with changed:
+            found["ingredients"] += bench.results({name: bench.importance().allocate(budget=2.3)}, ids)[1:]
     found["calibration"] = bench.results(calibrations(bench, domain_text), ids)
     for title, rows in found.items():
         print(f"\n{title}")

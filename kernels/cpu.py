@@ -15,14 +15,14 @@ from torch import Tensor
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.cpu_library import library
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import QUARTERS, Precision
 from kvmix_compile.kernels.state import packed_blocks
 
 # As cpu.cpp numbers them.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Its structures: a Shape and two Sides make AppendArguments, and the beginning of AttendArguments.
-SHAPE_AND_SIDES = struct.Struct("=10q 13q 13q")
+SHAPE_AND_SIDES = struct.Struct("=10q 21q 21q")
 ATTEND_ONLY = struct.Struct("=9q 2d")
 
 
@@ -125,7 +125,11 @@ def _with_rows(tensor: Tensor) -> Tensor:
 
 @lru_cache
 def _format(precision: Precision, dim: int, itemsize: int) -> tuple[int, ...]:
-    return dim, *precision.as_ints(), precision.block_bytes(dim, itemsize)
+    parts = [number for part in precision.parts(dim) for number in (part.channels, part.precision.bits)]
+    return (
+        *(dim, precision.bits, precision.group, precision.scale_bits, precision.block_bytes(dim, itemsize)),
+        *(len(parts) // 2, *parts, *[0] * (2 * QUARTERS - len(parts))),
+    )
 
 
 def _shape_and_sides(

@@ -10,6 +10,11 @@ enum ElementType : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Laid out as cpu.py packs them: every member has eight bytes.
 
+// Channels that are stored with so many bits (Part of precision.py).
+struct Part {
+    int64_t channels, bits;
+};
+
 // The keys or the values: a chunk, strides in elements, and the state's contiguous tensors.
 struct Side {
     const void* chunk;
@@ -17,7 +22,8 @@ struct Side {
     void* sink;
     const uint8_t* packed;
     void* tail;
-    int64_t dim, bits, group, scale_bits, important_bits, block_bytes;
+    int64_t dim, bits, group, scale_bits, block_bytes, part_count;
+    Part parts[4];  // of a block, in order
 };
 
 struct Shape {

@@ -177,11 +177,10 @@ class Task {
                                          scratch.keys + channel * BLOCK + token, BLOCK);
     }
 
-    // A block of keys; where some channels are important, one of these, and one of the others.
     void unpack_block(const uint8_t* packed) {
-        int64_t parts = key.important_bits ? 2 : 1, dim = key.dim / parts, groups = BLOCK / key.group;
-        for (int64_t part = 0; part < parts; part++) {
-            int64_t bits = part < parts - 1 ? key.important_bits : key.bits, first = part * dim;
+        int64_t groups = BLOCK / key.group, first = 0;
+        for (const Part* part = key.parts; part < key.parts + key.part_count; first += part->channels, part++) {
+            int64_t bits = part->bits, dim = part->channels;
             unpack_keys(packed, bits, dim, scratch.codes + first * BLOCK, scratch.high, scratch.turned);
             packed += BLOCK * dim * bits / 8;
             packed += read_metadata(packed, groups * dim, key.scale_bits, scratch.scales, scratch.zero_points);

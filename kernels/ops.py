@@ -1,11 +1,12 @@
 """The operators a compiled graph calls: torch.ops.kvmix.append, attend and order_channels.
 
-A precision travels through a schema as the integers [bits, group, scale_bits, important_bits]. Devices without a kernel
-of their own run the reference; one that has its own registers it under the device's dispatch key.
+A precision travels through a schema as the integers of Precision.as_ints. Devices without a kernel of their own run the
+reference; one that has its own registers it under the device's dispatch key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -38,34 +39,15 @@ def _precision(*ints: int) -> Precision:
     return Precision.from_ints(ints)
 
 
-def _append(*arguments: Any) -> None:
-    reference.append(*_with_precisions(arguments, key=10))
-
-
-def _attend(*arguments: Any) -> Tensor:
-    return reference.attend(*_with_precisions(arguments, key=11))
-
-
-def _append_on_cpu(*arguments: Any) -> None:
-    cpu.append(*_with_precisions(arguments, key=10))
-
-
-def _attend_on_cpu(*arguments: Any) -> Tensor:
-    return cpu.attend(*_with_precisions(arguments, key=11))
-
-
-def _append_on_cuda(*arguments: Any) -> None:
-    dispatch.append_on_cuda(*_with_precisions(arguments, key=10))
-
-
-def _attend_on_cuda(*arguments: Any) -> Tensor:
-    return dispatch.attend_on_cuda(*_with_precisions(arguments, key=11))
-
-
-def _with_precisions(arguments: tuple[Any, ...], key: int) -> tuple[Any, ...]:
-    """Integers become precisions: the keys' at this place, the values' at the next."""
+def _taking_ints(kernel: Callable[..., Any], key: int) -> Callable[..., Any]:
+    """The kernel as an operator, to which the precisions, its arguments `key` and the next, come as integers."""
     value = key + 1
-    return *arguments[:key], _precision(*arguments[key]), _precision(*arguments[value]), *arguments[value + 1 :]
+
+    def operator(*arguments: Any) -> Any:
+        precisions = _precision(*arguments[key]), _precision(*arguments[value])
+        return kernel(*arguments[:key], *precisions, *arguments[value + 1 :])
+
+    return operator
 
 
 def _order_channels(x: Tensor, order: Tensor) -> Tensor:
@@ -88,13 +70,13 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *state_and_options: Any) -> Te
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-for _name, _kernel, _cpu_kernel, _cuda_kernel, _fake in (
-    ("append", _append, _append_on_cpu, _append_on_cuda, _append_fake),
-    ("attend", _attend, _attend_on_cpu, _attend_on_cuda, _attend_fake),
+for _name, _key, _kernel, _cpu_kernel, _cuda_kernel, _fake in (
+    ("append", 10, reference.append, cpu.append, dispatch.append_on_cuda, _append_fake),
+    ("attend", 11, reference.attend, cpu.attend, dispatch.attend_on_cuda, _attend_fake),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _cpu_kernel, "CPU")
-    _library.impl(_name, _cuda_kernel, "CUDA")
+    _library.impl(_name, _taking_ints(_kernel, _key), "CompositeExplicitAutograd")
+    _library.impl(_name, _taking_ints(_cpu_kernel, _key), "CPU")
+    _library.impl(_name, _taking_ints(_cuda_kernel, _key), "CUDA")
     torch.library.register_fake(f"kvmix::{_name}", _fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

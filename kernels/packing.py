@@ -16,8 +16,8 @@ byte a group: the low nibble places its log2 scale, the high nibble its zero poi
 
 A block of 16-bit precision is the elements' own bytes, ``[32, head_dim]``.
 
-Where important channels have more bits, a block is two blocks of half the channels, one behind the other: that of the
-first half of the channels, at the important ones' bits, and that of the second half. Each is self-contained as above.
+Where important channels have more bits, a block is several such blocks of fewer channels, one behind the other: those
+of Precision.parts, halves or quarters of the channels. Each is self-contained as above.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def quantize_block(elements: Tensor, precision: Precision, axis: Axis) -> Tensor
     if not precision.is_quantized:
         return elements.contiguous().flatten(-2).view(torch.uint8)
     if precision.important_bits:
-        parts = zip(elements.chunk(2, dim=-1), precision.halves(), strict=True)
-        return torch.cat([quantize_block(part, half, axis) for part, half in parts], dim=-1)
+        parts = precision.parts(head_dim)
+        pieces = elements.split([part.channels for part in parts], dim=-1)
+        packed = [quantize_block(piece, part.precision, axis) for piece, part in zip(pieces, parts, strict=True)]
+        return torch.cat(packed, dim=-1)
     grouped = _by_group(elements.float().clamp(-FLOAT16_MAX, FLOAT16_MAX), precision, axis)
     within_group = -2 if axis == Axis.TOKENS else -1
     lowest = grouped.amin(within_group).flatten(-2)
@@ -111,11 +113,11 @@ def dequantize_into(elements: Tensor, packed: Tensor, precision: Precision, axis
         elements.copy_(packed.view(elements.dtype).unflatten(-1, (BLOCK_TOKENS, head_dim)))
         return
     if precision.important_bits:
-        halves = precision.halves()
-        sizes = [half.block_bytes(head_dim // 2, elements.itemsize) for half in halves]
-        parts = zip(elements.chunk(2, dim=-1), packed.split(sizes, dim=-1), halves, strict=True)
-        for part, packed_part, half in parts:
-            dequantize_into(part, packed_part, half, axis)
+        parts = precision.parts(head_dim)
+        pieces = elements.split([part.channels for part in parts], dim=-1)
+        sizes = [part.precision.block_bytes(part.channels, elements.itemsize) for part in parts]
+        for piece, packed_piece, part in zip(pieces, packed.split(sizes, dim=-1), parts, strict=True):
+            dequantize_into(piece, packed_piece, part.precision, axis)
         return
     in_place = elements.dtype == torch.float32
     computed = elements if in_place else torch.empty_like(elements, dtype=torch.float32)

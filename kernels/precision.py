@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from math import gcd
 
@@ -19,7 +19,10 @@ SCALE_BIT_WIDTHS = (4, 16)
 # A channel count divisible by 8 lets a plane of one-bit codes fill whole bytes.
 CHANNEL_MULTIPLE = 8
 
-# With 4-bit scales a block begins its metadata with four float16 numbers (see packing.py).
+# Of a key's channels; a power of two, so that what is made of them has no odd sizes.
+QUARTERS = 4
+
+# With 4-bit scales a part of a block begins its metadata with four float16 numbers (see packing.py).
 BLOCK_EXTREMES_BYTES = 8
 
 
@@ -37,30 +40,40 @@ class Precision:
     bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in their own dtype.
     group: elements that share a scale and a zero point.
     scale_bits: bits of a scale and of a zero point: 16 (float16) or 4 (relative to the block's own extremes).
-    important_bits: of keys, bits of a code in the first half of the channels, more than `bits`, which are those of the
-        second half; 0 where all channels have `bits`. Which channels of a model come first is not known here.
+    important_bits: of keys, bits of a code in the leading quarters of the channels, each more than `bits`, which are
+        those of the other quarters, and no more than those before; empty where all channels have `bits`. Which
+        channels of a model come first is not known here.
     """
 
     bits: int
     group: int = 32
     scale_bits: int = 16
-    important_bits: int = 0
+    important_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in BIT_WIDTHS:
             raise KVMixError(f"{self.bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
-        if self.important_bits and not self.bits < self.important_bits < UNQUANTIZED_BITS:
-            raise KVMixError(
-                f"important channels have more bits than the others, which have {self.bits}, and at most "
-                f"{BIT_WIDTHS[-2]}, not {self.important_bits}"
-            )
-        if self.important_bits and self.important_bits not in BIT_WIDTHS:
-            raise KVMixError(f"{self.important_bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
+        self._check_important_bits()
         if self.group < 1:
             raise KVMixError(f"a group holds at least one element, not {self.group}; 32 is the usual size")
         if self.scale_bits not in SCALE_BIT_WIDTHS:
             raise KVMixError(
                 f"scales of {self.scale_bits} bits cannot be stored; choose one of {_listed(SCALE_BIT_WIDTHS)}"
+            )
+
+    def _check_important_bits(self) -> None:
+        for bits in self.important_bits:
+            if not self.bits < bits < UNQUANTIZED_BITS:
+                raise KVMixError(
+                    f"important channels have more bits than the others, which have {self.bits}, and at most "
+                    f"{BIT_WIDTHS[-2]}, not {bits}"
+                )
+            if bits not in BIT_WIDTHS:
+                raise KVMixError(f"{bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
+        if len(self.important_bits) >= QUARTERS or list(self.important_bits) != sorted(self.important_bits)[::-1]:
+            raise KVMixError(
+                f"important_bits are those of the leading quarters of the channels, at most {QUARTERS - 1} and none "
+                f"more than the one before, not {self.important_bits}"
             )
 
     @property
@@ -74,17 +87,33 @@ class Precision:
         return 2**self.bits - 1
 
     @property
+    def quarters(self) -> tuple[int, ...]:
+        """Bits of a code in each quarter of the channels."""
+        return *self.important_bits, *(self.bits,) * (QUARTERS - len(self.important_bits))
+
+    @property
     def mean_bits(self) -> float:
         """Bits of a code, averaged over the channels."""
-        return (self.bits + self.important_bits) / 2 if self.important_bits else self.bits
+        return sum(self.quarters) / QUARTERS
 
-    def halves(self) -> tuple[Precision, ...]:
-        """What a block consists of, in equal parts of its channels: the precision of the important half and that of
-        the other, or this one alone.
+    def parts(self, head_dim: int) -> tuple[Part, ...]:
+        """What a block of heads of this size consists of: all channels, halves or quarters of them, in order, each of
+        the same bits throughout.
         """
-        if not self.important_bits:
-            return (self,)
-        return replace(self, bits=self.important_bits, important_bits=0), replace(self, important_bits=0)
+        parts: list[Part] = []
+        first_channel = 0
+        for bits, quarters in self._shares():
+            channels = head_dim * quarters // QUARTERS
+            parts.append(Part(Precision(bits, self.group, self.scale_bits), first_channel, channels))
+            first_channel += channels
+        return tuple(parts)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """(bits, number of quarters) of each part."""
+        first, second, third, fourth = self.quarters
+        if first == fourth:
+            return [(first, 4)]
+        return [*_paired(first, second), *_paired(third, fourth)]
 
     def groups(self, head_dim: int) -> int:
         """Groups in a block of 32 tokens of one head."""
@@ -102,7 +131,7 @@ class Precision:
         if not self.is_quantized:
             return BLOCK_TOKENS * head_dim * itemsize
         per_group_bits = 2 * self.scale_bits  # a scale and a zero point
-        extremes = BLOCK_EXTREMES_BYTES * len(self.halves()) if self.scale_bits == 4 else 0
+        extremes = BLOCK_EXTREMES_BYTES * len(self._shares()) if self.scale_bits == 4 else 0
         return self.code_bytes(head_dim) + extremes + self.groups(head_dim) * per_group_bits // 8
 
     def stored_bits(self, head_dim: int) -> float:
@@ -110,6 +139,14 @@ class Precision:
         if not self.is_quantized:
             return float(self.bits)
         return 8 * self.block_bytes(head_dim, itemsize=2) / (BLOCK_TOKENS * head_dim)
+
+    def fits(self, head_dim: int, axis: Axis) -> bool:
+        """Whether heads of this size can be stored like this."""
+        try:
+            self.check(head_dim, axis)
+        except KVMixError:
+            return False
+        return True
 
     def check(self, head_dim: int, axis: Axis) -> None:
         """Raises KVMixError, naming what would do, where heads of this size cannot be stored like this."""
@@ -120,10 +157,11 @@ class Precision:
                 f"a head of {head_dim} channels cannot be quantized: the count must be a multiple of "
                 f"{CHANNEL_MULTIPLE}; keep this site at {UNQUANTIZED_BITS} bits"
             )
-        if self.important_bits and (axis != Axis.TOKENS or head_dim % (2 * CHANNEL_MULTIPLE)):
+        multiple = CHANNEL_MULTIPLE * QUARTERS // min(quarters for _, quarters in self._shares())
+        if self.important_bits and (axis != Axis.TOKENS or head_dim % multiple):
             raise KVMixError(
-                f"only keys of a multiple of {2 * CHANNEL_MULTIPLE} channels can have important ones of more bits, not "
-                f"{'values' if axis != Axis.TOKENS else f'keys of {head_dim}'}"
+                f"only keys of a multiple of {multiple} channels can have {_listed(self.quarters, 'and')} bits in the "
+                f"quarters of these, not {'values' if axis != Axis.TOKENS else f'keys of {head_dim}'}"
             )
         extent = BLOCK_TOKENS if axis == Axis.TOKENS else head_dim
         if extent % self.group:
@@ -133,19 +171,34 @@ class Precision:
 
     def as_ints(self) -> list[int]:
         """For an operator's schema, which knows integers only."""
-        return [self.bits, self.group, self.scale_bits, self.important_bits]
+        return [self.bits, self.group, self.scale_bits, *self.important_bits]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Precision:
         """The inverse of as_ints."""
-        if len(ints) != 4:
-            raise KVMixError(f"a precision is [bits, group, scale_bits, important_bits], not {list(ints)}")
-        return cls(*ints)
+        if len(ints) < 3:
+            raise KVMixError(f"a precision is [bits, group, scale_bits, *important_bits], not {list(ints)}")
+        bits, group, scale_bits, *important_bits = ints
+        return cls(bits, group, scale_bits, tuple(important_bits))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring channels of a head that are stored at one precision."""
+
+    precision: Precision
+    first_channel: int
+    channels: int
+
+
+def _paired(first: int, second: int) -> list[tuple[int, int]]:
+    """Two quarters of the channels as Precision._shares."""
+    return [(first, 2)] if first == second else [(first, 1), (second, 1)]
 
 
 def _divisors(number: int) -> tuple[int, ...]:
     return tuple(candidate for candidate in range(1, number + 1) if gcd(candidate, number) == candidate)
 
 
-def _listed(choices: Sequence[int]) -> str:
-    return ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}" if len(choices) > 1 else str(choices[0])
+def _listed(choices: Sequence[int], last: str = "or") -> str:
+    return ", ".join(map(str, choices[:-1])) + f" {last} {choices[-1]}" if len(choices) > 1 else str(choices[0])

@@ -62,8 +62,7 @@ class BlockWriter:
     @classmethod
     def parts(cls, precision: Precision, axis: Axis, head_dim: int) -> tuple[BlockWriter, ...]:
         """As BlockFormat.parts."""
-        halves = precision.halves()
-        return tuple(cls._of(half, axis, head_dim // len(halves), head_dim) for half in halves)
+        return tuple(cls._of(part.precision, axis, part.channels, head_dim) for part in precision.parts(head_dim))
 
     @classmethod
     def _of(cls, precision: Precision, axis: Axis, channels: int, head_dim: int) -> BlockWriter:

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from kvmix_compile.kernels.packing import PLANES
-from kvmix_compile.kernels.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Precision
+from kvmix_compile.kernels.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Part, Precision
 
 # tl.dot wants at least this many channels.
 SMALLEST_DOT = 16
@@ -33,7 +33,7 @@ _EXPONENT_VALUE = tl.constexpr(8388608.0)
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A packed block of one head, or the part of it that holds half of the channels, as the constants a kernel is
+    """A packed block of one head, or a part of it that holds some of the channels, as the constants a kernel is
     compiled for.
 
     Byte p of a token's row of the lowest plane holds channels p, p + width, p + 2 * width .. in `slices` fields. Padded
@@ -59,24 +59,21 @@ class BlockFormat:
 
     @classmethod
     def parts(cls, precision: Precision, head_dim: int, itemsize: int) -> tuple[BlockFormat, ...]:
-        """Of all the channels, or of the important half and the other.
+        """Of each of Precision.parts.
 
         itemsize: bytes of an element of the model's dtype.
         """
         block_bytes = precision.block_bytes(head_dim, itemsize)
-        halves = precision.halves()
-        channels = head_dim // len(halves)
         formats: list[BlockFormat] = []
         first_byte = 0
-        for half in halves:
-            formats.append(cls._of(half, channels, head_dim, len(formats) * channels, block_bytes, first_byte))
-            first_byte += half.block_bytes(channels, itemsize)
+        for part in precision.parts(head_dim):
+            formats.append(cls._of(part, head_dim, block_bytes, first_byte))
+            first_byte += part.precision.block_bytes(part.channels, itemsize)
         return tuple(formats)
 
     @classmethod
-    def _of(
-        cls, precision: Precision, channels: int, head_dim: int, first_channel: int, block_bytes: int, first_byte: int
-    ) -> BlockFormat:
+    def _of(cls, part: Part, head_dim: int, block_bytes: int, first_byte: int) -> BlockFormat:
+        precision, channels = part.precision, part.channels
         slices = 8 // PLANES[precision.bits][0] if precision.is_quantized else 1
         width = channels // slices
         common = gcd(width, precision.group)
@@ -85,7 +82,7 @@ class BlockFormat:
             group=precision.group,
             scale_bits=precision.scale_bits,
             head_dim=head_dim,
-            first_channel=first_channel,
+            first_channel=part.first_channel,
             channels=channels,
             block_bytes=block_bytes,
             first_byte=first_byte,

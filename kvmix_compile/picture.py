@@ -84,22 +84,28 @@ def _cells(label: str, precisions: Sequence[Precision]) -> Text:
 
 
 def _cell(precision: Precision) -> Text:
-    """Bits of a code; of important channels and of the others, where they differ."""
-    bits = f"{precision.important_bits}/{precision.bits}" if precision.important_bits else f"{precision.bits}"
+    """Bits of a code; their mean where the channels have different ones."""
+    bits = f"{precision.mean_bits:.1f}" if precision.important_bits else f"{precision.bits}"
     return Text(f"{bits:>3} ", style=f"bold white on {COLOURS[precision.bits]}")
 
 
 def _legend(sites: Sequence[SitePlan]) -> Iterator[Text]:
     """A line for each precision in use: what it is, and how many layers use it."""
     keys, values = Counter(site.key for site in sites), Counter(site.value for site in sites)
-    for precision in sorted({*keys, *values}):
-        meaning = "the model's own dtype"
-        if precision.is_quantized:
-            meaning = f"groups of {precision.group}, {precision.scale_bits}-bit scales"
+    used = sorted({*keys, *values})
+    width = max(len(_meaning(precision)) for precision in used)
+    for precision in used:
         counts = f"layers: {keys[precision]} for keys, {values[precision]} for values"
-        yield Text("  ").append_text(_cell(precision)).append(f" {meaning:<30} {counts}")
+        yield Text("  ").append_text(_cell(precision)).append(f" {_meaning(precision):<{width}}   {counts}")
     if any(precision.important_bits for precision in keys):
-        yield Text("  4/2: 4 bits in the half of a head's channels that matters more, 2 in the other", style="dim")
+        yield Text("  4/3/2/2: bits by quarter of a head's channels, the most important first", style="dim")
+
+
+def _meaning(precision: Precision) -> str:
+    if not precision.is_quantized:
+        return "the model's own dtype"
+    groups = f"groups of {precision.group}, {precision.scale_bits}-bit scales"
+    return f"{'/'.join(map(str, precision.quarters))}, {groups}" if precision.important_bits else groups
 
 
 def _means(plan: Plan) -> Iterator[Text]:

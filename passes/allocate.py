@@ -50,7 +50,7 @@ class SiteImportance:
         the weights of the key and the value projection.
     key_sensitivity, value_sensitivity: the candidate precisions, each with the increase of the loss (nats a token)
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
-    important_channels: the half of each key head's channels that key precisions with important_bits give more bits, as
+    channel_quarters: the quarters of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
     """
 
@@ -62,7 +62,7 @@ class SiteImportance:
     value_gradient_norm: float
     key_sensitivity: Mapping[Precision, float]
     value_sensitivity: Mapping[Precision, float]
-    important_channels: tuple[int, ...] = ()
+    channel_quarters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,11 @@ def _comparable(candidates: Iterable[Precision], budget: Budget) -> list[Precisi
     candidates = list(candidates)
     if budget.unit == "storage_budget":
         return candidates
-    groups: dict[tuple[int, int], int] = {}
+    groups: dict[tuple[int, ...], int] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.group):
-        bits = candidate.bits, candidate.important_bits
-        if candidate.group <= PUBLISHED_GROUP or bits not in groups:
-            groups[bits] = candidate.group
-    return [
-        candidate for candidate in candidates if candidate.group == groups[candidate.bits, candidate.important_bits]
-    ]
+        if candidate.group <= PUBLISHED_GROUP or candidate.quarters not in groups:
+            groups[candidate.quarters] = candidate.group
+    return [candidate for candidate in candidates if candidate.group == groups[candidate.quarters]]
 
 
 def _allocate_kvmix(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:

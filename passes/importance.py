@@ -26,7 +26,7 @@ from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.projections import Projection, find_projection
-from kvmix_compile.passes.sensitivity import Tally, can_be_halved, candidates_for
+from kvmix_compile.passes.sensitivity import Tally, candidates_for
 from kvmix_compile.passes.sites import AttentionSite
 from kvmix_compile.passes.stored_gradients import stored_gradients
 
@@ -57,7 +57,7 @@ class Importance:
                 site.kv_heads,
                 site.key_dim,
                 site.value_dim,
-                site.important_channels if key.important_bits else (),
+                site.channel_quarters if key.important_bits else (),
             )
             for site, (key, value) in zip(self.sites, precisions, strict=True)
         )
@@ -108,14 +108,14 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
 
 
 def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -> SiteImportance:
-    key_losses, channels = key.losses(rows), tuple[int, ...]()
-    if can_be_halved(site.key_dim):
-        important = key.important_half()
-        key_losses |= key.losses_of_halves(important, rows)
-        channels = tuple(sum(1 << channel for channel in head.nonzero().flatten().tolist()) for head in important)
+    key_losses, channel_quarters = key.losses(rows), tuple[str, ...]()
+    quarters = key.quarters()
+    if divided := key.losses_of_quarters(quarters, rows):
+        key_losses |= divided
+        channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
     return SiteImportance(
         site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
-        key_losses, value.losses(rows), channels,
+        key_losses, value.losses(rows), channel_quarters,
     )  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import QUARTERS, Precision
 from kvmix_compile.kernels.state import StateLayout, required_blocks
 
 FORMAT = "kvmix-plan"
-VERSION = 2  # 1 knew no important channels
+VERSION = 3
 
 # A cache grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
 GROWTH_SHIFT = 3
@@ -37,8 +37,8 @@ class SitePlan:
     key, value: precision of the cached keys and values.
     kv_heads: heads of the keys and values, before they are repeated for the query heads.
     key_dim, value_dim: elements of one head's key and of its value.
-    important_channels: where key has important_bits, half of each head's channels, as a number whose bit c stands for
-        channel c; else empty.
+    channel_quarters: where key has important_bits, of each head a string with a digit for each channel: its quarter of
+        the channels, from 0, the most important one, to 3; else empty.
     """
 
     layer: str
@@ -47,19 +47,23 @@ class SitePlan:
     kv_heads: int
     key_dim: int
     value_dim: int
-    important_channels: tuple[int, ...] = ()
+    channel_quarters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
             raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
-        if len(self.important_channels) != (self.kv_heads if self.key.important_bits else 0):
+        if len(self.channel_quarters) != (self.kv_heads if self.key.important_bits else 0):
             raise PlanError(
-                f"{self.layer}: important_bits and important_channels go together, the latter one number a head; "
-                f"{self.key} of {self.kv_heads} heads has {len(self.important_channels)}"
+                f"{self.layer}: important_bits and channel_quarters go together, the latter a string for each head; "
+                f"{self.key} of {self.kv_heads} heads has {len(self.channel_quarters)}"
             )
-        for channels in self.important_channels:
-            if not 0 <= channels < 1 << self.key_dim or 2 * channels.bit_count() != self.key_dim:
-                raise PlanError(f"{self.layer}: important_channels must be half of a head's {self.key_dim} channels")
+        balanced = sorted(channel * QUARTERS // self.key_dim for channel in range(self.key_dim))
+        for quarters in self.channel_quarters:
+            if sorted(quarters) != list(map(str, balanced)):
+                raise PlanError(
+                    f"{self.layer}: channel_quarters must put as many of a head's {self.key_dim} channels into each of "
+                    f"the quarters 0 to {QUARTERS - 1}, not {quarters!r}"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,13 +72,10 @@ class SitePlan:
 
     @property
     def channel_order(self) -> list[list[int]] | None:
-        """For each head its key's channels, the important half first; None where all are kept alike."""
-        if not self.important_channels:
+        """For each head its key's channels, the most important quarter first; None where all are kept alike."""
+        if not self.channel_quarters:
             return None
-        return [
-            sorted(range(self.key_dim), key=lambda channel: not channels >> channel & 1)
-            for channels in self.important_channels
-        ]
+        return [sorted(range(self.key_dim), key=quarters.__getitem__) for quarters in self.channel_quarters]
 
     @property
     def key_elements(self) -> int:
@@ -249,12 +250,12 @@ def _site_record(site: SitePlan) -> dict[str, object]:
         "key": _precision_record(site.key),
         "value": _precision_record(site.value),
     }
-    if site.important_channels:
-        record["important_channels"] = [f"{channels:0{-(-site.key_dim // 4)}x}" for channels in site.important_channels]
+    if site.channel_quarters:
+        record["channel_quarters"] = site.channel_quarters
     return record
 
 
-def _precision_record(precision: Precision) -> dict[str, int]:
+def _precision_record(precision: Precision) -> dict[str, object]:
     record = {"bits": precision.bits, "group": precision.group, "scale_bits": precision.scale_bits}
     return record | ({"important_bits": precision.important_bits} if precision.important_bits else {})
 
@@ -265,8 +266,8 @@ def _from_document(document: object) -> Plan:
     version = _field(document, "version", int, "the plan")
     if version > VERSION:
         raise PlanError(f"this plan (version {version}) was made by a newer kvmix_compile; upgrade kvmix_compile")
-    if version < 1:
-        raise PlanError(f"there is no plan version {version}; save the plan again")
+    if version < VERSION:
+        raise PlanError(f"this plan (version {version}) was made by an older kvmix_compile; make a new one")
     records = _field(document, "sites", list, "the plan")
     return Plan(
         sites=tuple(_site_plan(record, f"site {index}") for index, record in enumerate(records)),
@@ -285,28 +286,35 @@ def _site_plan(record: object, where: str) -> SitePlan:
         kv_heads=_field(record, "kv_heads", int, where),
         key_dim=_field(record, "key_dim", int, where),
         value_dim=_field(record, "value_dim", int, where),
-        important_channels=_channels(record, where),
+        channel_quarters=_channel_quarters(record, where),
     )
 
 
-def _channels(record: object, where: str) -> tuple[int, ...]:
-    if not isinstance(record, dict) or "important_channels" not in record:
+def _channel_quarters(record: object, where: str) -> tuple[str, ...]:
+    if not isinstance(record, dict) or "channel_quarters" not in record:
         return ()
-    channels = _field(record, "important_channels", list, where)
-    try:
-        return tuple(int(digits, 16) for digits in channels)
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"{where}: important_channels must be hexadecimal numbers; save the plan again") from error
+    quarters = _field(record, "channel_quarters", list, where)
+    if not all(isinstance(of_head, str) for of_head in quarters):
+        raise PlanError(f"{where}: channel_quarters must be a string for each head; save the plan again")
+    return tuple(quarters)
 
 
 def _precision(record: object, where: str) -> Precision:
-    names = ["bits", "group", "scale_bits"]
-    names += ["important_bits"] * (isinstance(record, dict) and "important_bits" in record)
-    numbers = [_field(record, name, int, where) for name in names]
+    numbers = [_field(record, name, int, where) for name in ("bits", "group", "scale_bits")]
+    important_bits = _important_bits(record, where)
     try:
-        return Precision(*numbers)
+        return Precision(*numbers, important_bits)
     except KVMixError as error:
         raise PlanError(f"{where}: {error}") from error
+
+
+def _important_bits(record: object, where: str) -> tuple[int, ...]:
+    if not isinstance(record, dict) or "important_bits" not in record:
+        return ()
+    bits = _field(record, "important_bits", list, where)
+    if not all(type(of_quarter) is int for of_quarter in bits):
+        raise PlanError(f"{where}: important_bits must be a list of numbers; save the plan again")
+    return tuple(bits)
 
 
 def _field(record: object, name: str, kind: type[FieldType], where: str) -> FieldType:

@@ -50,22 +50,16 @@ def rewrite(
     all, for that of the model.
     """
     graph, copies = _copy(captured.graph)
+    module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (site, (key, value)) in enumerate(zip(sites, precisions, strict=True)):
-        state = add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
+    for index, (site, formats) in enumerate(zip(sites, precisions, strict=True)):
         copied = replace(
             site, query=copies[site.query], key=copies[site.key], value=copies[site.value], output=copies[site.output]
         )
-        if channel_orders and channel_orders[index] is not None:
-            copied = with_ordered_channels(graph, copied, _order_name(index))
-        attend_and_append(graph, copied, (lengths, starts, *state), (key, value), recent)
+        order = channel_orders[index] if channel_orders else None
+        rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)
     graph.eliminate_dead_code()
     shifted = not captured.has_position_input and shift_positions(graph, lengths, captured.tokens)
-    module = bind(captured.module, graph)
-    for index, order in enumerate(channel_orders):
-        if order is not None:
-            constant = torch.tensor(order, device=sites[index].key.meta["val"].device)
-            module.register_buffer(_order_name(index), constant, persistent=False)
     clean_up(module)
     return Rewritten(module, tuple(sites), shifted)
 
@@ -95,7 +89,29 @@ def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
     return added
 
 
-def with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
+def rewrite_site(
+    module: fx.GraphModule,
+    site: AttentionSite,
+    index: int,
+    counts: tuple[fx.Node, fx.Node],
+    precisions: tuple[Precision, Precision],
+    recent: int,
+    channel_order: list[list[int]] | None,
+) -> None:
+    """Put the operators in the place of `site.output`, and the site's state behind the inputs of the module's graph.
+
+    `index`: the site's number. `counts`: the inputs lengths and starts. The rest: of this site, as of rewrite.
+    """
+    state = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS])
+    if channel_order is not None:
+        name = f"channel_order_{index}"
+        constant = torch.tensor(channel_order, device=site.key.meta["val"].device)
+        module.register_buffer(name, constant, persistent=False)
+        site = _with_ordered_channels(module.graph, site, name)
+    _attend_and_append(module.graph, site, (*counts, *state), precisions, recent)
+
+
+def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
     """The site with its queries and keys in the order of channels that the graph's constant `order` holds. Their
     products are the same.
     """
@@ -109,11 +125,7 @@ def with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> A
     return replace(site, query=query, key=key)
 
 
-def _order_name(index: int) -> str:
-    return f"channel_order_{index}"
-
-
-def attend_and_append(
+def _attend_and_append(
     graph: fx.Graph,
     site: AttentionSite,
     cache: tuple[fx.Node, ...],

@@ -1,20 +1,23 @@
 """Sensitivity: the precisions to choose from, and what each would lose."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.packing import dequantize_block, quantize_block
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, Axis, Precision
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, QUARTERS, Axis, Precision
 from kvmix_compile.passes.allocate import PUBLISHED_GROUP
 
 # What fisher chooses from. 4-bit scales cost SmolLM2-135M 0.1 of perplexity and save 0.7 bits an element.
 CANDIDATE_BITS = (2, 3, 4, 8)
-# (important, other) bits of keys whose channels are not all kept alike. Some channels matter far more than others, and
-# which ones hardly changes from text to text.
-CANDIDATE_HALVES = ((3, 2), (4, 2), (4, 3), (8, 4))
+# Bits of the quarters of the channels of keys whose channels are not all kept alike. Some channels matter far more than
+# others, and which ones hardly changes from text to text.
+CANDIDATE_QUARTERS = (
+    (3, 2, 2, 2), (4, 2, 2, 2), (3, 3, 2, 2), (4, 3, 2, 2), (3, 3, 3, 2), (4, 4, 2, 2), (4, 3, 3, 2), (4, 3, 3, 3),
+    (4, 4, 3, 2), (4, 4, 3, 3), (4, 4, 4, 2), (4, 4, 4, 3), (8, 8, 4, 4),
+)  # fmt: skip
 # Small groups are cheap with 4-bit scales: 0.5 bits an element in groups of 16, 0.28 in groups of 32. Keys cannot have
 # larger groups than a block has tokens. At 8 bits the group hardly matters.
 KEY_GROUPS = (16, 32)
@@ -51,27 +54,29 @@ class Tally:
         """The mean over so many rows of what each candidate loses."""
         return {candidate: loss.sum().item() / rows for candidate, loss in self.sensitivity.items()}
 
-    def important_half(self) -> Tensor:
-        """The half of each head's channels that would lose most at the poorest candidate, bool `[heads, dim]`."""
+    def quarters(self) -> Tensor:
+        """The quarter, 0 to 3, of each channel of each head, int64 `[heads, dim]`; 0 for the channels that would lose
+        most at the poorest candidate.
+        """
         poorest = max(self.sensitivity.values(), key=lambda loss: loss.sum().item())
         ranks = poorest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return ranks < poorest.shape[-1] // 2
+        return ranks * QUARTERS // poorest.shape[-1]
 
-    def losses_of_halves(self, important: Tensor, rows: int) -> dict[Precision, float]:
-        """As losses, of candidates that have more bits in the `important` channels, bool `[heads, dim]`."""
+    def losses_of_quarters(self, quarters: Tensor, rows: int) -> dict[Precision, float]:
+        """As losses, of candidates that have more bits in some quarters of the channels."""
+        of_quarter = {
+            candidate: [loss[quarters == quarter].sum().item() / rows for quarter in range(QUARTERS)]
+            for candidate, loss in self.sensitivity.items()
+        }
         losses = {}
-        groups = {candidate.group for candidate in self.sensitivity}
-        for (important_bits, bits), group in product(CANDIDATE_HALVES, groups):
-            rich, poor = (Precision(width, group, CANDIDATE_SCALE_BITS) for width in (important_bits, bits))
-            if rich in self.sensitivity and poor in self.sensitivity:
-                loss = torch.where(important, self.sensitivity[rich], self.sensitivity[poor])
-                losses[replace(poor, important_bits=important_bits)] = loss.sum().item() / rows
+        groups = {candidate.group for candidate in self.candidates}
+        for bits, group in product(CANDIDATE_QUARTERS, groups):
+            important = tuple(number for number in bits if number > bits[-1])
+            candidate = Precision(bits[-1], group, CANDIDATE_SCALE_BITS, important)
+            alike = [Precision(number, group, CANDIDATE_SCALE_BITS) for number in bits]
+            if candidate.fits(quarters.shape[-1], Axis.TOKENS) and all(part in of_quarter for part in alike):
+                losses[candidate] = sum(of_quarter[part][quarter] for quarter, part in enumerate(alike))
         return losses
-
-
-def can_be_halved(dim: int) -> bool:
-    """Whether half the channels of keys with `dim` elements a head can have more bits than the others."""
-    return dim % (2 * CHANNEL_MULTIPLE) == 0
 
 
 def candidates_for(dim: int, axis: Axis) -> tuple[Precision, ...]:

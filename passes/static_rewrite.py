@@ -6,7 +6,6 @@ The buffers leave the graph: as inputs, where they came in, and as outputs, wher
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from kvmix_compile.kernels.precision import Precision
@@ -14,7 +13,7 @@ from kvmix_compile.passes.capture import graph_inputs
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.lowering import Lowered
-from kvmix_compile.passes.rewrite import STATE_TENSORS, add_inputs, attend_and_append, with_ordered_channels
+from kvmix_compile.passes.rewrite import add_inputs, rewrite_site
 from kvmix_compile.passes.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.vocabulary import operation
 
@@ -45,14 +44,8 @@ def rewrite_static(
     graph, inputs = lowered.graph, graph_inputs(lowered.graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
     for index, (cached, formats) in enumerate(zip(sites, precisions, strict=True)):
-        state = add_inputs(graph, [f"{name}_{index}" for name in STATE_TENSORS])
-        site = cached.site
-        if channel_orders and (order := channel_orders[index]) is not None:
-            name = f"channel_order_{index}"
-            constant = torch.tensor(order, device=site.key.meta["val"].device)
-            lowered.module.register_buffer(name, constant, persistent=False)
-            site = with_ordered_channels(graph, site, name)
-        attend_and_append(graph, site, (lengths, starts, *state), formats, recent)
+        order = channel_orders[index] if channel_orders else None
+        rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order)
     buffers = _drop_outputs(graph, sites)
     graph.eliminate_dead_code()
     for cached in sites:

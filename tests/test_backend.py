@@ -60,9 +60,9 @@ def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) 
 @cache
 def low(name: str) -> Plan:
     """Keys with important channels, the even ones, and values of 2 bits."""
-    key, even = Precision(2, 32, 4, important_bits=3), int("01" * 16, 2)
+    key, quarters = Precision(2, 32, 4, important_bits=(4, 3)), "3120" * 8
     sites = plan_for(name, value=Precision(2, 32, 4)).sites
-    important = tuple(replace(site, key=key, important_channels=(even,) * site.kv_heads) for site in sites)
+    important = tuple(replace(site, key=key, channel_quarters=(quarters,) * site.kv_heads) for site in sites)
     return replace(plan_for(name), sites=important)
 
 

@@ -42,9 +42,9 @@ def test_the_picture_in_full() -> None:
         "values   2   2 ",
         "layer    0",
         "",
-        "    2  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
-        "    2  groups of 32, 16-bit scales    layers: 0 for keys, 2 for values",
-        "    4  groups of 32, 4-bit scales     layers: 1 for keys, 0 for values",
+        "    2  groups of 32, 4-bit scales    layers: 1 for keys, 0 for values",
+        "    2  groups of 32, 16-bit scales   layers: 0 for keys, 2 for values",
+        "    4  groups of 32, 4-bit scales    layers: 1 for keys, 0 for values",
         "",
         "code bits 2.50 (keys 3.00, values 2.00), stored bits 3.14",
         "policy fisher, 64 sink tokens and 128 recent tokens unquantized",
@@ -52,12 +52,12 @@ def test_the_picture_in_full() -> None:
 
 
 def test_important_channels_are_seen_and_explained() -> None:
-    key = Precision(2, 32, 4, important_bits=4)
-    site = SitePlan("attention", key, Precision(2, 32, 4), 2, 64, 64, (2**32 - 1,) * 2)
+    key = Precision(2, 32, 4, important_bits=(4, 4))
+    site = SitePlan("attention", key, Precision(2, 32, 4), 2, 64, 64, ("0123" * 16,) * 2)
     lines = text_of(Plan((site,), policy="fisher", fingerprint="f00d", sinks=64, recent=128))
-    assert "keys   4/2 " in lines
-    assert any(line.strip().startswith("4/2  groups of 32") for line in lines)
-    assert any(line.strip().startswith("4/2: 4 bits in the half") for line in lines)
+    assert "keys   3.0 " in lines
+    assert any(line.strip().startswith("3.0  4/4/2/2, groups of 32") for line in lines)
+    assert any(line.strip().startswith("4/3/2/2: bits by quarter") for line in lines)
     assert any("keys 3.00, values 2.00" in line for line in lines)
 
 

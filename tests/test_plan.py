@@ -34,11 +34,11 @@ dims = st.integers(1, 512)
 
 @st.composite
 def sites_with_important_channels(draw: st.DrawFn) -> SitePlan:
-    kv_heads, key_dim = draw(st.integers(1, 4)), 16 * draw(st.integers(1, 8))
-    heads = [draw(st.permutations(range(key_dim)))[: key_dim // 2] for _ in range(kv_heads)]
-    important = tuple(sum(1 << channel for channel in channels) for channels in heads)
-    key = Precision(2, draw(st.sampled_from([16, 32])), 4, draw(st.sampled_from([3, 4])))
-    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), important)
+    kv_heads, key_dim = draw(st.integers(1, 4)), 32 * draw(st.integers(1, 4))
+    heads = [draw(st.permutations("0123" * (key_dim // 4))) for _ in range(kv_heads)]
+    important_bits = draw(st.sampled_from([(3,), (4, 4), (8, 4, 3)]))
+    key = Precision(2, draw(st.sampled_from([16, 32])), 4, important_bits)
+    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), tuple(map("".join, heads)))
 
 
 plans = st.builds(
@@ -67,29 +67,43 @@ def test_loading_gives_what_was_saved(file: Path, plan: Plan) -> None:
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_important_channels_come_first_and_count_half() -> None:
-    site = SitePlan("attention", Precision(2, 32, 4, 4), Precision(2, 32, 4), 2, 16, 16, (0x00FF, 0xAAAA))
+def test_important_quarters_come_first_and_count_as_such() -> None:
+    quarters = ("0000111122223333", "3120" * 4)
+    site = SitePlan("attention", Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), 2, 16, 16, quarters)
     plan = replace(PLAN, sites=(site,))
-    assert plan.key_bits == 3 and plan.code_bits == 2.5
+    assert plan.key_bits == 2.75 and plan.code_bits == 2.375
     first, second = site.channel_order
     assert first == list(range(16))
-    assert second == [1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14]
+    assert second == [3, 7, 11, 15, 1, 5, 9, 13, 2, 6, 10, 14, 0, 4, 8, 12]
     assert PLAN.sites[0].channel_order is None
 
 
 @pytest.mark.parametrize(
-    ("important_bits", "channels"),
-    [(0, (0x00FF, 0x00FF)), (4, ()), (4, (0x00FF,)), (4, (0x00FF, 0x01FF)), (4, (0x00FF, 0xFF0000))],
+    ("important_bits", "quarters"),
+    [
+        ((), ("0123" * 4,) * 2),
+        ((4, 4), ()),
+        ((4, 4), ("0123" * 4,)),
+        ((4, 4), ("0123" * 4, "0122" * 4)),
+        ((4, 4), ("0123" * 4, "0124" * 4)),
+        ((4, 4), ("0123" * 4, "0123" * 5)),
+    ],
 )
-def test_important_channels_that_make_no_half_are_refused(important_bits: int, channels: tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match="important_channels"):
-        SitePlan("attention", Precision(2, 32, 4, important_bits), Precision(2, 32, 4), 2, 16, 16, channels)
+def test_quarters_that_are_none_are_refused(important_bits: tuple[int, ...], quarters: tuple[str, ...]) -> None:
+    with pytest.raises(PlanError, match="channel_quarters"):
+        SitePlan("attention", Precision(2, 32, 4, important_bits), Precision(2, 32, 4), 2, 16, 16, quarters)
 
 
-@pytest.mark.parametrize("content", [3, ["xyz", "00ff"], [None]])
-def test_important_channels_in_a_file_are_hexadecimal(tmp_path: Path, content: object) -> None:
-    with pytest.raises(PlanError, match=r"plan\.json: .*important_channels"):
-        load_changed(tmp_path, ["sites", 0, "important_channels"], content)
+@pytest.mark.parametrize("content", [3, [3, "0123"], [None], ["0123"]])
+def test_damaged_quarters_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json: .*channel_quarters"):
+        load_changed(tmp_path, ["sites", 0, "channel_quarters"], content)
+
+
+@pytest.mark.parametrize("content", [4, ["4"], [True], [2]])
+def test_damaged_important_bits_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json: .*(important|bits)"):
+        load_changed(tmp_path, ["sites", 0, "key", "important_bits"], content)
 
 
 def test_means_are_weighted_by_elements() -> None:
@@ -168,7 +182,7 @@ def load_changed(directory: Path, path: list[str | int], content: object) -> Pla
 
 def test_a_newer_plan_asks_to_upgrade(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="newer kvmix_compile; upgrade"):
-        load_changed(tmp_path, ["version"], 3)
+        load_changed(tmp_path, ["version"], 4)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +205,7 @@ def test_missing_and_mistyped_fields_are_named(tmp_path: Path, path: list[str | 
     ("path", "content"),
     [
         (["version"], 0),
+        (["version"], 2),
         (["sinks"], -1),
         (["sites"], []),
         (["sites"], [3]),

@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,)) -> Case:
     value_group = st.sampled_from([group for group in value_groups if value_dim % group == 0])
     layout = StateLayout(
         kv_heads=draw(st.sampled_from([1, 2])),
-        key_dim=draw(st.sampled_from([16, 40, 64])),
+        key_dim=draw(st.sampled_from([16, 40, 64, 96])),
         value_dim=value_dim,
         key=draw(precision),
         value=replace(draw(precision), group=draw(value_group)),

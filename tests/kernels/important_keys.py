@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvmix_compile.kernels.precision import CHANNEL_MULTIPLE
+from kvmix_compile.kernels.precision import Axis
 from kvmix_compile.kernels.state import StateLayout
 
-# Bits of the important channels and of the others.
-IMPORTANT_BITS = [(2, 1), (3, 2), (4, 2), (4, 3), (8, 4)]
+# Bits of the important quarters of the channels and of the others: halves, quarters, and a half beside two quarters.
+IMPORTANT_BITS = [((2, 2), 1), ((3, 3), 2), ((8, 8), 4), ((4,), 2), ((4, 3), 2), ((4, 4, 3), 2), ((4, 3, 3), 2)]
 
 
 def with_important_keys(layouts: st.SearchStrategy[StateLayout]) -> st.SearchStrategy[StateLayout]:
@@ -17,8 +17,6 @@ def with_important_keys(layouts: st.SearchStrategy[StateLayout]) -> st.SearchStr
 
 
 def _important(layout: StateLayout) -> st.SearchStrategy[StateLayout]:
-    if layout.key_dim % (2 * CHANNEL_MULTIPLE):
-        return st.nothing()
-    return st.sampled_from(
-        [replace(layout, key=replace(layout.key, bits=bits, important_bits=more)) for more, bits in IMPORTANT_BITS]
-    )
+    keys = [replace(layout.key, bits=bits, important_bits=more) for more, bits in IMPORTANT_BITS]
+    storable = [key for key in keys if key.fits(layout.key_dim, Axis.TOKENS)]
+    return st.sampled_from([replace(layout, key=key) for key in storable]) if storable else st.nothing()

@@ -75,8 +75,8 @@ def test_any_chunking_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("scale_bits", [4, 16])
-@pytest.mark.parametrize(("important_bits", "bits"), [*((0, bits) for bits in (1, 2, 3, 4, 8, 16)), *IMPORTANT_BITS])
-def test_token_by_token_gives_the_same_bytes(important_bits: int, bits: int, scale_bits: int) -> None:
+@pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in (1, 2, 3, 4, 8, 16)), *IMPORTANT_BITS])
+def test_token_by_token_gives_the_same_bytes(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
     key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 8, scale_bits)
     layout = StateLayout(2, 32 if important_bits else 24, 16, key, value, 5, 40, 3)
     k, v = random_tokens(layout, 1, 150, torch.float32)

@@ -23,7 +23,7 @@ layouts = with_important_keys(
     st.builds(
         StateLayout,
         kv_heads=st.sampled_from([1, 2]),
-        key_dim=st.sampled_from([16, 48]),
+        key_dim=st.sampled_from([16, 48, 64]),
         value_dim=st.sampled_from([16, 48]),
         key=precisions,
         value=precisions,
@@ -164,7 +164,7 @@ def test_attend_is_attention_over_what_is_stored(case: Case, options: Options) -
 @pytest.mark.parametrize("tokens", [1, 10])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
-    for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=4)):
+    for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=(4, 4))):
         layout = StateLayout(2, 32, 32, key, Precision(2, 32), sinks=4, recent=32)
         case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
         for options in (Options(), Options(softcap=5.0), Options(sliding_window=50)):

@@ -11,10 +11,11 @@ import torch
 from attend_cases import TOLERANCE, Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels import cpu, cpu_library, reference
 from kvmix_compile.kernels.cpu_library import library
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import StateLayout
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
@@ -77,12 +78,12 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
         check(Case.random(layout, shared, [131], [0], 1, dtype))
 
 
-@pytest.mark.parametrize(("important_bits", "bits"), [(2, 1), (3, 2), (4, 2), (4, 3), (8, 4)])
+@pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
 @pytest.mark.parametrize("group", [8, 16, 32])
 @pytest.mark.parametrize("scale_bits", [4, 16])
-def test_keys_with_important_channels(important_bits: int, bits: int, group: int, scale_bits: int) -> None:
+def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int, group: int, scale_bits: int) -> None:
     key = Precision(bits, group, scale_bits, important_bits)
-    for key_dim in (16, 64, 80, 128):
+    for key_dim in filter(lambda dim: key.fits(dim, Axis.TOKENS), (16, 32, 64, 80, 96, 128)):
         layout = StateLayout(2, key_dim, 16, key, Precision(2, 16, 4), sinks=4, recent=32)
         for shared in (1, 3, 11):
             check(Case.random(layout, shared, [131], [0], 1, torch.float32))

@@ -13,7 +13,7 @@ from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
 LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
-IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=4))
+IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
 
 
 def chunk(tokens: int) -> list[Tensor]:

@@ -66,7 +66,7 @@ def test_important_channels_byte_by_byte(scale_bits: int) -> None:
     keys = torch.cat([important, others], dim=1).float()
     one, zero = float16_bytes(1.0), float16_bytes(0.0)
 
-    packed = quantize_block(keys, Precision(3, 32, scale_bits, important_bits=4), Axis.TOKENS).tolist()
+    packed = quantize_block(keys, Precision(3, 32, scale_bits, (4, 4)), Axis.TOKENS).tolist()
 
     # The important half is a block of 8 channels of its own: token 0 has codes 0 to 7, two a byte, p beside p + 4.
     assert packed[0:4] == [0x40, 0x51, 0x62, 0x73]
@@ -112,8 +112,10 @@ def test_blocks_are_self_contained(bits: int, scale_bits: int, axis: Axis, group
 
 @pytest.mark.parametrize("scale_bits", [4, 16])
 @pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
-def test_blocks_with_important_channels_are_self_contained(important_bits: int, bits: int, scale_bits: int) -> None:
-    check_self_contained(Precision(bits, 16, scale_bits, important_bits), Axis.TOKENS, head_dim=48)
+def test_blocks_with_important_channels_are_self_contained(
+    important_bits: tuple[int, ...], bits: int, scale_bits: int
+) -> None:
+    check_self_contained(Precision(bits, 16, scale_bits, important_bits), Axis.TOKENS, head_dim=64)
 
 
 def check_self_contained(precision: Precision, axis: Axis, head_dim: int) -> None:
@@ -199,17 +201,19 @@ def test_an_element_is_within_half_a_step_of_the_original(
 
 
 @given(hard_blocks(), st.sampled_from(IMPORTANT_BITS), st.sampled_from([16, 32]), st.sampled_from([4, 16]))
-def test_each_half_is_restored_as_if_it_were_alone(
-    half: Tensor, both_bits: tuple[int, int], group: int, scale_bits: int
+def test_each_part_is_restored_as_if_it_were_alone(
+    quarter: Tensor, both_bits: tuple[tuple[int, ...], int], group: int, scale_bits: int
 ) -> None:
-    halves = half, half.flip(0) * 1e-3
-    important, head_dim = Precision(both_bits[1], group, scale_bits, both_bits[0]), half.shape[1]
-    packed = quantize_block(torch.cat(halves, dim=1), important, Axis.TOKENS)
-    restored = dequantize_block(packed, important, Axis.TOKENS, 2 * head_dim, half.dtype)
-    for part, bits, alone in zip(restored.chunk(2, dim=1), both_bits, halves, strict=True):
-        precision = Precision(bits, group, scale_bits)
-        packed_alone = quantize_block(alone, precision, Axis.TOKENS)
-        assert torch.equal(part, dequantize_block(packed_alone, precision, Axis.TOKENS, head_dim, half.dtype))
+    important_bits, bits = both_bits
+    important, head_dim = Precision(bits, group, scale_bits, important_bits), 4 * quarter.shape[1]
+    keys = torch.cat([quarter, quarter.flip(0) * 1e-3, quarter, quarter.flip(0)], dim=1)
+    packed = quantize_block(keys, important, Axis.TOKENS)
+    restored = dequantize_block(packed, important, Axis.TOKENS, head_dim, keys.dtype)
+    for part in important.parts(head_dim):
+        channels = slice(part.first_channel, part.first_channel + part.channels)
+        packed_alone = quantize_block(keys[:, channels], part.precision, Axis.TOKENS)
+        alone = dequantize_block(packed_alone, part.precision, Axis.TOKENS, part.channels, keys.dtype)
+        assert torch.equal(restored[:, channels], alone)
 
 
 @given(hard_blocks(), st.sampled_from(QUANTIZED_BITS), st.sampled_from([4, 16]), st.sampled_from(list(Axis)))

@@ -85,8 +85,10 @@ def test_it_writes_the_bytes_of_the_reference(
     pair.check()
 
 
-@pytest.mark.parametrize(("important_bits", "bits"), [*((0, bits) for bits in (1, 2, 3, 4, 8, 16)), (4, 3)])
-def test_token_by_token(important_bits: int, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("important_bits", "bits"), [*(((), bits) for bits in (1, 2, 3, 4, 8, 16)), ((4, 4), 3), ((4, 3), 2)]
+)
+def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
     layout = StateLayout(1, 16, 24, key, value, sinks=5, recent=32)
     pair = Pair(layout, 1, torch.float32)
@@ -98,7 +100,7 @@ def test_token_by_token(important_bits: int, bits: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_heads_of_real_models(dim: int) -> None:
-    for important_bits, bits in ((0, 2), (0, 3), (4, 2), (4, 3)):
+    for important_bits, bits in (((), 2), ((), 3), ((4, 4), 2), ((4, 4), 3), ((4,), 2)):
         key, value = Precision(bits, 32, 4, important_bits), Precision(bits, dim // 2, 4)
         layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
         pair = Pair(layout, 1, torch.bfloat16)
@@ -108,7 +110,7 @@ def test_heads_of_real_models(dim: int) -> None:
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, -3.5, 1e-30, 65504.0, 1e30])
 def test_equal_elements(constant: float) -> None:
-    for important_bits, scale_bits in product((0, 3), (4, 16)):
+    for important_bits, scale_bits in product(((), (3, 3), (4,)), (4, 16)):
         key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
         layout = StateLayout(1, 16, 16, key, value, sinks=0, recent=32)
         pair = Pair(layout, 1, torch.float32)

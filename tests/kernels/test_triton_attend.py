@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels import reference
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.triton_attend")
@@ -57,9 +57,11 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
-def test_keys_with_important_channels(important_bits: int, bits: int) -> None:
-    for key_dim, group, scale_bits in ((64, 32, 4), (80, 16, 4), (128, 16, 16)):
+def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int) -> None:
+    for key_dim, group, scale_bits in ((64, 32, 4), (80, 16, 4), (96, 32, 4), (128, 16, 16)):
         key = Precision(bits, group, scale_bits, important_bits)
+        if not key.fits(key_dim, Axis.TOKENS):
+            continue
         layout = StateLayout(2, key_dim, 64, key, Precision(2, 32, 4), sinks=4, recent=32)
         check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), 0.0, 0, splits=2, blocks=1)
 

@@ -164,13 +164,16 @@ def test_decoding(
 
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize(
-    ("important_bits", "bits", "scale_bits", "dim"), [(4, 2, 4, 64), (3, 2, 16, 80), (4, 3, 4, 128), (8, 4, 4, 256)]
+    ("important_bits", "bits", "scale_bits", "dim"),
+    [((4, 4), 2, 4, 64), ((4,), 2, 4, 64), ((3, 3), 2, 16, 80), ((4, 3), 2, 4, 128), ((8, 8), 4, 4, 256)],
 )
-def test_decoding_with_important_channels(chip: int, important_bits: int, bits: int, scale_bits: int, dim: int) -> None:
+def test_decoding_with_important_channels(
+    chip: int, important_bits: tuple[int, ...], bits: int, scale_bits: int, dim: int
+) -> None:
     key, value = precisions(bits, 2, scale_bits, dim)
     key = replace(key, important_bits=important_bits)
     compiled = compile_attend(chip, key, value, dim, dim, "bf16", tokens=1, masks=dim == 256)
-    show(chip, f"attend {important_bits} and {bits}/2 bits, dim {dim}", compiled)
+    show(chip, f"attend {key.quarters}/2 bits, dim {dim}", compiled)
     check_decoding(chip, compiled)
 
 
@@ -191,10 +194,13 @@ def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "scale_bits", "dim", "important_bits"),
-    [(2, 3, 4, 128, 0), (4, 16, 16, 80, 0), (2, 2, 4, 128, 4)],
+    [(2, 3, 4, 128, ()), (4, 16, 16, 80, ()), (2, 2, 4, 128, (4, 4)), (2, 2, 4, 64, (4,))],
 )
-def test_appending(chip: int, key_bits: int, value_bits: int, scale_bits: int, dim: int, important_bits: int) -> None:
+def test_appending(
+    chip: int, key_bits: int, value_bits: int, scale_bits: int, dim: int, important_bits: tuple[int, ...]
+) -> None:
     key, value = precisions(key_bits, value_bits, scale_bits, dim)
-    compiled = compile_append(chip, replace(key, important_bits=important_bits), value, dim, dim, "bf16")
-    show(chip, f"append {key_bits}/{value_bits} bits, important {important_bits}, dim {dim}", compiled)
+    key = replace(key, important_bits=important_bits)
+    compiled = compile_append(chip, key, value, dim, dim, "bf16")
+    show(chip, f"append {key.quarters}/{value_bits} bits, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture import Captured, capture, logits_of
 from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
-from kvmix_compile.passes.sensitivity import CANDIDATE_HALVES, candidates_for
+from kvmix_compile.passes.sensitivity import CANDIDATE_QUARTERS, candidates_for
 from kvmix_compile.passes.sites import find_sites
 
 SINKS, RECENT = 8, 32
@@ -147,7 +146,7 @@ def test_sensitivity_is_half_the_squared_gradient_times_error(captured, monkeypa
         assert loss == pytest.approx(expected[Axis.CHANNELS, precision], rel=1e-3)
 
 
-def test_the_important_half_of_the_channels_is_the_one_that_would_lose_most(captured) -> None:
+def test_the_most_important_quarters_of_the_channels_are_those_that_would_lose_most(captured) -> None:
     """Keys with eight channels blown up, and queries with the same ones shrunk, so that the scores stay."""
     model = copy.deepcopy(captured("fused_arange").model)
     loud = [1, 2, 5, 6, 9, 11, 14, 15]
@@ -155,15 +154,20 @@ def test_the_important_half_of_the_channels_is_the_one_that_would_lose_most(capt
     # A channel kept at the scale of its own range loses as much at any size; only a rare large element is different.
     weight[1, :, loud] *= 8
     importance = measured(capture(model))
-    sensitivity = importance.sites[1].key_sensitivity
-    assert importance.sites[1].important_channels == (sum(1 << channel for channel in loud),) * 4
-    for (important_bits, bits), group in product(CANDIDATE_HALVES, (16, 32)):
-        if important_bits == 8 and group == 16:
-            continue
-        halves = sensitivity[Precision(bits, group, 4, important_bits)]
-        assert sensitivity[Precision(important_bits, group, 4)] <= halves <= sensitivity[Precision(bits, group, 4)]
-        mean = (sensitivity[Precision(important_bits, group, 4)] + sensitivity[Precision(bits, group, 4)]) / 2
-        assert halves < mean
+    site = importance.sites[1]
+    for quarters in site.channel_quarters:
+        assert {channel for channel, quarter in enumerate(quarters) if quarter in "01"} == set(loud)
+    # A head of 16 channels has halves that can be packed, and no quarters.
+    divided = [precision for precision in site.key_sensitivity if precision.important_bits]
+    halves = [bits for bits in CANDIDATE_QUARTERS if bits[0] == bits[1] and bits[2] == bits[3]]
+    assert {precision.quarters for precision in divided} == set(halves)
+    for precision in divided:
+        rich, poor = (
+            site.key_sensitivity[Precision(bits, precision.group, 4)]
+            for bits in (precision.quarters[0], precision.bits)
+        )
+        assert rich <= site.key_sensitivity[precision] <= poor
+        assert site.key_sensitivity[precision] < (rich + poor) / 2
 
 
 def round_trip(stored: Tensor, precision: Precision, axis: Axis, blocks: int) -> Tensor:
