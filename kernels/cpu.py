@@ -17,13 +17,14 @@ from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.cpu_library import library
 from kvmix_compile.kernels.precision import QUARTERS, Precision
 from kvmix_compile.kernels.state import packed_blocks
+from kvmix_compile.kernels.weighting import Weighting
 
 # As cpu.cpp numbers them.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Its structures: a Shape and two Sides make AppendArguments, and the beginning of AttendArguments.
 SHAPE_AND_SIDES = struct.Struct("=10q 21q 21q")
-ATTEND_ONLY = struct.Struct("=9q 2d")
+ATTEND_ONLY = struct.Struct("=10q 2d")
 
 
 def append(
@@ -67,9 +68,7 @@ def attend(
     key: Precision,
     value: Precision,
     recent: int,
-    scale: float,
-    softcap: float,
-    sliding_window: int,
+    weighting: Weighting,
 ) -> Tensor:
     """As reference.attend, but for rounding. Its result depends neither on the number of threads nor on other rows."""
     loaded = library()
@@ -81,7 +80,7 @@ def attend(
     fits = packed_blocks(longest, sink_k.shape[2], recent) <= packed_k.shape[2]
     served = fits and q.dtype == k.dtype and _served(k, v, lengths, starts, state)
     if loaded is None or is_prompt or not served:
-        return reference.attend(q, k, v, lengths, starts, *state, key, value, recent, scale, softcap, sliding_window)
+        return reference.attend(q, k, v, lengths, starts, *state, key, value, recent, weighting)
     q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
     output = q.new_empty(rows, query_heads, tokens, v.shape[3], dtype=torch.float32)
     row_stride, head_stride, token_stride, _ = q.stride()
@@ -89,7 +88,8 @@ def attend(
         _shape_and_sides(k, v, lengths, starts, state, key, value, recent)
         + ATTEND_ONLY.pack(
             *(q.data_ptr(), row_stride, head_stride, token_stride, output.data_ptr()),
-            *(query_heads // k.shape[1], sliding_window, torch.get_num_threads(), loaded.parallel, scale, softcap),
+            *(query_heads // k.shape[1], weighting.sliding_window, weighting.attention_chunk),
+            *(torch.get_num_threads(), loaded.parallel, weighting.scale, weighting.softcap),
         )
     )
     if q.dtype == torch.float16:

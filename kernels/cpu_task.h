@@ -98,6 +98,7 @@ class Task {
     // Queries are numbered token by token, so that neighbours attend to nearly the same tokens.
     int64_t token_of(int64_t query) const { return row.length + (first_query + query) / arguments.shared; }
     int64_t earliest(int64_t query) const {
+        if (arguments.attention_chunk) return token_of(query) - token_of(query) % arguments.attention_chunk;
         int64_t first = arguments.sliding_window ? token_of(query) - arguments.sliding_window + 1 : 0;
         return first > 0 ? first : 0;
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvmix_compile.kernels import cpu, dispatch, reference
 from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.weighting import Weighting
 
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
 _library = torch.library.Library("kvmix", "DEF")
@@ -28,7 +29,8 @@ _library.define(
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
     "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor tail_k, Tensor tail_v, "
-    "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window) -> Tensor",
+    "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
+    "int attention_chunk=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,13 +41,22 @@ def _precision(*ints: int) -> Precision:
     return Precision.from_ints(ints)
 
 
-def _taking_ints(kernel: Callable[..., Any], key: int) -> Callable[..., Any]:
-    """The kernel as an operator, to which the precisions, its arguments `key` and the next, come as integers."""
-    value = key + 1
+def _append_operator(kernel: Callable[..., None]) -> Callable[..., None]:
+    """A kernel of append as an operator, to which precisions come as integers."""
 
-    def operator(*arguments: Any) -> Any:
-        precisions = _precision(*arguments[key]), _precision(*arguments[value])
-        return kernel(*arguments[:key], *precisions, *arguments[value + 1 :])
+    def operator(*arguments: Any) -> None:
+        *tensors, key, value, recent = arguments
+        kernel(*tensors, _precision(*key), _precision(*value), recent)
+
+    return operator
+
+
+def _attend_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of attend as an operator, to which precisions come as integers and the weighting in pieces."""
+
+    def operator(*arguments: Any) -> Tensor:
+        key, value, recent, *weighting = arguments[11:]
+        return kernel(*arguments[:11], _precision(*key), _precision(*value), recent, Weighting(*weighting))
 
     return operator
 
@@ -70,13 +81,13 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *state_and_options: Any) -> Te
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-for _name, _key, _kernel, _cpu_kernel, _cuda_kernel, _fake in (
-    ("append", 10, reference.append, cpu.append, dispatch.append_on_cuda, _append_fake),
-    ("attend", 11, reference.attend, cpu.attend, dispatch.attend_on_cuda, _attend_fake),
+for _name, _operator, _kernel, _cpu_kernel, _cuda_kernel, _fake in (
+    ("append", _append_operator, reference.append, cpu.append, dispatch.append_on_cuda, _append_fake),
+    ("attend", _attend_operator, reference.attend, cpu.attend, dispatch.attend_on_cuda, _attend_fake),
 ):
-    _library.impl(_name, _taking_ints(_kernel, _key), "CompositeExplicitAutograd")
-    _library.impl(_name, _taking_ints(_cpu_kernel, _key), "CPU")
-    _library.impl(_name, _taking_ints(_cuda_kernel, _key), "CUDA")
+    _library.impl(_name, _operator(_kernel), "CompositeExplicitAutograd")
+    _library.impl(_name, _operator(_cpu_kernel), "CPU")
+    _library.impl(_name, _operator(_cuda_kernel), "CUDA")
     torch.library.register_fake(f"kvmix::{_name}", _fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

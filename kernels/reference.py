@@ -24,6 +24,7 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.packing import dequantize_into, quantize_block
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
 from kvmix_compile.kernels.state import packed_blocks
+from kvmix_compile.kernels.weighting import Weighting
 
 # Elements of the largest temporary with a query and a key dimension: 256 MB in float32.
 MAX_SCORE_ELEMENTS = 2**26
@@ -126,14 +127,10 @@ def attend(
     key: Precision,
     value: Precision,
     recent: int,
-    scale: float,
-    softcap: float,
-    sliding_window: int,
+    weighting: Weighting,
 ) -> Tensor:
     """Causal attention of a chunk's queries to the past as stored and to the chunk itself in full precision.
 
-    Token number t attends to tokens u <= t, and with a sliding window only to u > t - sliding_window (0: no window).
-    Weights are ``softmax(scale * q . k)``, with a softcap c (0: none) ``softmax(c * tanh(scale * q . k / c))``.
     Returns [B, Hq, M, value_dim] in q's dtype, contiguous; zeros for padding. Shapes: see the head of this file.
     """
     keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
@@ -141,13 +138,12 @@ def attend(
     outputs = []
     for group in _row_groups(lengths, starts):
         queries = q[group.rows, :, group.start :]
-        last = group.length + queries.shape[2]
-        window = sliding_window if sliding_window < last else 0
-        first = max(0, group.length - window + 1) if window else 0
+        its_weighting = weighting.of_length(group.length + queries.shape[2])
+        first = its_weighting.first_visible(group.length)
         if queries.shape[2]:
             all_keys = _history(keys.of(group), first, group.length)
             all_values = _history(values.of(group), first, group.length)
-            attended = _causal_attention(queries, all_keys, all_values, scale, softcap, window)
+            attended = _causal_attention(queries, all_keys, all_values, first, its_weighting)
         else:
             attended = queries.new_empty(*queries.shape[:-1], v.shape[-1])
         outputs.append(F.pad(attended, (0, 0, group.start, 0)) if group.start else attended)
@@ -216,47 +212,47 @@ def _history(side: _Side, first: int, length: int) -> Tensor:
     return history[:, :, first - begin :]
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:
-    """The queries are the last of the tokens whose keys and values are given."""
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, first: int, weighting: Weighting) -> Tensor:
+    """The keys and values are those of all tokens from number `first` on, the queries those of the last of them."""
     tokens, context = q.shape[2], k.shape[2]
     past = context - tokens
-    if past == 0 and not softcap and not window and k.shape[3] == v.shape[3]:
+    if past == 0 and not weighting.softcap and not weighting.is_limited and k.shape[3] == v.shape[3]:
         # Only this way does PyTorch attend causally without a mask of the whole prompt, given equal dimensions.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=weighting.scale, enable_gqa=True)
     outputs = []
     step = max(1, MAX_SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * context))
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
-        first = max(0, past + begin - window + 1) if window else 0
-        keys, values = k[:, :, first : past + end], v[:, :, first : past + end]
-        mask = _mask(past + begin - first, end - begin, keys.shape[2], window, q.device)
-        outputs.append(_attention(q[:, :, begin:end], keys, values, mask, scale, softcap))
+        seen = slice(weighting.first_visible(first + past + begin) - first, past + end)
+        numbers = torch.arange(first + past + begin, first + past + end, device=q.device)
+        mask = _mask(numbers, torch.arange(first + seen.start, first + seen.stop, device=q.device), weighting)
+        outputs.append(_attention(q[:, :, begin:end], k[:, :, seen], v[:, :, seen], mask, weighting))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _mask(past: int, tokens: int, context: int, window: int, device: torch.device) -> Tensor | None:
-    """Bool [tokens, context], True where attended to; None where everything is."""
-    if tokens == 1:
+def _mask(query: Tensor, token: Tensor, weighting: Weighting) -> Tensor | None:
+    """Bool [queries, tokens], True where attended to; None where everything is. Both are numbers of tokens."""
+    if len(query) == 1:
         return None
-    query = torch.arange(past, past + tokens, device=device).unsqueeze(1)
-    token = torch.arange(context, device=device)
+    query = query.unsqueeze(1)
     mask = token <= query
-    return mask & (token > query - window) if window else mask
+    return mask & (token >= weighting.first_visible(query)) if weighting.is_limited else mask
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, weighting: Weighting) -> Tensor:
     """Keys and values serve all the query heads of a group as if these were more queries, and are never repeated."""
     heads, tokens = k.shape[1], q.shape[2]
     shared = q.shape[1] // heads
     queries = q.unflatten(1, (heads, shared)).flatten(2, 3)
     if mask is not None and shared > 1:
         mask = mask.repeat(shared, 1)
+    softcap = weighting.softcap
     if softcap:
         scores = queries.float() @ k.float().mT
-        scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
+        scores = scores.mul_(weighting.scale / softcap).tanh_().mul_(softcap)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         attended = (scores.softmax(-1) @ v.float()).to(q.dtype)
     else:
-        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=weighting.scale)
     return attended.unflatten(2, (shared, tokens)).flatten(1, 2)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Precision
 from kvmix_compile.kernels.triton_unpack import BlockFormat, channels_in_order, part_of, unpack_keys, unpack_values
+from kvmix_compile.kernels.weighting import Weighting
 
 # A tensor core multiplies at least this many rows of queries.
 SMALLEST_QUERY_TILE = 16
@@ -73,6 +74,7 @@ def attend_kernel(
     scale,
     softcap,
     sliding_window,
+    attention_chunk,
     HEADS: tl.constexpr,  # of keys and values
     SHARED: tl.constexpr,  # query heads of each
     KEYS: tl.constexpr,  # the formats of a block's parts
@@ -82,6 +84,7 @@ def attend_kernel(
     SLOTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLIDING: tl.constexpr,
+    CHUNKED: tl.constexpr,
     SPLITS: tl.constexpr,
     QUERIES: tl.constexpr,  # rows of a tile of queries
     BLOCKS: tl.constexpr,  # packed blocks of a tile of tokens
@@ -100,16 +103,15 @@ def attend_kernel(
     place = query // SHARED
     is_query = (place >= start) & (place < tokens)
     number = length - start + place
+    earliest = _first_visible(number, sliding_window, attention_chunk, SLIDING, CHUNKED)
     value_channel, is_value_channel = channels_in_order(VALUE)
     query_head = head * SHARED + query % SHARED
     queries = _load_queries(q + row * q_row + query_head * q_head + place * q_token, q_channel, is_query, KEYS)
 
     # The past as stored, then what is not packed: sink, tail and the chunk up to the tile's last token.
     last_place = tl.minimum((first_query + QUERIES - 1) // SHARED, tokens - 1)
-    first_visible = 0
-    if SLIDING:
-        first_place = tl.maximum(first_query // SHARED, start)
-        first_visible = length - start + first_place - sliding_window + 1
+    first_number = length - start + tl.maximum(first_query // SHARED, start)
+    first_visible = _first_visible(first_number, sliding_window, attention_chunk, SLIDING, CHUNKED)
     beyond = tl.maximum(length - SINKS - RECENT, 0)
     blocks = (beyond + _TOKENS - 1) // _TOKENS
     first_block = tl.minimum(tl.maximum(first_visible - SINKS, 0) // _TOKENS, blocks)
@@ -143,8 +145,8 @@ def attend_kernel(
             keys = unpack_keys(head_of_packed_k, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part))
             scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
-        if SLIDING:
-            visible &= token[None, :] > number[:, None] - sliding_window
+        if SLIDING or CHUNKED:
+            visible &= token[None, :] >= earliest[:, None]
         weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
         values = unpack_values(head_of_packed_v, block, blocks, DTYPE, BLOCKS, VALUE)
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
@@ -176,8 +178,8 @@ def attend_kernel(
             )
             scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token[None, :] <= number[:, None])
-        if SLIDING:
-            visible &= token[None, :] > number[:, None] - sliding_window
+        if SLIDING or CHUNKED:
+            visible &= token[None, :] >= earliest[:, None]
         weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
         values = _load_unpacked(
             head_of_sink_v,
@@ -208,6 +210,16 @@ def attend_kernel(
     )
     if SPLITS > 1:
         tl.store(log_sums + written, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=in_output)
+
+
+@triton.jit
+def _first_visible(number, sliding_window, attention_chunk, SLIDING: tl.constexpr, CHUNKED: tl.constexpr):
+    """The earliest token that a token attends to; below zero for all."""
+    if SLIDING:
+        return number - sliding_window + 1
+    if CHUNKED:
+        return number - number % attention_chunk
+    return number * 0
 
 
 @triton.jit
@@ -376,9 +388,7 @@ def attend(
     key: Precision,
     value: Precision,
     recent: int,
-    scale: float,
-    softcap: float,
-    sliding_window: int,
+    weighting: Weighting,
     launch: Launch | None = None,
 ) -> Tensor:
     """As reference.attend, for contiguous state tensors; never waits for the device.
@@ -403,7 +413,7 @@ def attend(
     attend_kernel[(launch.query_tiles, rows * heads, splits)](
         *(q, k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v, partial, log_sums),
         *(*q.stride(), *k.stride(), *v.stride()),
-        *(tokens, room, scale, softcap, sliding_window),
+        *(tokens, room, weighting.scale, weighting.softcap, weighting.sliding_window, weighting.attention_chunk),
         HEADS=heads,
         SHARED=shared,
         KEYS=BlockFormat.parts(key, key_dim, q.element_size()),
@@ -411,8 +421,9 @@ def attend(
         SINKS=sinks,
         RECENT=recent,
         SLOTS=slots,
-        SOFTCAP=softcap != 0,
-        SLIDING=sliding_window != 0,
+        SOFTCAP=weighting.softcap != 0,
+        SLIDING=weighting.sliding_window != 0,
+        CHUNKED=weighting.attention_chunk != 0,
         SPLITS=splits,
         QUERIES=launch.query_tile,
         BLOCKS=launch.blocks,

@@ -120,5 +120,6 @@ def _padded(allowed: Tensor, visible: Tensor, query: Tensor, slot: Tensor, seen:
 def _not_understood(layer: str, where: str) -> CacheError:
     return CacheError(
         f"{layer}: the attention mask is neither causal nor a sliding window over a row that padding leads ({where}). "
-        "Pad on the left (tokenizer.padding_side = 'left'), keep the mask of earlier calls, and pass no other"
+        "Pad on the left (tokenizer.padding_side = 'left'), keep the mask of earlier calls, and pass no other. A model "
+        "that attends in chunks works with kvmix_compile.apply"
     )

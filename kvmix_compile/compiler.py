@@ -151,8 +151,8 @@ def _find(model: nn.Module, report: Report) -> Found:
         sites = find_sites(captured, limit)
     report.sites = tuple(
         SiteReport(
-            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, str(site.mask),
-            site.score_function.scale, site.score_function.softcap,
+            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, str(site.score_function),
+            site.score_function.scale,
         )
         for site in sites.matched
     )  # fmt: skip

@@ -10,16 +10,15 @@ from kvmix_compile.passes.sites import Refusal
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention that was matched: its module's path, heads, dimensions and mask."""
+    """One attention that was matched: its module's path, heads, dimensions and what it does."""
 
     layer: str
     query_heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    mask: str
+    attention: str
     scale: float
-    softcap: float
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Report:
         lines = [f"{self.model}: {len(self.sites)} attention sites matched, {len(self.refused)} refused"]
         lines += [
             f"  {site.layer}: {site.query_heads} query heads, {site.kv_heads} KV heads, head_dim "
-            f"{site.key_dim}/{site.value_dim}, {site.mask}" + (f", soft cap {site.softcap:g}" if site.softcap else "")
+            f"{site.key_dim}/{site.value_dim}, {site.attention}"
             for site in self.sites
         ]
         lines += [f"  {refusal.layer}: REFUSED: {refusal.reason}" for refusal in self.refused]

@@ -74,13 +74,10 @@ def passkey_table(retrievals: Sequence[Retrieval]) -> Table:
 
 def sites_table(report: Report) -> Table:
     """A line for each attention that was matched in a model."""
-    table = Table(
-        Column("layer", no_wrap=True), "heads", "KV heads", "head dim", "mask", "soft cap", title=report.model
-    )
+    table = Table(Column("layer", no_wrap=True), "heads", "KV heads", "head dim", "attention", title=report.model)
     for site in report.sites:
         dim = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}, values {site.value_dim}"
-        cap = f"{site.softcap:g}" if site.softcap else "none"
-        table.add_row(site.layer, str(site.query_heads), str(site.kv_heads), dim, site.mask, cap)
+        table.add_row(site.layer, str(site.query_heads), str(site.kv_heads), dim, site.attention)
     return table
 
 

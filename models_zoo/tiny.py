@@ -73,6 +73,17 @@ DECODERS: Mapping[str, Settings] = {
     "falcon": {"multi_query": True, "ffn_hidden_size": 256},
     "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Decoders whose attention is more than causal, with a window or a soft cap.
+SPECIAL: Mapping[str, Settings] = {
+    # Chunks in three of four layers.
+    "llama4": {
+        **GROUPED,
+        "intermediate_size_mlp": 256,
+        "num_hidden_layers": 4,
+        "num_local_experts": 2,
+        "attention_chunk_size": WINDOW,
+    },
+}
 # What a compiler of causal attention has to decline, or to take special care of.
 OTHERS: Mapping[str, Settings] = {
     "bert": {"intermediate_size": 256},
@@ -85,17 +96,21 @@ OTHERS: Mapping[str, Settings] = {
         "layer_types": ["conv", "full_attention"],
     },
 }
-MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers registers the decoder under another name
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+}  # where transformers registers the decoder under another name
 AUTO_CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
-RECIPES: Mapping[str, Settings] = {**DECODERS, **OTHERS}
+RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **OTHERS}
 
 TINY: tuple[str, ...] = tuple(DECODERS)
+TINY_SPECIAL: tuple[str, ...] = tuple(SPECIAL)
 TINY_OTHERS: tuple[str, ...] = tuple(OTHERS)
 
 
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of the architecture `name`, one of TINY (causal decoders) or TINY_OTHERS.
+    """A random model of the architecture `name`, one of TINY (causal decoders), TINY_SPECIAL or TINY_OTHERS.
 
     `overrides` are settings of its transformers config, `attn_implementation` included. The same arguments give the
     same weights, and the global random state stays as it is. Raises KeyError for an unknown name.

@@ -54,6 +54,9 @@ class ScoreFunction:
     softcap: float
     mask: Mask
 
+    def __str__(self) -> str:
+        return str(self.mask) + (f", soft cap {self.softcap:g}" if self.softcap else "")
+
 
 class Probe:
     """Evaluates what depends on positions alone, each mask once however many layers share it."""

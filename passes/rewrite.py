@@ -138,11 +138,12 @@ def _attend_and_append(
     query, key, value, output = site.query, site.key, site.value, site.output
     formats = tuple(list(precision.as_ints()) for precision in precisions)
     function = site.score_function
-    window = function.mask.size if function.mask.kind == "sliding" else 0
+    mask = function.mask
+    window, chunk = (mask.size if mask.kind == kind else 0 for kind in ("sliding", "chunked"))
     with graph.inserting_before(output):
         attended = graph.call_function(
             torch.ops.kvmix.attend.default,
-            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
+            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window, chunk),
         )
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.

@@ -178,9 +178,7 @@ def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:
 
 
 def _site(attention: Attention, score_function: ScoreFunction, captured: Captured) -> AttentionSite:
-    layer, mask = attention.layer, score_function.mask
-    if mask.kind == "chunked":
-        raise UnsupportedModelError(f"{layer}: chunked attention (chunks of {mask.size} tokens) is not supported")
+    layer = attention.layer
     query_heads, key_dim = _heads_and_dim(attention.query, captured, f"{layer}: its queries")
     key = _before_repeat(attention.key, query_heads, captured)
     value = _before_repeat(attention.value, query_heads, captured)

@@ -43,6 +43,8 @@ def _reads(
     attends = distance >= 0
     if function.mask.kind == "sliding":
         attends &= distance < function.mask.size
+    if function.mask.kind == "chunked":
+        attends &= token[:, None] // function.mask.size == token // function.mask.size
     return attends, attends & (distance >= recent) & (token >= sinks)
 
 

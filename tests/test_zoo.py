@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo import smollm2 as zoo_smollm2
-from kvmix_compile.models_zoo.tiny import TINY, TINY_OTHERS, VOCABULARY, WINDOW, tiny
+from kvmix_compile.models_zoo.tiny import TINY, TINY_OTHERS, TINY_SPECIAL, VOCABULARY, WINDOW, tiny
 
 PLAIN: tuple[Callable[..., nn.Module], ...] = (plain.hand_written, plain.fused_arange, plain.convolution)
 EXPORTABLE = sorted({*TINY, "bert", "bloom", "lfm2"})
@@ -76,7 +76,7 @@ def test_tiny_models_export_with_any_batch_and_length(name: str) -> None:
     assert_exports_dynamically(LogitsOf(tiny(name)), *((ids,) if name in ("bert", "bloom") else (ids, positions)))
 
 
-@pytest.mark.parametrize("name", sorted({*TINY, *TINY_OTHERS} - set(EXPORTABLE)))
+@pytest.mark.parametrize("name", sorted({*TINY, *TINY_SPECIAL, *TINY_OTHERS} - set(EXPORTABLE)))
 def test_the_other_tiny_models_run(name: str) -> None:
     ids = example_ids()
     extra = {"decoder_input_ids": ids} if name == "t5" else {}

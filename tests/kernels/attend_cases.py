@@ -10,6 +10,7 @@ from torch import Tensor
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -49,12 +50,10 @@ class Case:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()
 
-    def options(
-        self, softcap: float = 0.0, sliding_window: int = 0
-    ) -> tuple[Precision, Precision, int, float, float, int]:
-        """What attend takes behind the tensors."""
+    def options(self, weighting: Weighting | None = None) -> tuple[Precision, Precision, int, Weighting]:
+        """What attend takes behind the tensors; plain attention unless said otherwise."""
         layout = self.layout
-        return layout.key, layout.value, layout.recent, layout.key_dim**-0.5, softcap, sliding_window
+        return layout.key, layout.value, layout.recent, weighting or Weighting(layout.key_dim**-0.5)
 
     def poisoned(self) -> "Case":
         """The same with NaN and all ones wherever no token lies."""
@@ -75,6 +74,25 @@ class Case:
                 chunk[row, :, :start] = torch.nan
             q[row, :, :start] = torch.nan
         return replace(self, state=state, q=q, k=k, v=v)
+
+
+def limits(scale: float) -> st.SearchStrategy[Weighting]:
+    """Causal attention, with a sliding window, or in chunks."""
+    return st.one_of(
+        st.just(Weighting(scale)),
+        st.builds(Weighting, st.just(scale), sliding_window=st.sampled_from([1, 5, 40, 100])),
+        st.builds(Weighting, st.just(scale), attention_chunk=st.sampled_from([1, 5, 40, 100])),
+    )
+
+
+@st.composite
+def weightings(draw: st.DrawFn, case: Case) -> Weighting:
+    """All that attention can be, for a case."""
+    return replace(draw(limits(case.layout.key_dim**-0.5)), softcap=draw(st.sampled_from([0.0, 0.0, 2.0])))
+
+
+def weighted(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[tuple[Case, Weighting]]:
+    return cases.flatmap(lambda case: st.tuples(st.just(case), weightings(case)))
 
 
 @st.composite

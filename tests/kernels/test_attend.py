@@ -5,16 +5,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from attend_cases import limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.packing import dequantize_block
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
@@ -34,21 +37,13 @@ layouts = with_important_keys(
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What attend takes beside tensors and the layout."""
-
-    scale: float = 0.25
-    softcap: float = 0.0
-    sliding_window: int = 0
+PLAIN = Weighting(0.25)
 
 
-options = st.builds(
-    Options,
-    scale=st.sampled_from([0.25, 1.0]),
-    softcap=st.sampled_from([0.0, 0.0, 2.0]),
-    sliding_window=st.sampled_from([0, 0, 1, 5, 40, 100]),
-)
+@st.composite
+def weightings(draw: st.DrawFn) -> Weighting:
+    scale, softcap = draw(st.sampled_from([0.25, 1.0])), draw(st.sampled_from([0.0, 0.0, 2.0]))
+    return replace(draw(limits(scale)), softcap=softcap)
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,11 @@ class Case:
     lengths: Tensor
     starts: Tensor
 
-    def attend(self, options: Options) -> Tensor:
+    def attend(self, weighting: Weighting) -> Tensor:
         layout = self.layout
         return attend(
             *(self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()),
-            *(layout.key, layout.value, layout.recent, options.scale, options.softcap, options.sliding_window),
+            *(layout.key, layout.value, layout.recent, weighting),
         )
 
 
@@ -112,7 +107,7 @@ def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
     return tail[row, head, beyond_sinks % (layout.recent + layout.rollback)]
 
 
-def expected(case: Case, options: Options) -> Tensor:
+def expected(case: Case, weighting: Weighting) -> Tensor:
     batch, query_heads, tokens, _ = case.q.shape
     shared = query_heads // case.layout.kv_heads
     output = torch.zeros(batch, query_heads, tokens, case.layout.value_dim, dtype=torch.float64)
@@ -129,12 +124,14 @@ def expected(case: Case, options: Options) -> Tensor:
             for query_head in range(head * shared, (head + 1) * shared):
                 for place in range(start, tokens):
                     t = length + place - start
-                    logits = keys_of_row @ case.q[row, query_head, place].double() * options.scale
-                    if options.softcap:
-                        logits = options.softcap * torch.tanh(logits / options.softcap)
+                    logits = keys_of_row @ case.q[row, query_head, place].double() * weighting.scale
+                    if weighting.softcap:
+                        logits = weighting.softcap * torch.tanh(logits / weighting.softcap)
                     visible = index <= t
-                    if options.sliding_window:
-                        visible &= index > t - options.sliding_window
+                    if weighting.sliding_window:
+                        visible &= index > t - weighting.sliding_window
+                    if weighting.attention_chunk:
+                        visible &= index // weighting.attention_chunk == t // weighting.attention_chunk
                     weights = logits.masked_fill(~visible, -torch.inf).softmax(0)
                     output[row, query_head, place] = weights @ values_of_row
     return output
@@ -154,11 +151,11 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=200)
-@given(cases(), options)
-def test_attend_is_attention_over_what_is_stored(case: Case, options: Options) -> None:
-    output = case.attend(options)
+@given(cases(), weightings())
+def test_attend_is_attention_over_what_is_stored(case: Case, weighting: Weighting) -> None:
+    output = case.attend(weighting)
     assert output.is_contiguous()
-    torch.testing.assert_close(output.double(), expected(case, options), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.double(), expected(case, weighting), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 10])
@@ -167,16 +164,16 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> No
     for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=(4, 4))):
         layout = StateLayout(2, 32, 32, key, Precision(2, 32), sinks=4, recent=32)
         case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
-        for options in (Options(), Options(softcap=5.0), Options(sliding_window=50)):
-            output = case.attend(options)
+        for weighting in (PLAIN, Weighting(0.25, softcap=5.0), Weighting(0.25, sliding_window=50)):
+            output = case.attend(weighting)
             assert output.dtype == dtype
-            torch.testing.assert_close(output.double(), expected(case, options), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(output.double(), expected(case, weighting), rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=30)
-@given(cases(), options)
-def test_what_lies_in_unused_memory_does_not_matter(case: Case, options: Options) -> None:
-    clean = case.attend(options)
+@given(cases(), weightings())
+def test_what_lies_in_unused_memory_does_not_matter(case: Case, weighting: Weighting) -> None:
+    clean = case.attend(weighting)
     layout, state = case.layout, case.state
     for row, (length, start) in enumerate(zip(case.lengths.tolist(), case.starts.tolist(), strict=True)):
         blocks = layout.required_blocks(length)
@@ -191,16 +188,24 @@ def test_what_lies_in_unused_memory_does_not_matter(case: Case, options: Options
             tail[row, :, unused] = torch.nan
             chunk[row, :, :start] = torch.nan
         case.q[row, :, :start] = torch.nan
-    assert torch.equal(case.attend(options), clean)
+    assert torch.equal(case.attend(weighting), clean)
 
 
-@pytest.mark.parametrize("options", [Options(), Options(softcap=3.0), Options(sliding_window=20)])
-def test_long_chunks_are_attended_to_in_slices(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+LONG_CHUNKS = {
+    "plain": PLAIN,
+    "soft cap": Weighting(0.25, softcap=3.0),
+    "window": Weighting(0.25, sliding_window=20),
+    "chunks": Weighting(0.25, attention_chunk=20),
+}
+
+
+@pytest.mark.parametrize("name", LONG_CHUNKS)
+def test_long_chunks_are_attended_to_in_slices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
     case = make_case(layout, 2, [90, 0], 30, [0, 3], torch.float32)
-    in_one = case.attend(options)
+    in_one = case.attend(LONG_CHUNKS[name])
     monkeypatch.setattr(reference, "MAX_SCORE_ELEMENTS", 1000)
-    torch.testing.assert_close(case.attend(options), in_one)
+    torch.testing.assert_close(case.attend(LONG_CHUNKS[name]), in_one)
 
 
 def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
@@ -212,7 +217,7 @@ def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
         end = begin + size
         lengths, starts = torch.full((2,), begin), torch.zeros(2, dtype=torch.int64)
         chunk = Case(layout, state, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], lengths, starts)
-        outputs.append(chunk.attend(Options()))
+        outputs.append(chunk.attend(PLAIN))
         append(chunk.k, chunk.v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
         begin = end
     ordinary = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
@@ -229,6 +234,11 @@ def test_a_row_can_be_shortened_by_as_many_tokens_as_its_layout_allows() -> None
         short[:, :, tokens] = side[:, :, tokens]
     alone = replace(long.state, tail_k=short_tail[0], tail_v=short_tail[1])
     shortened = replace(long, lengths=torch.tensor([111]))
-    output = shortened.attend(Options())
-    assert torch.equal(output, replace(shortened, state=alone).attend(Options()))
-    torch.testing.assert_close(output.double(), expected(shortened, Options()), rtol=1e-4, atol=1e-5)
+    output = shortened.attend(PLAIN)
+    assert torch.equal(output, replace(shortened, state=alone).attend(PLAIN))
+    torch.testing.assert_close(output.double(), expected(shortened, PLAIN), rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_and_chunks_exclude_each_other() -> None:
+    with pytest.raises(KVMixError, match="not both"):
+        Weighting(1.0, sliding_window=3, attention_chunk=4)

@@ -8,21 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from attend_cases import TOLERANCE, Case, cases
+from attend_cases import TOLERANCE, Case, cases, weighted
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels import cpu, cpu_library, reference
 from kvmix_compile.kernels.cpu_library import library
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
 
-SOFTCAPS = st.sampled_from([0.0, 0.0, 2.0])
-WINDOWS = st.sampled_from([0, 0, 1, 5, 40, 100])
-CASES = cases(value_groups=(8, 16, 32, 64))
+CASES = weighted(cases(value_groups=(8, 16, 32, 64)))
 # What a stretch of one query has: STRETCH_TILES in cpu.cpp.
 STRETCH = 8 * 32
 
@@ -34,8 +32,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def check(case: Case, softcap: float = 0.0, sliding_window: int = 0) -> None:
-    options = case.options(softcap, sliding_window)
+def check(case: Case, weighting: Weighting | None = None) -> None:
+    options = case.options(weighting)
     attended = cpu.attend(*case.poisoned().tensors(), *options)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
@@ -43,9 +41,9 @@ def check(case: Case, softcap: float = 0.0, sliding_window: int = 0) -> None:
 
 
 @settings(max_examples=300)
-@given(CASES, SOFTCAPS, WINDOWS)
-def test_it_is_the_reference(case: Case, softcap: float, sliding_window: int) -> None:
-    check(case, softcap, sliding_window)
+@given(CASES)
+def test_it_is_the_reference(case: tuple[Case, Weighting]) -> None:
+    check(*case)
 
 
 # Four and eight lanes to a vector, which is also what processors other than x86 have.
@@ -59,9 +57,9 @@ def test_it_is_the_reference_with_narrower_vectors(flag: str, tmp_path: Path, mo
     monkeypatch.setattr(cpu, "library", lambda: narrow)
 
     @settings(max_examples=150)
-    @given(CASES, SOFTCAPS, WINDOWS)
-    def compare(case: Case, softcap: float, sliding_window: int) -> None:
-        check(case, softcap, sliding_window)
+    @given(CASES)
+    def compare(case: tuple[Case, Weighting]) -> None:
+        check(*case)
 
     compare()
 
@@ -98,16 +96,21 @@ def test_channels_of_any_number_at_full_precision() -> None:
 def test_around_every_stretch(past: int) -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
     for length in (past, past + 32):
-        for sliding_window in (0, 33, STRETCH):
-            check(Case.random(layout, 2, [length, 3], [0, 0], 1, torch.float32), sliding_window=sliding_window)
+        case = Case.random(layout, 2, [length, 3], [0, 0], 1, torch.float32)
+        check(case)
+        for size in (33, STRETCH):
+            check(case, Weighting(0.25, sliding_window=size))
+            check(case, Weighting(0.25, attention_chunk=size))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_a_chunk_of_many_queries(softcap: float) -> None:
     layout = StateLayout(2, 16, 24, Precision(2), Precision(3, 8, 4), sinks=2, recent=32)
     case = Case.random(layout, 3, [700, 3], [0, 20], 70, torch.float32)
-    for sliding_window in (0, 20, 400):
-        check(case, softcap, sliding_window)
+    check(case, Weighting(0.25, softcap))
+    for size in (20, 400):
+        check(case, Weighting(0.25, softcap, sliding_window=size))
+        check(case, Weighting(0.25, softcap, attention_chunk=size))
 
 
 def test_elements_beyond_half_precision_stay_finite() -> None:
@@ -168,7 +171,8 @@ def test_what_is_no_number_is_not_hidden() -> None:
         wrong = getattr(case, name).clone()
         wrong[..., 3] = torch.nan
         for softcap in (0.0, 5.0):
-            assert cpu.attend(*replace(case, **{name: wrong}).tensors(), *case.options(softcap)).isnan().any()
+            options = case.options(Weighting(0.25, softcap))
+            assert cpu.attend(*replace(case, **{name: wrong}).tensors(), *options).isnan().any()
     case.state.sink_k[:, :, 0] = torch.nan
     assert cpu.attend(*case.tensors(), *case.options()).isnan().all()
 

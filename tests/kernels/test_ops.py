@@ -11,6 +11,7 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
 IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
@@ -53,7 +54,7 @@ def test_the_operators_are_the_reference(layout: StateLayout) -> None:
         *(*inputs, *state.tensors(), layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     )
     options = (layout.key, layout.value, layout.recent)
-    torch.testing.assert_close(attended, attend(q, *inputs, *other.tensors(), *options, 0.25, 5.0, 30))
+    torch.testing.assert_close(attended, attend(q, *inputs, *other.tensors(), *options, Weighting(0.25, 5.0, 30)))
     append(*inputs, *other.tensors(), *options)
     assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attend_cases import TOLERANCE, Case, cases
+from attend_cases import TOLERANCE, Case, cases, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS
@@ -13,6 +13,7 @@ from important_keys import IMPORTANT_BITS
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.triton_attend")
 
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def check(case: Case, softcap: float, sliding_window: int, splits: int, blocks: int, query_tile: int = 16) -> None:
+def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
     layout = case.layout
-    options = case.options(softcap, sliding_window)
+    options = case.options(weighting)
     expected = reference.attend(*case.tensors(), *options)
     queries = case.q.shape[1] // layout.kv_heads * case.q.shape[2]
     launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
@@ -35,15 +36,9 @@ def check(case: Case, softcap: float, sliding_window: int, splits: int, blocks: 
 
 
 @settings(max_examples=80)
-@given(
-    cases(),
-    st.sampled_from([0.0, 0.0, 2.0]),
-    st.sampled_from([0, 0, 1, 5, 40, 100]),
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([1, 2]),
-)
-def test_it_is_the_reference(case: Case, softcap: float, sliding_window: int, splits: int, blocks: int) -> None:
-    check(case, softcap, sliding_window, splits, blocks)
+@given(weighted(cases()), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: int) -> None:
+    check(case[0], splits, blocks, case[1])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
@@ -53,7 +48,7 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
     layout = StateLayout(2, key_dim, value_dim, key, value, sinks=4, recent=32)
     case = Case.random(layout, 4, [131], [0], 1, torch.bfloat16)
-    check(case, softcap=0.0, sliding_window=0, splits=2, blocks=1)
+    check(case, splits=2, blocks=1)
 
 
 @pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
@@ -63,21 +58,21 @@ def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int
         if not key.fits(key_dim, Axis.TOKENS):
             continue
         layout = StateLayout(2, key_dim, 64, key, Precision(2, 32, 4), sinks=4, recent=32)
-        check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), 0.0, 0, splits=2, blocks=1)
+        check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), splits=2, blocks=1)
 
 
 @pytest.mark.parametrize("length", [*range(94, 100), 126, 127, 128, 129, 190, 191, 192, 193])
 def test_around_every_split(length: int) -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
     for splits in (2, 4, 8):
-        check(Case.random(layout, 2, [length], [0], 1, torch.float32), 0.0, 0, splits, 1)
+        check(Case.random(layout, 2, [length], [0], 1, torch.float32), splits, 1)
 
 
 def test_a_tile_of_many_queries() -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=2, recent=32)
     case = Case.random(layout, 3, [100, 3], [0, 20], 50, torch.float32)
-    for sliding_window in (0, 20):
-        check(case, 0.0, sliding_window, 2, 2, query_tile=64)
+    for weighting in (None, Weighting(0.25, sliding_window=20), Weighting(0.25, attention_chunk=30)):
+        check(case, 2, 2, weighting, query_tile=64)
 
 
 def test_elements_beyond_half_precision_stay_finite() -> None:
@@ -87,7 +82,7 @@ def test_elements_beyond_half_precision_stay_finite() -> None:
     k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
     nothing = torch.zeros(1, dtype=torch.int64)
     reference.append(k, v, nothing, nothing, *case.state.tensors(), layout.key, layout.value, layout.recent)
-    check(replace(case, q=case.q * 1e-5), 0.0, 0, 2, 1)
+    check(replace(case, q=case.q * 1e-5), 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +108,6 @@ def test_no_rows_give_no_output() -> None:
     none = torch.empty(0, dtype=torch.int64)
     output = triton_attend.attend(
         *(q, torch.empty(0, 1, 1, 16), torch.empty(0, 1, 1, 24), none, none, *state.tensors()),
-        *(layout.key, layout.value, layout.recent, 1.0, 0.0, 0),
+        *(layout.key, layout.value, layout.recent, Weighting(1.0)),
     )
     assert output.shape == (0, 2, 1, 24)

@@ -94,6 +94,7 @@ def compile_attend(
         "VALUE": BlockFormat.parts(value, value_dim, ITEMSIZE)[0],
         "SOFTCAP": masks,
         "SLIDING": masks,
+        "CHUNKED": False,
         "SPLITS": launch.splits,
         "QUERIES": launch.query_tile,
         "BLOCKS": launch.blocks,

@@ -110,6 +110,11 @@ def additive(scores: Tensor, lowest: float = torch.finfo(torch.float32).min) -> 
     return torch.where(causal(scores), 0.0, lowest)
 
 
+def same_chunk(scores: Tensor, size: int) -> Tensor:
+    chunks = torch.arange(scores.shape[-1]) // size
+    return chunks[:, None] == chunks
+
+
 ONE, CAPPED = ScoreFunction(1.0, 0.0, Mask("causal")), ScoreFunction(0.25, 5.0, Mask("causal"))
 SPELLINGS: dict[str, tuple[Scores, ScoreFunction]] = {
     "masked_fill": (lambda s: s.masked_fill(~causal(s), -INFINITY), ONE),
@@ -134,6 +139,10 @@ SPELLINGS: dict[str, tuple[Scores, ScoreFunction]] = {
     "sliding and capped": (
         lambda s: (torch.tanh(s / 30) * 30).masked_fill(~causal(s) | (distance(s) >= 100), -1e9),
         ScoreFunction(1.0, 30.0, Mask("sliding", 100)),
+    ),
+    "chunked": (
+        lambda s: s.masked_fill(~(causal(s) & same_chunk(s, 8)), -INFINITY),
+        ScoreFunction(1.0, 0.0, Mask("chunked", 8)),
     ),
     "a far scale": (
         lambda s: (s * 8).mul(1 / 64).masked_fill(~causal(s), -INFINITY),
@@ -161,7 +170,6 @@ def test_a_window_beyond_the_models_positions_is_none(capture_toy) -> None:
 
 REFUSED: dict[str, tuple[Scores, str]] = {
     "no mask": (lambda s: s, "not causal"),
-    "chunked": (lambda s: s.masked_fill(~(causal(s) & same_chunk(s, 8)), -INFINITY), "chunked"),
     "strided": (lambda s: s.masked_fill(~causal(s) | (distance(s) % 2 == 1), -INFINITY), "none of causal"),
     "a window too long to probe": (lambda s: s.masked_fill(~causal(s) | (distance(s) >= 10000), -INFINITY), "10000"),
     "ALiBi": (lambda s: s - distance(s) * 0.1 + additive(s), "ALiBi"),
@@ -174,11 +182,6 @@ REFUSED: dict[str, tuple[Scores, str]] = {
         "not a scale, a soft cap and a mask",
     ),
 }
-
-
-def same_chunk(scores: Tensor, size: int) -> Tensor:
-    chunks = torch.arange(scores.shape[-1]) // size
-    return chunks[:, None] == chunks
 
 
 def each_head_its_window(scores: Tensor) -> Tensor:

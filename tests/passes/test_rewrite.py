@@ -53,15 +53,16 @@ def test_new_tokens_are_appended_after_they_were_attended_to(captured, name: str
 
 
 def test_what_a_score_goes_through_is_told_to_the_kernel(captured) -> None:
-    def options(name: str) -> list[tuple[float, float, int]]:
+    def options(name: str) -> list[tuple[float, float, int, int]]:
         graph = rewritten(captured(name)).module.graph
         return [node.args[14:] for node in graph.nodes if operation(node) == "attend"]
 
     (first, second) = options("gemma2")
-    assert first == (pytest.approx(32**-0.5), pytest.approx(4.0), 24)
-    assert second == (pytest.approx(32**-0.5), pytest.approx(4.0), 0)
-    assert options("llama")[0][1:] == (0.0, 0)
-    assert options("mistral")[0][2] == 24
+    assert first == (pytest.approx(32**-0.5), pytest.approx(4.0), 24, 0)
+    assert second == (pytest.approx(32**-0.5), pytest.approx(4.0), 0, 0)
+    assert options("llama")[0][1:] == (0.0, 0, 0)
+    assert options("mistral")[0][2:] == (24, 0)
+    assert [attend[2:] for attend in options("llama4")] == [(0, 24)] * 3 + [(0, 0)]
 
 
 @pytest.mark.parametrize("name", NAMES)

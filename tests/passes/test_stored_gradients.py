@@ -25,7 +25,9 @@ def by_autograd(
     with torch.enable_grad():
         for head in range(q.shape[0]):
             for token in range(TOKENS):
-                first = max(0, token - function.mask.size + 1) if function.mask.kind == "sliding" else 0
+                first, size = 0, function.mask.size
+                if function.mask.kind != "causal":
+                    first = max(0, token - size + 1) if function.mask.kind == "sliding" else token // size * size
                 read = range(first, token + 1)
                 old = [sinks <= other <= token - recent for other in read]
                 keys, values = (
@@ -43,8 +45,13 @@ def by_autograd(
 
 @pytest.mark.parametrize(
     "function",
-    [CAUSAL, ScoreFunction(0.3, 1.5, Mask("causal")), ScoreFunction(0.3, 0.0, Mask("sliding", 9))],
-    ids=["causal", "softcap", "sliding"],
+    [
+        CAUSAL,
+        ScoreFunction(0.3, 1.5, Mask("causal")),
+        ScoreFunction(0.3, 0.0, Mask("sliding", 9)),
+        ScoreFunction(0.3, 0.0, Mask("chunked", 9)),
+    ],
+    ids=["causal", "softcap", "sliding", "chunked"],
 )
 @pytest.mark.parametrize(("sinks", "recent"), [(SINKS, RECENT), (0, 1), (0, 0)])
 @pytest.mark.parametrize("shared", [1, 3])
