@@ -24,7 +24,9 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Its structures: a Shape and two Sides make AppendArguments, and the beginning of AttendArguments.
 SHAPE_AND_SIDES = struct.Struct("=10q 21q 21q")
-ATTEND_ONLY = struct.Struct("=10q 2d")
+ATTEND_ONLY = struct.Struct("=12q 2d")
+
+_NOTHING = torch.empty(0)
 
 
 def append(
@@ -84,11 +86,14 @@ def attend(
     q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
     output = q.new_empty(rows, query_heads, tokens, v.shape[3], dtype=torch.float32)
     row_stride, head_stride, token_stride, _ = q.stride()
+    # Held until the call is over: they may be copies.
+    sink_logits, slopes = _by_head(weighting.sink_logits), _by_head(weighting.slopes)
     loaded.attend(
         _shape_and_sides(k, v, lengths, starts, state, key, value, recent)
         + ATTEND_ONLY.pack(
             *(q.data_ptr(), row_stride, head_stride, token_stride, output.data_ptr()),
             *(query_heads // k.shape[1], weighting.sliding_window, weighting.attention_chunk),
+            *(sink_logits.data_ptr(), slopes.data_ptr()),
             *(torch.get_num_threads(), loaded.parallel, weighting.scale, weighting.softcap),
         )
     )
@@ -116,6 +121,11 @@ def _packs(k: Tensor, lengths: Tensor, starts: Tensor, sink_k: Tensor, packed_k:
         if blocks > room or blocks > packed_blocks(length, sinks, recent):
             return True
     return False
+
+
+def _by_head(numbers: Tensor | None) -> Tensor:
+    """As cpu.cpp takes them; of none, a tensor without an address."""
+    return _NOTHING if numbers is None else numbers.float().contiguous()
 
 
 def _with_rows(tensor: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ struct AttendArguments {
     const void* q;
     int64_t row_stride, head_stride, token_stride;
     float* output;  // [rows, heads * shared, tokens, value.dim]
-    int64_t shared, sliding_window, attention_chunk, threads;
+    int64_t shared, sliding_window, attention_chunk;
+    const float *sink_logits, *slopes;  // [heads * shared], or null
+    int64_t threads;
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of PyTorch's OpenMP runtime
     double scale, softcap;
 };

@@ -14,6 +14,7 @@ namespace {
 // Up to so many queries it is cheaper to fold scales and zero points into them than to dequantize a block.
 constexpr int FOLDED_QUERIES = 8;
 constexpr int TASK_QUERIES = 64;
+constexpr double LOG2_E = 1.4426950408889634;
 // Tokens of a stretch, in tiles of 32, for each FOLDED_QUERIES queries: few enough that a short context still fills
 // some threads, and enough that results to be joined are a small part of what was read.
 constexpr int64_t STRETCH_TILES = 8;
@@ -103,13 +104,16 @@ class Task {
         return first > 0 ? first : 0;
     }
     int64_t first_tile() const { return row.tile_of(earliest(0)); }
+    int64_t query_head(int64_t query) const {
+        return head * arguments.shared + (first_query + query) % arguments.shared;
+    }
     int64_t end_tile() const { return row.tile_of(token_of(queries - 1)) + 1; }
     int64_t stretch_tiles() const { return STRETCH_TILES * ((queries + FOLDED_QUERIES - 1) / FOLDED_QUERIES); }
     int64_t stretches() const { return (end_tile() - first_tile() + stretch_tiles() - 1) / stretch_tiles(); }
 
     // Leaves in scratch the sums of weighted values, of weights, and the highest score, in powers of two.
     void attend(int64_t stretch) {
-        begin();
+        begin(stretch == 0);
         int64_t first = first_tile() + stretch * stretch_tiles(), end = first + stretch_tiles();
         if (end > end_tile()) end = end_tile();
         for (int64_t tile = first; tile < end; tile++) {
@@ -124,28 +128,30 @@ class Task {
 
     float* output(int64_t query) const {
         int64_t token = row.start + (first_query + query) / arguments.shared;
-        int64_t query_head = head * arguments.shared + (first_query + query) % arguments.shared;
         int64_t query_heads = arguments.shape.heads * arguments.shared;
         return arguments.output +
-               ((row_index * query_heads + query_head) * arguments.shape.tokens + token) * value.dim;
+               ((row_index * query_heads + query_head(query)) * arguments.shape.tokens + token) * value.dim;
     }
 
   private:
-    // Queries in float32, scaled so that powers of two take the place of exponentials.
-    void begin() {
-        constexpr double LOG2_E = 1.4426950408889634;
+    // Queries in float32, scaled so that powers of two take the place of exponentials. with_sinks: whether the weights
+    // that have no value are among this stretch's.
+    void begin(bool with_sinks) {
         float factor = arguments.scale * (arguments.softcap ? 1 / arguments.softcap : 1) * LOG2_E;
         for (int64_t query = 0; query < queries; query++) {
             int64_t token = row.start + (first_query + query) / arguments.shared;
-            int64_t query_head = head * arguments.shared + (first_query + query) % arguments.shared;
             const Element* from = static_cast<const Element*>(arguments.q) + row_index * arguments.row_stride +
-                                  query_head * arguments.head_stride + token * arguments.token_stride;
+                                  query_head(query) * arguments.head_stride + token * arguments.token_stride;
             float* to = scratch.q + query * key_stride;
             for (int64_t channel = 0; channel < key.dim; channel += LANES)
                 store(to + channel, load_first(from + channel, key.dim - channel) * factor);
             scratch.highest[query] = -INFINITY;
         }
         memset(scratch.sums, 0, queries * LANES * sizeof(float));
+        for (int64_t query = 0; query < queries && with_sinks && arguments.sink_logits; query++) {
+            scratch.highest[query] = arguments.sink_logits[query_head(query)] * float(LOG2_E);
+            scratch.sums[query * LANES] = 1;
+        }
         memset(scratch.attended, 0, queries * value_stride * sizeof(float));
         if (is_folded(value)) memset(scratch.zero_sums, 0, queries * value_stride * sizeof(float));
     }
@@ -226,6 +232,7 @@ class Task {
         for (int part = 0; part < VECTORS; part++) scores[part] = load_floats(place + part * LANES);
         if (arguments.softcap) cap(scores);
         int64_t first = row.first(tile), last = row.last(tile);
+        if (arguments.slopes) slope(scores, query, first);
         int64_t begin = earliest(query) - first, end = (token_of(query) < last ? token_of(query) + 1 : last) - first;
         if (begin >= BLOCK || end <= 0) {  // nothing here is attended to
             memset(place, 0, BLOCK * sizeof(float));
@@ -251,11 +258,27 @@ class Task {
         scratch.correction[query] = correction;
     }
 
+    static Ints lanes() {
+        Ints lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        return lane;
+    }
+
+    // The distances from the query to 32 tokens from the first on, times its head's slope, are added to its scores.
+    template <int VECTORS>
+    void slope(Floats (&scores)[VECTORS], int64_t query, int64_t first) const {
+        float slope = arguments.slopes[query_head(query)] * float(LOG2_E);
+        Ints distance = lanes() + int32_t(first - token_of(query));
+        for (Floats& score : scores) {
+            score += slope * __builtin_convertvector(distance, Floats);
+            distance += LANES;
+        }
+    }
+
     // No score but those of tokens begin to end - 1.
     template <int VECTORS>
     static void mask(Floats (&scores)[VECTORS], int32_t begin, int32_t end) {
-        Ints lane;
-        for (int i = 0; i < LANES; i++) lane[i] = i;
+        Ints lane = lanes();
         for (int part = 0; part < VECTORS; part++, lane += LANES)
             scores[part] = ((lane >= begin) & (lane < end)) ? scores[part] : broadcast(-INFINITY);
     }
@@ -263,8 +286,7 @@ class Task {
     // softcap * tanh(x) * log2(e), where the scores are x * log2(e).
     template <int VECTORS>
     void cap(Floats (&scores)[VECTORS]) const {
-        constexpr float LOG2_E = 1.44269504f;
-        float limit = float(arguments.softcap) * LOG2_E;
+        float limit = float(arguments.softcap) * float(LOG2_E);
         // Beyond 30 tanh is 1 in float32.
         for (Floats& score : scores) score = limit - 2 * limit / (exp2(2 * clamp(score, 30)) + 1);
     }

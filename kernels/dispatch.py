@@ -38,7 +38,7 @@ def attend_on_cuda(*arguments: Any) -> Tensor:
     """As reference.attend."""
     q, k, v, lengths, starts, *state = arguments[:11]
     weighting = arguments[-1]
-    flash = not weighting.softcap and not weighting.is_limited and k.shape[3] == v.shape[3]
+    flash = weighting.is_softmax and not weighting.is_limited and k.shape[3] == v.shape[3]
     is_prompt = flash and q.shape[2] >= PROMPT_TOKENS and not bool(lengths.any())
     if is_prompt or not _triton_serves(k, v):
         return reference.attend(*arguments)

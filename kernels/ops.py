@@ -7,6 +7,7 @@ reference; one that has its own registers it under the device's dispatch key.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +31,7 @@ _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
     "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor tail_k, Tensor tail_v, "
     "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
-    "int attention_chunk=0) -> Tensor",
+    "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,6 +40,11 @@ _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.
 @lru_cache
 def _precision(*ints: int) -> Precision:
     return Precision.from_ints(ints)
+
+
+@lru_cache
+def _weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int = 0) -> Weighting:
+    return Weighting(scale, softcap, sliding_window, attention_chunk)
 
 
 def _append_operator(kernel: Callable[..., None]) -> Callable[..., None]:
@@ -55,8 +61,11 @@ def _attend_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A kernel of attend as an operator, to which precisions come as integers and the weighting in pieces."""
 
     def operator(*arguments: Any) -> Tensor:
-        key, value, recent, *weighting = arguments[11:]
-        return kernel(*arguments[:11], _precision(*key), _precision(*value), recent, Weighting(*weighting))
+        key, value, recent, *numbers = arguments[11:18]
+        weighting = _weighting(*numbers)
+        if any(by_head is not None for by_head in arguments[18:]):
+            weighting = replace(weighting, **dict(zip(("sink_logits", "slopes"), arguments[18:], strict=False)))
+        return kernel(*arguments[:11], _precision(*key), _precision(*value), recent, weighting)
 
     return operator
 

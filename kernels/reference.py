@@ -216,7 +216,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, first: int, weighting: We
     """The keys and values are those of all tokens from number `first` on, the queries those of the last of them."""
     tokens, context = q.shape[2], k.shape[2]
     past = context - tokens
-    if past == 0 and not weighting.softcap and not weighting.is_limited and k.shape[3] == v.shape[3]:
+    if past == 0 and weighting.is_softmax and not weighting.is_limited and k.shape[3] == v.shape[3]:
         # Only this way does PyTorch attend causally without a mask of the whole prompt, given equal dimensions.
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=weighting.scale, enable_gqa=True)
     outputs = []
@@ -224,35 +224,54 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, first: int, weighting: We
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
         seen = slice(weighting.first_visible(first + past + begin) - first, past + end)
-        numbers = torch.arange(first + past + begin, first + past + end, device=q.device)
-        mask = _mask(numbers, torch.arange(first + seen.start, first + seen.stop, device=q.device), weighting)
-        outputs.append(_attention(q[:, :, begin:end], k[:, :, seen], v[:, :, seen], mask, weighting))
+        places = _Places(
+            torch.arange(first + past + begin, first + past + end, device=q.device).unsqueeze(1),
+            torch.arange(first + seen.start, first + seen.stop, device=q.device),
+        )
+        outputs.append(_attention(q[:, :, begin:end], k[:, :, seen], v[:, :, seen], places, weighting))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _mask(query: Tensor, token: Tensor, weighting: Weighting) -> Tensor | None:
-    """Bool [queries, tokens], True where attended to; None where everything is. Both are numbers of tokens."""
-    if len(query) == 1:
-        return None
-    query = query.unsqueeze(1)
-    mask = token <= query
-    return mask & (token >= weighting.first_visible(query)) if weighting.is_limited else mask
+@dataclass(frozen=True)
+class _Places:
+    """The numbers in their row of some queries [queries, 1] and of the tokens that they may see [tokens]."""
+
+    query: Tensor
+    token: Tensor
+
+    def mask(self, weighting: Weighting) -> Tensor | None:
+        """Bool [queries, tokens], True where attended to; None where everything is."""
+        if len(self.query) == 1:
+            return None
+        mask = self.token <= self.query
+        return mask & (self.token >= weighting.first_visible(self.query)) if weighting.is_limited else mask
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, weighting: Weighting) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, places: _Places, weighting: Weighting) -> Tensor:
     """Keys and values serve all the query heads of a group as if these were more queries, and are never repeated."""
     heads, tokens = k.shape[1], q.shape[2]
     shared = q.shape[1] // heads
-    queries = q.unflatten(1, (heads, shared)).flatten(2, 3)
-    if mask is not None and shared > 1:
-        mask = mask.repeat(shared, 1)
-    softcap = weighting.softcap
-    if softcap:
-        scores = queries.float() @ k.float().mT
-        scores = scores.mul_(weighting.scale / softcap).tanh_().mul_(softcap)
-        if mask is not None:
-            scores.masked_fill_(~mask, -torch.inf)
-        attended = (scores.softmax(-1) @ v.float()).to(q.dtype)
-    else:
-        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=weighting.scale)
-    return attended.unflatten(2, (shared, tokens)).flatten(1, 2)
+    queries, mask = q.unflatten(1, (heads, shared)), places.mask(weighting)
+    if weighting.is_softmax:
+        if mask is not None and shared > 1:
+            mask = mask.repeat(shared, 1)
+        attended = F.scaled_dot_product_attention(queries.flatten(2, 3), k, v, attn_mask=mask, scale=weighting.scale)
+        return attended.unflatten(2, (shared, tokens)).flatten(1, 2)
+    weights = _weights(queries.float() @ k.float().unsqueeze(2).mT, mask, places, weighting)
+    return (weights @ v.float().unsqueeze(2)).to(q.dtype).flatten(1, 2)
+
+
+def _weights(products: Tensor, mask: Tensor | None, places: _Places, weighting: Weighting) -> Tensor:
+    """products: float32 [rows, H, query heads of each, queries, tokens], overwritten. Returns the same of weights."""
+    by_head = (*products.shape[1:3], 1, 1)
+    scores = products.mul_(weighting.scale)
+    if weighting.softcap:
+        scores = scores.div_(weighting.softcap).tanh_().mul_(weighting.softcap)
+    if weighting.slopes is not None:
+        scores += weighting.slopes.float().view(by_head) * (places.token - places.query)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    if weighting.sink_logits is None:
+        return scores.softmax(-1)
+    sink = weighting.sink_logits.float().view(by_head).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]

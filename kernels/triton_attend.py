@@ -57,6 +57,8 @@ def attend_kernel(
     tail_v,
     output,  # [splits, B, Hq, M, value_dim], in q's dtype where there is one split, else float32
     log_sums,  # float32 [splits, B, Hq, M]: log2 of the sum of exponentials
+    sink_logits,  # [Hq] or None
+    slopes,  # [Hq] or None
     q_row,  # strides, in elements
     q_head,
     q_token,
@@ -131,6 +133,10 @@ def attend_kernel(
     scale_log2 = scale * _LOG2_E
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
+    if sink_logits is not None and split == 0:
+        highest = tl.load(sink_logits + query_head).to(tl.float32) * _LOG2_E
+        total += 1.0
+    slope = None if slopes is None else tl.load(slopes + query_head).to(tl.float32) * _LOG2_E
     attended = tl.zeros([QUERIES, VALUE.slices * VALUE.padded_width], tl.float32)
     place_in_tile = tl.arange(0, TILE)
 
@@ -147,7 +153,9 @@ def attend_kernel(
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
         if SLIDING or CHUNKED:
             visible &= token[None, :] >= earliest[:, None]
-        weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
+        weights, highest, total, correction = _weigh(
+            scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
+        )
         values = unpack_values(head_of_packed_v, block, blocks, DTYPE, BLOCKS, VALUE)
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
@@ -180,7 +188,9 @@ def attend_kernel(
         visible = is_query[:, None] & (token[None, :] <= number[:, None])
         if SLIDING or CHUNKED:
             visible &= token[None, :] >= earliest[:, None]
-        weights, highest, total, correction = _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP)
+        weights, highest, total, correction = _weigh(
+            scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
+        )
         values = _load_unpacked(
             head_of_sink_v,
             head_of_tail_v,
@@ -281,7 +291,7 @@ def _load_unpacked(
 
 
 @triton.jit
-def _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP: tl.constexpr):
+def _weigh(scores, visible, distance, highest, total, scale_log2, softcap, slope, SOFTCAP: tl.constexpr):
     """One step of the running softmax, in powers of two.
 
     Returns the tile's weights, the new maximum and sum, and what the sums up to here must be multiplied by.
@@ -292,6 +302,8 @@ def _weigh(scores, visible, highest, total, scale_log2, softcap, SOFTCAP: tl.con
         scores = scores * (softcap * _LOG2_E)
     else:
         scores = scores * scale_log2
+    if slope is not None:
+        scores += slope[:, None] * distance.to(tl.float32)
     scores = tl.where(visible, scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     # Where nothing was visible yet the maximum is -inf, and -inf less itself no number.
@@ -412,6 +424,7 @@ def attend(
     log_sums = q.new_empty(splits, queries, dtype=torch.float32) if splits > 1 else partial
     attend_kernel[(launch.query_tiles, rows * heads, splits)](
         *(q, k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v, partial, log_sums),
+        *(weighting.sink_logits, weighting.slopes),
         *(*q.stride(), *k.stride(), *v.stride()),
         *(tokens, room, weighting.scale, weighting.softcap, weighting.sliding_window, weighting.attention_chunk),
         HEADS=heads,

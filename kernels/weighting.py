@@ -19,16 +19,25 @@ class Weighting:
     softcap: c makes scores ``c * tanh(scale * q . k / c)``; 0: none.
     sliding_window: w lets a token see itself and the w - 1 before it; 0: all.
     attention_chunk: c lets it see those of its own chunk, whose numbers over c have the same quotient; 0: all.
+    sink_logits: [query heads], of each a score that takes part in the softmax and has no value (gpt-oss).
+    slopes: [query heads], of each an s that adds ``s * (u - t)`` to the capped score (ALiBi, arXiv:2108.12409).
     """
 
     scale: float
     softcap: float = 0.0
     sliding_window: int = 0
     attention_chunk: int = 0
+    sink_logits: Tensor | None = None
+    slopes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.sliding_window and self.attention_chunk:
             raise KVMixError("attention has either a sliding window or chunks, not both")
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether weights are a softmax over scaled products and nothing else, whichever tokens are seen."""
+        return not self.softcap and self.sink_logits is None and self.slopes is None
 
     @property
     def is_limited(self) -> bool:

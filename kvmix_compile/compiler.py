@@ -151,7 +151,7 @@ def _find(model: nn.Module, report: Report) -> Found:
         sites = find_sites(captured, limit)
     report.sites = tuple(
         SiteReport(
-            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, str(site.score_function),
+            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, site.attention,
             site.score_function.scale,
         )
         for site in sites.matched

@@ -83,6 +83,14 @@ SPECIAL: Mapping[str, Settings] = {
         "num_local_experts": 2,
         "attention_chunk_size": WINDOW,
     },
+    # Sink logits.
+    "gpt_oss": {
+        **GROUPED,
+        **ALTERNATING,
+        "intermediate_size": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 # What a compiler of causal attention has to decline, or to take special care of.
 OTHERS: Mapping[str, Settings] = {
@@ -119,12 +127,15 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(MODEL_TYPES.get(name, name), **settings)
     with seeded(seed):
         model = AUTO_CLASSES.get(name, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
-        _randomize_biases(model)
+        _randomize(model)
     return model.eval()
 
 
 @torch.no_grad()
-def _randomize_biases(model: PreTrainedModel) -> None:
+def _randomize(model: PreTrainedModel) -> None:
+    """What would not be felt as transformers initialises it: biases and sink logits."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.normal_(0.0, BIAS_RANGE)
+        elif name.endswith("sinks"):
+            parameter.normal_(0.0, 1.0)

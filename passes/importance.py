@@ -142,6 +142,7 @@ class _Recorder(fx.Interpreter):
         self.differentiated = {site.output for site in sites} | {projection.output for projection in found}
         self.watched = self.differentiated | {projection.input for projection in found}
         self.watched |= {node for site in sites for node in (site.query, site.key, site.value)}
+        self.watched |= {site.sink_logits for site in sites if site.sink_logits is not None}
         self.values: dict[fx.Node, Tensor] = {}
         self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
 
@@ -179,7 +180,10 @@ class _Recorder(fx.Interpreter):
                 self.values[node].detach()[0] for node in (site.query, site.key, site.value)
             )
             slope = gradients[site.output][0]
-            slopes = stored_gradients(queries, site_keys, site_values, slope, site.score_function, sinks, recent)
+            logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
+            slopes = stored_gradients(
+                queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits
+            )
             key.add_sensitivity(site_keys, slopes[0], sinks, tokens - sinks - recent)
             value.add_sensitivity(site_values, slopes[1], sinks, tokens - sinks - recent)
         self.values.clear()

@@ -6,9 +6,9 @@ cap), the function of one score is `cap * tanh(scale * score / cap)`, or `scale 
 and minus infinity elsewhere. What is not that is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from kvmix_compile.passes.capture import UNLIMITED, Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
+from kvmix_compile.passes.sink_logits import PROBED_LOGIT, SinkLogits, without_column
 from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation
 
 # A probe of n tokens costs n * n scores a layer; 8192 of them is half a gigabyte for a moment.
@@ -104,22 +105,44 @@ class Probe:
         values = {"input_ids": torch.zeros_like(positions)[None], "position_ids": positions[None]}
         return {node: values.get(node.name, positions[:1]) for node in graph_inputs(self.captured.graph)}
 
-    def score_function(self, scores: fx.Node, weights_input: fx.Node, layer: str) -> ScoreFunction:
+    def score_function(
+        self, scores: fx.Node, weights_input: fx.Node, sink: SinkLogits | None, layer: str
+    ) -> ScoreFunction:
         """What the graph does between `scores` `[.., tokens, tokens]` and the softmax's input, as one function
-        of a score.
+        of a score. `sink`: what is concatenated to the scores in between, if anything.
         """
         tokens = self.tokens_for(weights_input, layer)
         dtype, device = scores.meta["val"].dtype, scores.meta["val"].device
         rank = scores.meta["val"].dim()
-        known = self.inputs(tokens)
-
-        def run(value: Tensor) -> Tensor:
-            return evaluate(self.captured.module, weights_input, known | {scores: value}).float()
-
         ones = torch.ones((1,) * (rank - 2) + (tokens, tokens), dtype=dtype, device=device)
+        run = function_of(self.captured.module, scores, weights_input, sink, self.inputs(tokens))
         allowed = allowed_by(run(torch.zeros_like(ones)), layer)
         mask = recognise(allowed, layer)
         return ScoreFunction(*scale_and_softcap(run, ones, allowed, layer), mask)
+
+
+def function_of(
+    module: fx.GraphModule,
+    scores: fx.Node,
+    weights_input: fx.Node,
+    sink: SinkLogits | None,
+    known: Mapping[fx.Node, Any],
+) -> Callable[[Tensor], Tensor]:
+    """What the graph makes of scores, in float32, by the time they are the softmax's input; the other arguments are
+    those of Probe.score_function, `known` the graph's inputs.
+    """
+
+    def run(value: Tensor) -> Tensor:
+        given = {**known, scores: value}
+        if sink is None:
+            return evaluate(module, weights_input, given).float()
+        joined = evaluate(module, sink.scores, given)
+        column = torch.full_like(joined[..., :1], PROBED_LOGIT)
+        return without_column(
+            evaluate(module, weights_input, {**known, sink.scores: joined, sink.column: column}).float()
+        )
+
+    return run
 
 
 def scale_and_softcap(

@@ -53,9 +53,7 @@ def rewrite(
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
     for index, (site, formats) in enumerate(zip(sites, precisions, strict=True)):
-        copied = replace(
-            site, query=copies[site.query], key=copies[site.key], value=copies[site.value], output=copies[site.output]
-        )
+        copied = site.mapped(copies)
         order = channel_orders[index] if channel_orders else None
         rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)
     graph.eliminate_dead_code()
@@ -138,15 +136,25 @@ def _attend_and_append(
     query, key, value, output = site.query, site.key, site.value, site.output
     formats = tuple(list(precision.as_ints()) for precision in precisions)
     function = site.score_function
-    mask = function.mask
-    window, chunk = (mask.size if mask.kind == kind else 0 for kind in ("sliding", "chunked"))
+    window = function.mask.size if function.mask.kind == "sliding" else 0
     with graph.inserting_before(output):
         attended = graph.call_function(
             torch.ops.kvmix.attend.default,
-            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window, chunk),
+            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
+            _extras(graph, site),
         )
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
         graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
+
+
+def _extras(graph: fx.Graph, site: AttentionSite) -> dict[str, int | fx.Node]:
+    """The arguments of attend that few models need, by name."""
+    extras: dict[str, int | fx.Node] = {}
+    if site.mask.kind == "chunked":
+        extras["attention_chunk"] = site.mask.size
+    if site.sink_logits is not None:
+        extras["sink_logits"] = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
+    return extras

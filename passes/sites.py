@@ -8,7 +8,7 @@ grouped queries.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -20,9 +20,13 @@ from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.masks import Mask, Probe, ScoreFunction
+from kvmix_compile.passes.sink_logits import SinkLogits
 from kvmix_compile.passes.vocabulary import LAYOUT, argument, as_node, is_active_dropout, operation, tensor_of
 
 ATTENTION = "scaled_dot_product_attention"
+
+# Rows and tokens that layouts are tried on.
+FEW = (2, 3)
 
 # How paths of modules begin: with the wrapper's attribute in export's graphs, with a local variable in Dynamo's.
 _ROOT = re.compile(r"^(model|L\['\w+'\])\.?")
@@ -47,6 +51,7 @@ class Attention:
     scale: float = 1.0
     scores: fx.Node | None = None
     softmax_input: fx.Node | None = None
+    sink: SinkLogits | None = None
 
     @classmethod
     def match(cls, node: fx.Node, layer: str, dataflow: Dataflow) -> Self:
@@ -72,11 +77,16 @@ class Attention:
 
     @classmethod
     def spelled_out(cls, softmax: fx.Node, layer: str, dataflow: Dataflow) -> Self:
-        """Match `softmax(f(query @ key^T)) @ value`, whatever pointwise f (scale, soft cap, mask) is."""
+        """Match `softmax(f(query @ key^T)) @ value`, whatever pointwise f (scale, soft cap, mask) is, with a column of
+        sink logits beside the scores or without.
+        """
         scores = _scores_behind(softmax, dataflow, layer)
-        output, value = _weighted_sum_after(softmax, layer)
+        sink = SinkLogits.match(scores, softmax, dataflow, layer)
+        output, value = _weighted_sum_after(softmax, sink, layer)
         query, key = as_node(scores.args[0]), _transposed(as_node(scores.args[1]), layer)
-        return cls(layer, query, key, value, output, scores=scores, softmax_input=as_node(softmax.args[0]))
+        return cls(
+            layer, query, key, value, output, scores=scores, softmax_input=as_node(softmax.args[0]), sink=sink
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class AttentionSite:
     """One attention whose keys and values are to be cached.
 
     `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have
-    `query_heads`.
+    `query_heads`. `sink_logits`: as many numbers as there are query heads, of any shape (sink_logits.py).
     """
 
     layer: str
@@ -97,10 +107,27 @@ class AttentionSite:
     key_dim: int
     value_dim: int
     score_function: ScoreFunction
+    sink_logits: fx.Node | None = None
 
     @property
     def mask(self) -> Mask:
         return self.score_function.mask
+
+    def mapped(self, nodes: Mapping[fx.Node, fx.Node]) -> Self:
+        """The same site in a copy of its graph, where `nodes` says what each node became."""
+        return replace(
+            self,
+            query=nodes[self.query],
+            key=nodes[self.key],
+            value=nodes[self.value],
+            output=nodes[self.output],
+            sink_logits=None if self.sink_logits is None else nodes[self.sink_logits],
+        )
+
+    @property
+    def attention(self) -> str:
+        """What attends to what, and how, in a few words."""
+        return f"{self.score_function}{', sink logits' if self.sink_logits is not None else ''}"
 
 
 @dataclass(frozen=True)
@@ -148,10 +175,10 @@ def _candidates(captured: Captured, dataflow: Dataflow) -> Iterable[fx.Node]:
 
 
 def _is_over_tokens(node: fx.Node, captured: Captured) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.dim() >= 3 and all(
-        statically_known_true(size == captured.tokens) for size in value.shape[-2:]
-    )  # fmt: skip
+    value, tokens = tensor_of(node), captured.tokens
+    if value is None or value.dim() < 3 or not statically_known_true(value.shape[-2] == tokens):
+        return False
+    return any(statically_known_true(value.shape[-1] == size) for size in (tokens, tokens + 1))
 
 
 def named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
@@ -173,7 +200,7 @@ def module_path(node: fx.Node) -> str:
 
 def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:
     if attention.scores is not None and attention.softmax_input is not None:
-        return probe.score_function(attention.scores, attention.softmax_input, attention.layer)
+        return probe.score_function(attention.scores, attention.softmax_input, attention.sink, attention.layer)
     return ScoreFunction(attention.scale, 0.0, _fused_mask(attention, probe))
 
 
@@ -188,6 +215,8 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         raise UnsupportedModelError(
             f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go together"
         )
+    if attention.sink is not None:
+        attention.sink.check(captured.module, _few_tokens(captured), query_heads, layer)
     return AttentionSite(
         layer=layer,
         query=attention.query,
@@ -199,6 +228,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         key_dim=key_dim,
         value_dim=value_dim,
         score_function=score_function,
+        sink_logits=attention.sink.logits if attention.sink is not None else None,
     )
 
 
@@ -218,26 +248,29 @@ def unmasked(layer: str) -> UnsupportedModelError:
 
 
 def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
-    """The matrix product that the softmax's input comes from, along the path that depends on tokens."""
-    node = as_node(softmax.args[0])
-    while operation(node) != "matmul":
+    """The matrix product that the softmax's input comes from, and all of it that depends on tokens."""
+    open_ends = {as_node(softmax.args[0])}
+    while True:
+        node = max(open_ends)  # the last of them in the graph
+        open_ends.remove(node)
+        if operation(node) == "matmul" and not open_ends:
+            return node
         if operation(node) == "baddbmm":
             raise UnsupportedModelError(
                 f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
             )
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
-        if len(behind) != 1:
+        if operation(node) == "matmul" or not behind:
             raise UnsupportedModelError(
                 f"{layer}: its attention weights are not a softmax over query-key products alone ({operation(node)} "
-                f"joins {len(behind)} inputs)"
+                "takes part)"
             )
-        node = behind[0]
-    return node
+        open_ends.update(behind)
 
 
-def _weighted_sum_after(softmax: fx.Node, layer: str) -> tuple[fx.Node, fx.Node]:
+def _weighted_sum_after(softmax: fx.Node, sink: SinkLogits | None, layer: str) -> tuple[fx.Node, fx.Node]:
     """The matrix product of attention weights and values, and the values."""
-    weights = softmax
+    weights, has_column = softmax, sink is not None
     while True:
         users = list(weights.users)
         if len(users) != 1:
@@ -247,8 +280,11 @@ def _weighted_sum_after(softmax: fx.Node, layer: str) -> tuple[fx.Node, fx.Node]
         user = users[0]
         if is_active_dropout(user):
             raise UnsupportedModelError(f"{layer}: its attention dropout is active: call `model.eval()` first")
-        if operation(user) == "matmul" and user.args[0] is weights:
+        if operation(user) == "matmul" and user.args[0] is weights and not has_column:
             return user, as_node(user.args[1])
+        if sink is not None and has_column and sink.dropped_by(user):
+            weights, has_column = user, False
+            continue
         if operation(user) not in ("to", "dropout", "contiguous", "clone", "expand", "view", "reshape"):
             raise UnsupportedModelError(
                 f"{layer}: {operation(user)} is applied to its attention weights, which is not supported"
@@ -295,13 +331,15 @@ def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Cap
     heads, dim = _shape(source)[1], _shape(source)[-1]
     if query_heads % heads:
         return False
-    batch, tokens = 2, 3
-    device = source.meta["val"].device
-    known = {
-        node: torch.zeros(batch, tokens, dtype=torch.int64, device=device) for node in graph_inputs(captured.graph)
-    }
-    numbers = distinct_numbers(batch, heads, tokens, dim, device=device)
-    return is_repeat(captured.module, repeated, numbers, query_heads, known | {source: numbers})
+    batch, tokens = FEW
+    numbers = distinct_numbers(batch, heads, tokens, dim, device=source.meta["val"].device)
+    return is_repeat(captured.module, repeated, numbers, query_heads, _few_tokens(captured) | {source: numbers})
+
+
+def _few_tokens(captured: Captured) -> dict[fx.Node, Tensor]:
+    """Values for the graph's inputs, for what depends on their shapes alone: FEW rows and tokens."""
+    inputs = graph_inputs(captured.graph)
+    return {node: torch.zeros(FEW, dtype=torch.int64, device=node.meta["val"].device) for node in inputs}
 
 
 def distinct_numbers(*shape: int, device: torch.device) -> Tensor:

@@ -25,7 +25,8 @@ from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.lowering import Lowered
-from kvmix_compile.passes.masks import Mask, ScoreFunction, scale_and_softcap, unbiased
+from kvmix_compile.passes.masks import Mask, ScoreFunction, function_of, scale_and_softcap, unbiased
+from kvmix_compile.passes.sink_logits import SinkLogits
 from kvmix_compile.passes.sites import (
     ATTENTION,
     Attention,
@@ -216,13 +217,22 @@ class _Finder:
         function = self._score_function(attention, key)
         site = AttentionSite(
             layer, attention.query, key.new, value.new, attention.output, query_heads, kv_heads, key_dim, value_dim,
-            function,
+            function, self._sink_logits(attention, query_heads),
         )  # fmt: skip
         if attention.scores is not None and attention.softmax_input is not None:
-            sides = _joined_between(attention.scores, attention.softmax_input)
-            return CachedSite(site, key, value, attention.softmax_input, attention.scores, sides)
+            # With a column of sink logits the softmax's input is not of the mask's shape, what it is joined to is.
+            masked = attention.softmax_input if attention.sink is None else attention.sink.scores
+            return CachedSite(
+                site, key, value, masked, attention.scores, _joined_between(attention.scores, masked)
+            )  # fmt: skip
         sides = frozenset({attention.mask} if attention.mask is not None else ())
         return CachedSite(site, key, value, attention.mask, None, sides)
+
+    def _sink_logits(self, attention: Attention, query_heads: int) -> fx.Node | None:
+        if attention.sink is None:
+            return None
+        attention.sink.check(self.lowered.module, self.example, query_heads, attention.layer)
+        return attention.sink.logits
 
     def _check_written(self, buffer: Buffer, layer: str) -> None:
         """A window is to end with the new tokens and begin with those before them, seen on numbers."""
@@ -262,7 +272,7 @@ class _Finder:
         # Here `int` fixes a symbolic size: the window becomes part of the graph.
         mask = Mask("sliding", int(buffer.slots)) if rolls else Mask("causal")
         if attention.scores is not None and attention.softmax_input is not None:
-            scale, softcap = self._spelled_out(attention.scores, attention.softmax_input, layer)
+            scale, softcap = self._spelled_out(attention.scores, attention.softmax_input, attention.sink, layer)
             return ScoreFunction(scale, softcap, mask)
         if attention.mask is not None:
             unbiased(evaluate(self.lowered.module, attention.mask, self.example), layer)
@@ -270,10 +280,10 @@ class _Finder:
             raise unmasked(layer)
         return ScoreFunction(attention.scale, 0.0, mask)
 
-    def _spelled_out(self, scores: fx.Node, softmax_input: fx.Node, layer: str) -> tuple[float, float]:
-        def run(value: Tensor) -> Tensor:
-            return evaluate(self.lowered.module, softmax_input, self.example | {scores: value}).float()
-
+    def _spelled_out(
+        self, scores: fx.Node, softmax_input: fx.Node, sink: SinkLogits | None, layer: str
+    ) -> tuple[float, float]:
+        run = function_of(self.lowered.module, scores, softmax_input, sink, self.example)
         like = scores.meta["val"]
         ones = torch.ones((1,) * (like.dim() - 2) + _hints(scores)[-2:], dtype=like.dtype, device=like.device)
         # Padding differs from row to row: what all rows may attend to is enough to look at.

@@ -13,22 +13,32 @@ from kvmix_compile.passes.masks import ScoreFunction
 
 
 def stored_gradients(
-    query: Tensor, key: Tensor, value: Tensor, slope: Tensor, function: ScoreFunction, sinks: int, recent: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    function: ScoreFunction,
+    sinks: int,
+    recent: int,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the stored keys and values of one row.
 
     `query` `[query heads, tokens, key_dim]`, `key` `[kv_heads, tokens, key_dim]`, `value` `[kv_heads, tokens,
     value_dim]`; `slope` `[query heads, tokens, value_dim]`, the gradient with respect to attention's output. A token
-    is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never.
+    is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never. `sink_logits`
+    `[query heads]`: scores without values.
     Returns float32 of the shapes of `key` and `value`.
     """
     heads = key.shape[0]
     attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
-    queries, slopes = (part.float().unflatten(0, (heads, -1)) for part in (query, slope))
+    # Without any, minus infinity takes no part in a softmax.
+    logits = query.new_full((len(query),), -torch.inf) if sink_logits is None else sink_logits
+    queries, slopes, logits = (part.float().unflatten(0, (heads, -1)) for part in (query, slope, logits))
     # A head at a time: its weights are a matrix of tokens by tokens for each query head.
     pairs = [
         _of_head(*parts, function, attends, stored)
-        for parts in zip(queries, key.float(), value.float(), slopes, strict=True)
+        for parts in zip(queries, key.float(), value.float(), slopes, logits, strict=True)
     ]
     key_gradients, value_gradients = zip(*pairs, strict=True)
     return torch.stack(key_gradients), torch.stack(value_gradients)
@@ -49,15 +59,25 @@ def _reads(
 
 
 def _of_head(
-    query: Tensor, key: Tensor, value: Tensor, slope: Tensor, function: ScoreFunction, attends: Tensor, stored: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    sink_logits: Tensor,
+    function: ScoreFunction,
+    attends: Tensor,
+    stored: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`query` and `slope` `[query heads of the group, tokens, dim]`, `key` and `value` `[tokens, dim]`."""
+    """`query` and `slope` `[query heads of the group, tokens, dim]`, `key` and `value` `[tokens, dim]`, `sink_logits`
+    `[query heads of the group]`.
+    """
     scores = query @ key.T * function.scale
     bend = torch.ones_like(scores)
     if function.softcap:
         capped = torch.tanh(scores / function.softcap)
         scores, bend = capped * function.softcap, 1 - capped.square()
-    weights = scores.masked_fill(~attends, -torch.inf).softmax(-1)
+    sink = sink_logits[:, None, None].expand(-1, len(key), 1)
+    weights = torch.cat([scores.masked_fill(~attends, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1]
     mean = (slope * (weights @ value)).sum(-1, keepdim=True)
     weights_read = weights * stored
     score_gradients = weights_read * (slope @ value.T - mean) * bend

@@ -17,6 +17,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_i
 # How the report describes the attention of each layer.
 ATTENTION: dict[str, list[str]] = {
     "llama4": [f"chunked {WINDOW}"] * 3 + ["causal"],
+    "gpt_oss": [f"sliding {WINDOW}, sink logits", "causal, sink logits"],
 }
 
 

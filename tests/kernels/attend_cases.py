@@ -86,13 +86,19 @@ def limits(scale: float) -> st.SearchStrategy[Weighting]:
 
 
 @st.composite
-def weightings(draw: st.DrawFn, case: Case) -> Weighting:
-    """All that attention can be, for a case."""
-    return replace(draw(limits(case.layout.key_dim**-0.5)), softcap=draw(st.sampled_from([0.0, 0.0, 2.0])))
+def weightings(draw: st.DrawFn, scale: float, query_heads: int) -> Weighting:
+    """All that attention can be."""
+    by_head = st.lists(st.floats(-3, 3, width=16), min_size=query_heads, max_size=query_heads).map(torch.tensor)
+    return replace(
+        draw(limits(scale)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sink_logits=draw(st.none() | by_head),
+        slopes=draw(st.none() | by_head.map(lambda slopes: slopes / 16)),
+    )
 
 
 def weighted(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[tuple[Case, Weighting]]:
-    return cases.flatmap(lambda case: st.tuples(st.just(case), weightings(case)))
+    return cases.flatmap(lambda case: st.tuples(st.just(case), weightings(case.layout.key_dim**-0.5, case.q.shape[1])))
 
 
 @st.composite

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from attend_cases import limits
+from attend_cases import weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import with_important_keys
@@ -38,12 +38,6 @@ layouts = with_important_keys(
 
 
 PLAIN = Weighting(0.25)
-
-
-@st.composite
-def weightings(draw: st.DrawFn) -> Weighting:
-    scale, softcap = draw(st.sampled_from([0.25, 1.0])), draw(st.sampled_from([0.0, 0.0, 2.0]))
-    return replace(draw(limits(scale)), softcap=softcap)
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,13 @@ def expected(case: Case, weighting: Weighting) -> Tensor:
                         visible &= index > t - weighting.sliding_window
                     if weighting.attention_chunk:
                         visible &= index // weighting.attention_chunk == t // weighting.attention_chunk
-                    weights = logits.masked_fill(~visible, -torch.inf).softmax(0)
-                    output[row, query_head, place] = weights @ values_of_row
+                    if weighting.slopes is not None:
+                        logits += weighting.slopes[query_head] * (index - t)
+                    weights = logits.masked_fill(~visible, -torch.inf).exp()
+                    total = weights.sum()
+                    if weighting.sink_logits is not None:
+                        total += weighting.sink_logits[query_head].exp()
+                    output[row, query_head, place] = weights / total @ values_of_row
     return output
 
 
@@ -151,8 +150,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=200)
-@given(cases(), weightings())
-def test_attend_is_attention_over_what_is_stored(case: Case, weighting: Weighting) -> None:
+@given(weighted(cases()))
+def test_attend_is_attention_over_what_is_stored(example: tuple[Case, Weighting]) -> None:
+    case, weighting = example
     output = case.attend(weighting)
     assert output.is_contiguous()
     torch.testing.assert_close(output.double(), expected(case, weighting), rtol=1e-4, atol=1e-5)
@@ -164,15 +164,23 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> No
     for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=(4, 4))):
         layout = StateLayout(2, 32, 32, key, Precision(2, 32), sinks=4, recent=32)
         case = make_case(layout, 2, [120, 37], tokens, [0, tokens // 2], dtype)
-        for weighting in (PLAIN, Weighting(0.25, softcap=5.0), Weighting(0.25, sliding_window=50)):
+        by_head = torch.tensor([0.3, -0.2, 0.1, 0.5])
+        for weighting in (
+            PLAIN,
+            Weighting(0.25, softcap=5.0),
+            Weighting(0.25, sliding_window=50),
+            Weighting(0.25, sink_logits=by_head.to(dtype)),
+            Weighting(0.25, slopes=by_head),
+        ):
             output = case.attend(weighting)
             assert output.dtype == dtype
             torch.testing.assert_close(output.double(), expected(case, weighting), rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=30)
-@given(cases(), weightings())
-def test_what_lies_in_unused_memory_does_not_matter(case: Case, weighting: Weighting) -> None:
+@given(weighted(cases()))
+def test_what_lies_in_unused_memory_does_not_matter(example: tuple[Case, Weighting]) -> None:
+    case, weighting = example
     clean = case.attend(weighting)
     layout, state = case.layout, case.state
     for row, (length, start) in enumerate(zip(case.lengths.tolist(), case.starts.tolist(), strict=True)):
@@ -196,6 +204,8 @@ LONG_CHUNKS = {
     "soft cap": Weighting(0.25, softcap=3.0),
     "window": Weighting(0.25, sliding_window=20),
     "chunks": Weighting(0.25, attention_chunk=20),
+    "sink logits": Weighting(0.25, sink_logits=torch.tensor([0.5, -1.0])),
+    "slopes": Weighting(0.25, slopes=torch.tensor([0.5, 0.01])),
 }
 
 

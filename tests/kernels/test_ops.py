@@ -37,7 +37,14 @@ def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: Sta
     q, k, v = chunk(tokens)
     precisions = layout.key.as_ints(), layout.value.as_ints(), layout.recent
     stored = (k, v, lengths, torch.tensor(starts), *state.tensors(), *precisions)
-    torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, 0.25, 0.0, 0))
+    by_head = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for weighting in (
+        (0.25, 0.0, 0),
+        (0.25, 0.0, 0, 7),
+        (0.25, 0.0, 0, 0, by_head, by_head),
+        (1.0, 0.0, 5, 0, None, by_head),
+    ):
+        torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, *weighting))
     torch.library.opcheck(torch.ops.kvmix.append.default, stored)
 
 

@@ -79,28 +79,57 @@ def unit_strides(*names: str) -> dict[str, int]:
     return {f"{name}_channel": 1 for name in names}
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What attention does beside causal attention."""
+
+    softcap: bool = False
+    sliding: bool = False
+    chunked: bool = False
+    sink_logits: bool = False
+    slopes: bool = False
+
+
+NOTHING, CAPPED_AND_SLIDING = Extras(), Extras(softcap=True, sliding=True)
+
+
 def compile_attend(
-    chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str, tokens: int, masks: bool
+    chip: int,
+    key: Precision,
+    value: Precision,
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    tokens: int = 1,
+    extras: Extras = NOTHING,
 ) -> Compiled:
     shared, widest = 4, max(key_dim, value_dim)
     launch = triton_attend.Launch.choose(shared * tokens, HEADS, 32768, widest, MULTIPROCESSORS[chip])
     elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
-    types |= {"output": "*fp32", "log_sums": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= {
+        "output": "*fp32",
+        "log_sums": "*fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "sink_logits": f"*{dtype}",
+        "slopes": "*fp32",
+    }
     constants = {
         "HEADS": HEADS,
         "SHARED": shared,
         "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZE),
         "VALUE": BlockFormat.parts(value, value_dim, ITEMSIZE)[0],
-        "SOFTCAP": masks,
-        "SLIDING": masks,
-        "CHUNKED": False,
+        "SOFTCAP": extras.softcap,
+        "SLIDING": extras.sliding,
+        "CHUNKED": extras.chunked,
         "SPLITS": launch.splits,
         "QUERIES": launch.query_tile,
         "BLOCKS": launch.blocks,
         **STATE,
         **unit_strides("q", "k", "v"),
     }
+    constants |= {name: None for name in ("sink_logits", "slopes") if not getattr(extras, name)}
     options = {
         "num_warps": launch.warps,
         "num_stages": triton_attend.STAGES,
@@ -157,8 +186,8 @@ def test_decoding(
     chip: int, key_bits: int, value_bits: int, scale_bits: int, key_dim: int, value_dim: int, dtype: str
 ) -> None:
     key, value = precisions(key_bits, value_bits, scale_bits, value_dim)
-    masks = key_dim == 256
-    compiled = compile_attend(chip, key, value, key_dim, value_dim, dtype, tokens=1, masks=masks)
+    extras = CAPPED_AND_SLIDING if key_dim == 256 else NOTHING
+    compiled = compile_attend(chip, key, value, key_dim, value_dim, dtype, extras=extras)
     show(chip, f"attend {key_bits}/{value_bits} bits, dims {key_dim}/{value_dim}, {dtype}", compiled)
     check_decoding(chip, compiled)
 
@@ -173,8 +202,27 @@ def test_decoding_with_important_channels(
 ) -> None:
     key, value = precisions(bits, 2, scale_bits, dim)
     key = replace(key, important_bits=important_bits)
-    compiled = compile_attend(chip, key, value, dim, dim, "bf16", tokens=1, masks=dim == 256)
+    extras = CAPPED_AND_SLIDING if dim == 256 else NOTHING
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16", extras=extras)
     show(chip, f"attend {key.quarters}/2 bits, dim {dim}", compiled)
+    check_decoding(chip, compiled)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(
+    ("extras", "dim"),
+    [
+        (Extras(chunked=True), 128),
+        (Extras(sink_logits=True, sliding=True), 64),
+        (Extras(slopes=True), 64),
+        (Extras(slopes=True), 128),
+        (Extras(softcap=True, sliding=True, sink_logits=True, slopes=True), 128),
+    ],
+)
+def test_decoding_with_more_than_causal_attention(chip: int, extras: Extras, dim: int) -> None:
+    key, value = precisions(3, 2, 4, dim)
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16", extras=extras)
+    show(chip, f"attend 3/2 bits, dim {dim}, {extras}", compiled)
     check_decoding(chip, compiled)
 
 
@@ -187,7 +235,7 @@ def check_decoding(chip: int, compiled: Compiled) -> None:
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
-    compiled = compile_attend(chip, Precision(2, 32, 4), Precision(2, 32, 4), dim, dim, "bf16", tokens=64, masks=False)
+    compiled = compile_attend(chip, Precision(2, 32, 4), Precision(2, 32, 4), dim, dim, "bf16", tokens=64)
     show(chip, f"attend, 64 tokens, 2/2 bits, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]
 

@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Scores, str]] = {
     "ALiBi": (lambda s: s - distance(s) * 0.1 + additive(s), "ALiBi"),
     "a mask for each head": (lambda s: s.masked_fill(~causal(s) | each_head_its_window(s), -INFINITY), "heads"),
     "not monotone": (lambda s: torch.sin(s) + additive(s), "not a scale, a soft cap and a mask"),
-    "squared": (lambda s: s * s.abs() + additive(s), "not a softmax over query-key products alone"),
+    "squared": (lambda s: s * s.abs() + additive(s), "not a scale, a soft cap and a mask"),
     "hard cap": (lambda s: s.clamp(-1, 1) + additive(s), "not a scale, a soft cap and a mask"),
     "a scale that depends on the place": (
         lambda s: (s / (1 + distance(s).abs())).masked_fill(~causal(s), -INFINITY),

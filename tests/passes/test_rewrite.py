@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
@@ -53,16 +53,17 @@ def test_new_tokens_are_appended_after_they_were_attended_to(captured, name: str
 
 
 def test_what_a_score_goes_through_is_told_to_the_kernel(captured) -> None:
-    def options(name: str) -> list[tuple[float, float, int, int]]:
-        graph = rewritten(captured(name)).module.graph
-        return [node.args[14:] for node in graph.nodes if operation(node) == "attend"]
+    def calls(name: str) -> list[fx.Node]:
+        return [node for node in rewritten(captured(name)).module.graph.nodes if operation(node) == "attend"]
 
-    (first, second) = options("gemma2")
-    assert first == (pytest.approx(32**-0.5), pytest.approx(4.0), 24, 0)
-    assert second == (pytest.approx(32**-0.5), pytest.approx(4.0), 0, 0)
-    assert options("llama")[0][1:] == (0.0, 0, 0)
-    assert options("mistral")[0][2:] == (24, 0)
-    assert [attend[2:] for attend in options("llama4")] == [(0, 24)] * 3 + [(0, 0)]
+    (first, second) = calls("gemma2")
+    assert first.args[14:] == (pytest.approx(32**-0.5), pytest.approx(4.0), 24)
+    assert second.args[14:] == (pytest.approx(32**-0.5), pytest.approx(4.0), 0)
+    assert [(node.args[15:], node.kwargs) for node in calls("llama")] == [((0.0, 0), {})] * 2
+    assert [(node.args[15:], node.kwargs) for node in calls("mistral")] == [((0.0, 24), {})] * 2
+    assert [node.kwargs for node in calls("llama4")] == [{"attention_chunk": 24}] * 3 + [{}]
+    for node in calls("gpt_oss"):
+        assert operation(node.kwargs["sink_logits"].args[0]) == "get_attr"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     "dropout, spelled out": (with_active_dropout, r"eval\(\)"),
     "weights used twice": (weights_used_twice, "elsewhere"),
     "mask of the content": (content_mask, "depends on the tokens"),
-    "bias of the content": (content_bias, "joins 2"),
+    "bias of the content": (content_bias, "query-key products alone"),
     "relative bias": (relative_bias, "bias"),
     "keys of another length": (pooled_keys, "."),
     "thresholded weights": (

@@ -16,7 +16,14 @@ def random(heads: int, dim: int) -> Tensor:
 
 
 def by_autograd(
-    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, function: ScoreFunction, sinks: int, recent: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    function: ScoreFunction,
+    sinks: int,
+    recent: int,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One query at a time: old keys and values come from leaves of their own."""
     stored_k, stored_v = k.clone().requires_grad_(), v.clone().requires_grad_()
@@ -39,7 +46,9 @@ def by_autograd(
                 scores = keys @ q[head, token] * function.scale
                 if function.softcap:
                     scores = function.softcap * torch.tanh(scores / function.softcap)
-                total = total + (scores.softmax(0) @ values) @ slope[head, token]
+                weights = scores.exp()
+                sink = 0 if sink_logits is None else sink_logits[head].exp()
+                total = total + (weights / (weights.sum() + sink) @ values) @ slope[head, token]
         return torch.autograd.grad(total, (stored_k, stored_v))
 
 
@@ -55,11 +64,15 @@ def by_autograd(
 )
 @pytest.mark.parametrize(("sinks", "recent"), [(SINKS, RECENT), (0, 1), (0, 0)])
 @pytest.mark.parametrize("shared", [1, 3])
-def test_they_are_autograds(function: ScoreFunction, sinks: int, recent: int, shared: int) -> None:
+@pytest.mark.parametrize("with_sink_logits", [False, True])
+def test_they_are_autograds(
+    function: ScoreFunction, sinks: int, recent: int, shared: int, with_sink_logits: bool
+) -> None:
     torch.manual_seed(0)
     q, k, v, slope = random(2 * shared, 8), random(2, 8), random(2, 5), random(2 * shared, 5)
-    found = stored_gradients(q, k, v, slope, function, sinks, recent)
-    for gradient, expected in zip(found, by_autograd(q, k, v, slope, function, sinks, recent), strict=True):
+    options = (function, sinks, recent, torch.randn(2 * shared) if with_sink_logits else None)
+    found = stored_gradients(q, k, v, slope, *options)
+    for gradient, expected in zip(found, by_autograd(q, k, v, slope, *options), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
