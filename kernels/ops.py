@@ -90,13 +90,16 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *state_and_options: Any) -> Te
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-for _name, _operator, _kernel, _cpu_kernel, _cuda_kernel, _fake in (
-    ("append", _append_operator, reference.append, cpu.append, dispatch.append_on_cuda, _append_fake),
-    ("attend", _attend_operator, reference.attend, cpu.attend, dispatch.attend_on_cuda, _attend_fake),
-):
-    _library.impl(_name, _operator(_kernel), "CompositeExplicitAutograd")
-    _library.impl(_name, _operator(_cpu_kernel), "CPU")
-    _library.impl(_name, _operator(_cuda_kernel), "CUDA")
-    torch.library.register_fake(f"kvmix::{_name}", _fake, lib=_library)
+_append_kernels = {
+    "CompositeExplicitAutograd": reference.append, "CPU": cpu.append, "CUDA": dispatch.append_on_cuda
+}  # fmt: skip
+_attend_kernels = {
+    "CompositeExplicitAutograd": reference.attend, "CPU": cpu.attend, "CUDA": dispatch.attend_on_cuda
+}  # fmt: skip
+for _key in _append_kernels:
+    _library.impl("append", _append_operator(_append_kernels[_key]), _key)
+    _library.impl("attend", _attend_operator(_attend_kernels[_key]), _key)
+torch.library.register_fake("kvmix::append", _append_fake, lib=_library)
+torch.library.register_fake("kvmix::attend", _attend_fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

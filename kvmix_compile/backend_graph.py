@@ -156,8 +156,10 @@ class StaticGraph:
     def _starts(self, inputs: Sequence[Any], cache: PackedCache, batch: int, tokens: int, seen: int) -> Tensor:
         """The padding that leads each row's new tokens, int64 `[batch]`."""
         known = bool(cache.states)
-        # A row that decodes has its mask looked at once a block, so that the host need not wait for the device.
-        if known and tokens == 1 and seen % BLOCK_TOKENS and cache.every_row_has_tokens:
+        # A row that decodes has its mask looked at once a block, so that the host need not wait for the device. Of a
+        # short text it is each time: a single token does not show whether there is a bias.
+        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0
+        if known and tokens == 1 and not is_looked_at and cache.every_row_has_tokens:
             return torch.zeros(batch, dtype=torch.int64, device=self.device)
         seen_masks = self.masks.read(inputs)
         padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.device)

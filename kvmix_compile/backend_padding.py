@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.passes.lowering import Lowered
-from kvmix_compile.passes.masks import BLOCKED
+from kvmix_compile.passes.masks import unbiased
 from kvmix_compile.passes.sizes import size_reader
 from kvmix_compile.passes.static_cache import CachedSite
 from kvmix_compile.passes.subgraph import subgraph
@@ -33,8 +33,8 @@ class SeenMask:
     window: int
 
     def allowed(self, batch: int) -> Tensor:
-        """Boolean `[batch, tokens, slots]`."""
-        allowed = self.values if self.values.dtype is torch.bool else self.values > BLOCKED
+        """Boolean `[batch, tokens, slots]`. Raises UnsupportedModelError for a mask that does more."""
+        allowed = unbiased(self.values, self.layer)
         by_head = allowed.reshape(-1, *allowed.shape[-3:]) if allowed.dim() >= 3 else allowed[None, None]
         if not torch.equal(by_head, by_head[:, :1].expand_as(by_head)):
             raise _not_understood(self.layer, "its heads have different masks")

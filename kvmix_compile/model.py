@@ -142,6 +142,9 @@ class CompiledModel(nn.Module):
                 "model is a KVMixCache"
             )
         caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
+        if caching is not False:
+            # Some models do not cache unless they are asked to.
+            kwargs["use_cache"] = True
         if caching is not False and kwargs.get("past_key_values") is None:
             assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
             kwargs["past_key_values"] = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)

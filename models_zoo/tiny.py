@@ -91,23 +91,24 @@ SPECIAL: Mapping[str, Settings] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
+    # ALiBi: within the product of queries and keys, added to scores, and as the mask of fused attention.
+    "bloom": {},
+    "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": MAX_POSITIONS},
+    "falcon_alibi": {"alibi": True, "ffn_hidden_size": 256, "bias": True},
 }
 # What a compiler of causal attention has to decline, or to take special care of.
 OTHERS: Mapping[str, Settings] = {
     "bert": {"intermediate_size": 256},
     "t5": {"d_kv": 32, "d_ff": 256, "num_decoder_layers": 2},
     "mamba": {},
-    "bloom": {},
     "lfm2": {
         "intermediate_size": 256,
         "num_key_value_heads": 2,
         "layer_types": ["conv", "full_attention"],
     },
 }
-MODEL_TYPES = {
-    "gemma3": "gemma3_text",
-    "llama4": "llama4_text",
-}  # where transformers registers the decoder under another name
+# Where transformers registers the decoder under another name.
+MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "falcon_alibi": "falcon"}
 AUTO_CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
 RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **OTHERS}

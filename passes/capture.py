@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
+from kvmix_compile.passes.products import take_out_additions
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -172,6 +173,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
     root.add_module(MODEL, wrapper.model)
     for name, buffer in constants.named_buffers():
         root.register_buffer(name, buffer, persistent=False)
+    take_out_additions(graph)
     module = bind(root, graph)
     clean_up(module)
     if "logits_to_keep" not in wrapper.parameters_taken:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.products import take_out_additions
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any]) -> Lowered:
     for node in list(traced.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             traced.graph.erase_node(node)
+    take_out_additions(traced.graph)
     clean_up(traced)
     return Lowered(traced, tuple(inputs), fakes, mode)
 

@@ -3,7 +3,8 @@ it does.
 
 Whatever the model wrote (a boolean mask, an additive one, `where`, `masked_fill`, a scale before or after, a soft
 cap), the function of one score is `cap * tanh(scale * score / cap)`, or `scale * score`, where attention is allowed,
-and minus infinity elsewhere. What is not that is an error.
+and minus infinity elsewhere; a bias may be added to it that is linear in the distance of the two tokens. What is not
+that is an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from sympy import Integer
 from torch import Tensor, fx
 
 from kvmix_compile.passes.capture import UNLIMITED, Captured, graph_inputs
@@ -18,6 +20,7 @@ from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.sink_logits import PROBED_LOGIT, SinkLogits, without_column
+from kvmix_compile.passes.slopes import slopes_of
 from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation
 
 # A probe of n tokens costs n * n scores a layer; 8192 of them is half a gigabyte for a moment.
@@ -49,14 +52,18 @@ class Mask:
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """What happens to a score on its way to the softmax: scale, soft cap (0 for none) and mask."""
+    """What happens to a score on its way to the softmax: scale, soft cap (0 for none), mask, and ALiBi's slopes, of all
+    heads or of each (none: no bias).
+    """
 
     scale: float
     softcap: float
     mask: Mask
+    slopes: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        return str(self.mask) + (f", soft cap {self.softcap:g}" if self.softcap else "")
+        extras = (f", soft cap {self.softcap:g}" if self.softcap else "") + (", ALiBi" if self.slopes else "")
+        return f"{self.mask}{extras}"
 
 
 class Probe:
@@ -66,10 +73,10 @@ class Probe:
         self.captured = captured
         self.dataflow = dataflow
         self.longest_context = longest_context
-        self._recognised: dict[tuple[fx.Node, int], Mask] = {}
+        self._recognised: dict[tuple[fx.Node, int], tuple[Mask, tuple[float, ...]]] = {}
 
-    def mask_of(self, node: fx.Node, layer: str) -> Mask:
-        """The mask that `node`, boolean or additive `[.., tokens, tokens]`, stands for."""
+    def mask_and_slopes(self, node: fx.Node, layer: str) -> tuple[Mask, tuple[float, ...]]:
+        """The mask that `node`, boolean or additive `[.., tokens, tokens]`, stands for, and the slopes of its bias."""
         if node in self.dataflow.token_dependent:
             raise UnsupportedModelError(
                 f"{layer}: its attention mask depends on the tokens themselves, not on positions alone"
@@ -78,7 +85,9 @@ class Probe:
         key = (node, tokens)
         if key not in self._recognised:
             value = evaluate(self.captured.module, node, self.inputs(tokens))
-            self._recognised[key] = recognise(allowed_by(value, layer), layer)
+            allowed = allowed_by(value, layer)
+            slopes = () if value.dtype is torch.bool else slopes_of(value, allowed, layer)
+            self._recognised[key] = recognise(allowed, layer), slopes
         return self._recognised[key]
 
     def tokens_for(self, node: fx.Node, layer: str) -> int:
@@ -112,13 +121,39 @@ class Probe:
         of a score. `sink`: what is concatenated to the scores in between, if anything.
         """
         tokens = self.tokens_for(weights_input, layer)
-        dtype, device = scores.meta["val"].dtype, scores.meta["val"].device
-        rank = scores.meta["val"].dim()
-        ones = torch.ones((1,) * (rank - 2) + (tokens, tokens), dtype=dtype, device=device)
         run = function_of(self.captured.module, scores, weights_input, sink, self.inputs(tokens))
-        allowed = allowed_by(run(torch.zeros_like(ones)), layer)
-        mask = recognise(allowed, layer)
-        return ScoreFunction(*scale_and_softcap(run, ones, allowed, layer), mask)
+        no_scores = self._no_scores(scores, tokens)
+        try:
+            bias = run(no_scores)
+        except RuntimeError:  # a view that wants all heads
+            no_scores = no_scores.expand(*self._with_one_row(scores), tokens, tokens)
+            bias = run(no_scores)
+        allowed = allowed_by(bias, layer)
+        slopes = slopes_of(bias, allowed, layer)
+        if sink is not None and slopes:
+            raise UnsupportedModelError(f"{layer}: sink logits beside a bias on attention scores are not supported")
+        precision = torch.finfo(scores.meta["val"].dtype).eps
+        scale, softcap = scale_and_softcap(run, no_scores, allowed, precision, layer)
+        return ScoreFunction(scale, softcap, recognise(allowed, layer), slopes)
+
+    def _no_scores(self, scores: fx.Node, tokens: int) -> Tensor:
+        """Scores of zero, of one row. Heads need not all be there, unless they are one dimension with the rows.
+
+        In single precision at least, so that what is read off them is not rounded.
+        """
+        value = scores.meta["val"]
+        outer = [1] * (value.dim() - 2) if value.dim() > 3 else self._with_one_row(scores)
+        return torch.zeros(
+            *outer, tokens, tokens, dtype=torch.promote_types(value.dtype, torch.float32), device=value.device
+        )
+
+    def _with_one_row(self, scores: fx.Node) -> list[int]:
+        """The sizes of all but the last two dimensions for a batch of one."""
+        rows = {self.captured.batch.node.expr: Integer(1)}
+        return [
+            int(size.node.expr.xreplace(rows)) if isinstance(size, torch.SymInt) else size
+            for size in scores.meta["val"].shape[:-2]
+        ]
 
 
 def function_of(
@@ -146,20 +181,22 @@ def function_of(
 
 
 def scale_and_softcap(
-    run: Callable[[Tensor], Tensor], ones: Tensor, allowed: Tensor, layer: str
+    run: Callable[[Tensor], Tensor], no_scores: Tensor, allowed: Tensor, precision: float, layer: str
 ) -> tuple[float, float]:
-    """The scale and the soft cap (0: none) that `run` applies to scores, float32 out, of the shape, dtype and device
-    of `ones` `[.., queries, keys]` wherever it is `allowed`, boolean `[queries, keys]`.
+    """The scale and the soft cap (0: none) that `run` applies to scores, float32 out, of the shape, dtype and device of
+    `no_scores` `[.., queries, keys]` wherever it is `allowed`, boolean `[queries, keys]`. `precision`: the rounding of
+    what the model computes them in, as a share.
     """
-    dtype = ones.dtype
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(ones.shape, generator=generator).to(ones.device, dtype)
-    # The last token's score with itself or whatever else it may attend to.
-    query, key = allowed.nonzero()[-1].tolist()
+    noise = torch.randn(no_scores.shape, generator=generator).to(no_scores)
+    bias = run(no_scores)
+    largest_bias = bias.masked_fill(~allowed, 0).abs().max().item()
+    # A score is looked at where the bias leaves it the most digits, as late in the text as possible.
+    place = int(bias.abs().masked_fill(~allowed, torch.inf).flatten().flip(0).argmin()) + 1
 
     def at(score: float) -> float:
-        """What a score becomes where attention is allowed."""
-        return run(ones * score)[..., query, key].flatten()[-1].item()
+        """What a score becomes where attention is allowed, its bias aside."""
+        return (run(no_scores + score) - bias).flatten()[-place].item()
 
     # A soft cap is what remains of a score without bounds; without one the function is linear.
     unbounded = at(SATURATING) / SATURATING
@@ -170,9 +207,9 @@ def scale_and_softcap(
     expected = noise.float() * scale
     if capped:
         expected = softcap * torch.tanh(expected / softcap)
-    actual = run(noise)
-    error = (actual - expected).masked_fill(~allowed, 0).abs().max().item()
-    if error > max(TOLERANCE, 8 * torch.finfo(dtype).eps) * expected.abs().max().item():
+    error = (run(noise) - bias - expected).masked_fill(~allowed, 0).abs().max().item()
+    largest = expected.abs().max().item()
+    if error > max(TOLERANCE * largest, 8 * precision * max(largest, largest_bias)):
         raise UnsupportedModelError(
             f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a mask"
         )
@@ -200,8 +237,8 @@ def recognise(allowed: Tensor, layer: str) -> Mask:
 
 
 def allowed_by(mask: Tensor, layer: str) -> Tensor:
-    """Boolean `[tokens, tokens]` of a boolean or additive mask that is the same for every row and head."""
-    allowed = unbiased(mask, layer)
+    """Boolean `[tokens, tokens]` of a boolean or additive mask that allows the same to every row and head."""
+    allowed = is_allowed(mask)
     tokens = allowed.shape[-1]
     flat = allowed.expand(*allowed.shape[:-2], tokens, tokens).reshape(-1, tokens, tokens)
     if not torch.equal(flat, flat[:1].expand_as(flat)):
@@ -209,14 +246,18 @@ def allowed_by(mask: Tensor, layer: str) -> Tensor:
     return flat[0]
 
 
+def is_allowed(mask: Tensor) -> Tensor:
+    """Where a boolean or additive mask allows attention, boolean of its shape."""
+    return mask if mask.dtype is torch.bool else mask > BLOCKED
+
+
 def unbiased(mask: Tensor, layer: str) -> Tensor:
-    """Where a boolean or additive mask allows attention, boolean of its shape. It must do nothing else to scores."""
-    if mask.dtype is torch.bool:
-        return mask
-    allowed = mask > BLOCKED
-    if mask.masked_fill(~allowed, 0).abs().max() > 0:
+    """As is_allowed, for a mask that does nothing else to scores. Raises UnsupportedModelError for a bias."""
+    allowed = is_allowed(mask)
+    if mask.dtype is not torch.bool and mask.masked_fill(~allowed, 0).any():
         raise UnsupportedModelError(
-            f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
+            f"{layer}: it adds a bias to its attention scores, which is not supported here: ALiBi works with "
+            "kvmix_compile.apply"
         )
     return allowed
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
 from kvmix_compile.kernels.precision import Precision
@@ -106,7 +107,10 @@ def rewrite_site(
         constant = torch.tensor(channel_order, device=site.key.meta["val"].device)
         module.register_buffer(name, constant, persistent=False)
         site = _with_ordered_channels(module.graph, site, name)
-    _attend_and_append(module.graph, site, (*counts, *state), precisions, recent)
+    if site.score_function.slopes:
+        slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
+        module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
+    _attend_and_append(module.graph, site, index, (*counts, *state), precisions, recent)
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
@@ -126,6 +130,7 @@ def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> 
 def _attend_and_append(
     graph: fx.Graph,
     site: AttentionSite,
+    index: int,
     cache: tuple[fx.Node, ...],
     precisions: tuple[Precision, Precision],
     recent: int,
@@ -141,7 +146,7 @@ def _attend_and_append(
         attended = graph.call_function(
             torch.ops.kvmix.attend.default,
             (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
-            _extras(graph, site),
+            _extras(graph, site, index),
         )
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
@@ -150,11 +155,13 @@ def _attend_and_append(
     graph.erase_node(output)
 
 
-def _extras(graph: fx.Graph, site: AttentionSite) -> dict[str, int | fx.Node]:
+def _extras(graph: fx.Graph, site: AttentionSite, index: int) -> dict[str, Argument]:
     """The arguments of attend that few models need, by name."""
-    extras: dict[str, int | fx.Node] = {}
+    extras: dict[str, Argument] = {}
     if site.mask.kind == "chunked":
         extras["attention_chunk"] = site.mask.size
     if site.sink_logits is not None:
         extras["sink_logits"] = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
+    if site.score_function.slopes:
+        extras["slopes"] = graph.get_attr(f"slopes_{index}")
     return extras

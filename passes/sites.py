@@ -201,12 +201,14 @@ def module_path(node: fx.Node) -> str:
 def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:
     if attention.scores is not None and attention.softmax_input is not None:
         return probe.score_function(attention.scores, attention.softmax_input, attention.sink, attention.layer)
-    return ScoreFunction(attention.scale, 0.0, _fused_mask(attention, probe))
+    return ScoreFunction(attention.scale, 0.0, *_fused_mask(attention, probe))
 
 
 def _site(attention: Attention, score_function: ScoreFunction, captured: Captured) -> AttentionSite:
     layer = attention.layer
-    query_heads, key_dim = _heads_and_dim(attention.query, captured, f"{layer}: its queries")
+    query, output = _before_flattening(attention.query, captured), _after_flattening(attention.output, captured)
+    query_heads, key_dim = _heads_and_dim(query, captured, f"{layer}: its queries")
+    _heads_and_dim(output, captured, f"{layer}: what its attention gives")
     key = _before_repeat(attention.key, query_heads, captured)
     value = _before_repeat(attention.value, query_heads, captured)
     kv_heads, _ = _heads_and_dim(key, captured, f"{layer}: its keys")
@@ -215,14 +217,18 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         raise UnsupportedModelError(
             f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go together"
         )
+    if len(score_function.slopes) not in (0, 1, query_heads):
+        raise UnsupportedModelError(
+            f"{layer}: the bias on its attention scores is for {len(score_function.slopes)} of {query_heads} heads"
+        )
     if attention.sink is not None:
         attention.sink.check(captured.module, _few_tokens(captured), query_heads, layer)
     return AttentionSite(
         layer=layer,
-        query=attention.query,
+        query=query,
         key=key,
         value=value,
-        output=attention.output,
+        output=output,
         query_heads=query_heads,
         kv_heads=kv_heads,
         key_dim=key_dim,
@@ -232,11 +238,11 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
     )
 
 
-def _fused_mask(attention: Attention, probe: Probe) -> Mask:
+def _fused_mask(attention: Attention, probe: Probe) -> tuple[Mask, tuple[float, ...]]:
     if attention.mask is not None:
-        return probe.mask_of(attention.mask, attention.layer)
+        return probe.mask_and_slopes(attention.mask, attention.layer)
     if attention.is_causal:
-        return Mask("causal")
+        return Mask("causal"), ()
     raise unmasked(attention.layer)
 
 
@@ -255,10 +261,6 @@ def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
         open_ends.remove(node)
         if operation(node) == "matmul" and not open_ends:
             return node
-        if operation(node) == "baddbmm":
-            raise UnsupportedModelError(
-                f"{layer}: it adds a bias to its attention scores (ALiBi or relative positions), which is not supported"
-            )
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
         if operation(node) == "matmul" or not behind:
             raise UnsupportedModelError(
@@ -326,6 +328,24 @@ def _before_repeat(node: fx.Node, query_heads: int, captured: Captured) -> fx.No
     return best
 
 
+def _before_flattening(node: fx.Node, captured: Captured) -> fx.Node:
+    """The `[batch, heads, tokens, dim]` that `node` `[batch * heads, tokens, dim]` is a view of, if it is one."""
+    current = node
+    while len(_shape(node)) == 3 and operation(current) in LAYOUT and current.all_input_nodes:
+        current = current.all_input_nodes[0]
+        if _is_heads(current, captured) and _repeats(current, node, _shape(current)[1], captured):
+            return current
+    return node
+
+
+def _after_flattening(node: fx.Node, captured: Captured) -> fx.Node:
+    """The `[batch, heads, tokens, dim]` that `node` `[batch * heads, tokens, dim]` is viewed as, and nothing else."""
+    users = list(node.users)
+    if len(_shape(node)) == 3 and len(users) == 1 and operation(users[0]) in ("view", "reshape"):
+        return users[0] if _is_heads(users[0], captured) and _shape(users[0])[3] == _shape(node)[2] else node
+    return node
+
+
 def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Captured) -> bool:
     """Whether `repeated` is `source` with each head repeated in place for its group of queries, seen on a probe."""
     heads, dim = _shape(source)[1], _shape(source)[-1]
@@ -356,12 +376,13 @@ def is_repeat(
     tokens: int | None = None,
 ) -> bool:
     """Whether `node`, evaluated on `known`, is `source` `[batch, heads, tokens, dim]` itself, or with each head
-    repeated in place for its group of queries; of the first `tokens` tokens where that is given.
+    repeated in place for its group of queries; of the first `tokens` tokens where that is given. Batch and heads may be
+    one dimension.
     """
-    result, heads = evaluate(module, node, known), source.shape[1]
-    expected = source if _shape(node)[1] == heads else source.repeat_interleave(query_heads // heads, dim=1)
-    expected = expected[:, :, :tokens]
-    return isinstance(result, Tensor) and torch.equal(result, expected)
+    result, source = evaluate(module, node, known), source[:, :, :tokens]
+    repeated = source.repeat_interleave(query_heads // source.shape[1], dim=1)
+    found = [source, repeated] if result.dim() == 4 else [source.flatten(0, 1), repeated.flatten(0, 1)]
+    return any(torch.equal(result, expected) for expected in found)
 
 
 def _heads_and_dim(node: fx.Node, captured: Captured, what: str) -> tuple[int, int]:

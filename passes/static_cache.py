@@ -204,6 +204,12 @@ class _Finder:
         layer = attention.layer
         if key.form != value.form or key.position is not value.position:
             raise UnsupportedModelError(f"{layer}: its keys and values are written to the cache in different ways")
+        function = self._score_function(attention, key)
+        if attention.query.meta["val"].dim() != 4:
+            raise UnsupportedModelError(
+                f"{layer}: its queries have the shape {list(_hints(attention.query))}, where [batch, heads, tokens, "
+                "head_dim] is needed. Use kvmix_compile.apply"
+            )
         query_heads, (_, kv_heads, _, key_dim) = attention.query.meta["val"].shape[1], key.new.meta["val"].shape
         _, value_heads, _, value_dim = value.new.meta["val"].shape
         if kv_heads != value_heads or query_heads % kv_heads:
@@ -214,7 +220,6 @@ class _Finder:
         for node, buffer in ((attention.key, key), (attention.value, value)):
             self._check_written(buffer, layer)
             self._check_only_repeated(node, buffer, query_heads, layer)
-        function = self._score_function(attention, key)
         site = AttentionSite(
             layer, attention.query, key.new, value.new, attention.output, query_heads, kv_heads, key_dim, value_dim,
             function, self._sink_logits(attention, query_heads),
@@ -285,12 +290,14 @@ class _Finder:
     ) -> tuple[float, float]:
         run = function_of(self.lowered.module, scores, softmax_input, sink, self.example)
         like = scores.meta["val"]
-        ones = torch.ones((1,) * (like.dim() - 2) + _hints(scores)[-2:], dtype=like.dtype, device=like.device)
+        sizes = _hints(scores) if like.dim() == 3 else (1,) * (like.dim() - 2) + _hints(scores)[-2:]
+        # In single precision at least, so that what is read off them is not rounded.
+        no_scores = torch.zeros(sizes, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         # Padding differs from row to row: what all rows may attend to is enough to look at.
-        allowed = unbiased(run(torch.zeros_like(ones)), layer).flatten(0, -3).all(0)
+        allowed = unbiased(run(no_scores), layer).flatten(0, -3).all(0)
         if not allowed.any():
             raise UnsupportedModelError(f"{layer}: its mask lets no token attend to anything")
-        return scale_and_softcap(run, ones, allowed, layer)
+        return scale_and_softcap(run, no_scores, allowed, torch.finfo(like.dtype).eps, layer)
 
     def _check_no_growing_cache(self, attention: Attention) -> None:
         """Keys that are returned from the graph are kept by a cache that is not static."""

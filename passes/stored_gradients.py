@@ -6,6 +6,8 @@ counts. It follows from the gradient of attention's output alone (FlashAttention
 everything but the reads from storage masked out.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,16 @@ def stored_gradients(
     """
     heads = key.shape[0]
     attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
+    alibi_slopes = query.new_tensor(function.slopes or (0.0,), dtype=torch.float32).expand(len(query))
     # Without any, minus infinity takes no part in a softmax.
     logits = query.new_full((len(query),), -torch.inf) if sink_logits is None else sink_logits
-    queries, slopes, logits = (part.float().unflatten(0, (heads, -1)) for part in (query, slope, logits))
+    queries, slopes, logits, alibi_slopes = (
+        part.float().unflatten(0, (heads, -1)) for part in (query, slope, logits, alibi_slopes)
+    )
     # A head at a time: its weights are a matrix of tokens by tokens for each query head.
     pairs = [
-        _of_head(*parts, function, attends, stored)
-        for parts in zip(queries, key.float(), value.float(), slopes, logits, strict=True)
+        _of_head(_Head(*parts), function, attends, stored)
+        for parts in zip(queries, key.float(), value.float(), slopes, logits, alibi_slopes, strict=True)
     ]
     key_gradients, value_gradients = zip(*pairs, strict=True)
     return torch.stack(key_gradients), torch.stack(value_gradients)
@@ -58,28 +63,33 @@ def _reads(
     return attends, attends & (distance >= recent) & (token >= sinks)
 
 
-def _of_head(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slope: Tensor,
-    sink_logits: Tensor,
-    function: ScoreFunction,
-    attends: Tensor,
-    stored: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`query` and `slope` `[query heads of the group, tokens, dim]`, `key` and `value` `[tokens, dim]`, `sink_logits`
-    `[query heads of the group]`.
+@dataclass(frozen=True)
+class _Head:
+    """One head of keys and values `[tokens, dim]`; of the query heads of its group `query` and `slope` `[query heads,
+    tokens, dim]`, `sink_logits` and `alibi_slopes` `[query heads]`.
     """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slope: Tensor
+    sink_logits: Tensor
+    alibi_slopes: Tensor
+
+
+def _of_head(head: _Head, function: ScoreFunction, attends: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+    query, key, slope = head.query, head.key, head.slope
     scores = query @ key.T * function.scale
     bend = torch.ones_like(scores)
     if function.softcap:
         capped = torch.tanh(scores / function.softcap)
         scores, bend = capped * function.softcap, 1 - capped.square()
-    sink = sink_logits[:, None, None].expand(-1, len(key), 1)
+    token = torch.arange(len(key), device=key.device)
+    scores = scores + head.alibi_slopes[:, None, None] * (token - token[:, None])
+    sink = head.sink_logits[:, None, None].expand(-1, len(key), 1)
     weights = torch.cat([scores.masked_fill(~attends, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1]
-    mean = (slope * (weights @ value)).sum(-1, keepdim=True)
+    mean = (slope * (weights @ head.value)).sum(-1, keepdim=True)
     weights_read = weights * stored
-    score_gradients = weights_read * (slope @ value.T - mean) * bend
+    score_gradients = weights_read * (slope @ head.value.T - mean) * bend
     key_gradient = (score_gradients.mT @ query).sum(0) * function.scale
     return key_gradient, (weights_read.mT @ slope).sum(0)

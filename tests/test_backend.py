@@ -20,6 +20,7 @@ from kvmix_compile import KVMixCache, Plan
 from kvmix_compile import backend_plan as backend_plan_module
 from kvmix_compile import backend_storage as storage_module
 from kvmix_compile.backend import kvmix, packed_cache
+from kvmix_compile.backend_padding import SeenMask
 from kvmix_compile.errors import CacheError, InputError, PlanError, UnsupportedModelError
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import WINDOW, tiny
@@ -106,7 +107,7 @@ def held(past: StaticCache) -> KVMixCache:
 # The same as the original without quantization, and as `apply` with it
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "lfm2", "gpt_oss"])
 def test_at_16_bits_the_logits_are_the_originals(name: str) -> None:
     text = ids(110)
     found = logits(compiled(name), static_cache(name), text, 40, 1, 30)
@@ -397,6 +398,20 @@ def test_alibi_is_refused_by_layer() -> None:
     model = torch.compile(tiny("bloom"), backend="kvmix", options={"plan": plan_for("llama"), "backend": "eager"})
     with pytest.raises(UnsupportedModelError, match="transformer.h.0.self_attention: it adds a bias"):
         model(ids(5), past_key_values=StaticCache(tiny("bloom").config, max_cache_len=32))
+
+
+def test_a_bias_is_refused_as_soon_as_it_shows() -> None:
+    """Of a first token to itself it may be zero when the graph is made, and not when it runs."""
+    values = torch.tensor([[-1.0, 0.0, torch.finfo(torch.float32).min]])[None, None]
+    with pytest.raises(UnsupportedModelError, match="layers.3: it adds a bias"):
+        SeenMask("layers.3", values, past_is_indexed=True, window=0).allowed(1)
+    assert SeenMask("layers.3", values.clamp(max=-1) + 1, True, 0).allowed(1).tolist() == [[[True, True, False]]]
+
+
+def test_chunks_are_refused_as_soon_as_they_show() -> None:
+    model, past = compiled("llama4"), static_cache("llama4")
+    with pytest.raises(CacheError, match="attends in chunks works with kvmix_compile.apply"):
+        model(ids(2 * WINDOW), past_key_values=past)
 
 
 def test_a_graph_without_a_cache_passes_through_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

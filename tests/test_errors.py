@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
     "a recurrence": (lambda: tiny("mamba"), CaptureError, r"could not capture MambaForCausalLM"),
     "a hybrid": (lambda: tiny("lfm2"), VerifyError, r"conv1d in model\.layers\.0\.conv"),
     "a convolution": (plain.convolution, VerifyError, r"conv1d in layers\.0\.convolution"),
-    "ALiBi": (lambda: tiny("bloom"), UnsupportedModelError, r"transformer\.h\.0\.self_attention.*ALiBi"),
+    "a bias on scores": (lambda: Biased().eval(), UnsupportedModelError, r"bias.*not linear in the distance"),
     "no attention": (lambda: TokenByToken().eval(), UnsupportedModelError, r"no attention"),
     "training": (lambda: tiny("llama").train(), CaptureError, r"model\.eval\(\)"),
     "no token ids": (lambda: nn.Linear(8, 8).eval(), CaptureError, r"input_ids"),
@@ -72,6 +73,20 @@ class TokenByToken(nn.Module):
         return self.head(self.embedding(input_ids))
 
 
+class Biased(nn.Module):
+    """Attention that prefers near tokens, by the square root of their distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(128, 16), nn.Linear(16, 128)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states, token = self.embedding(input_ids)[:, None], torch.arange(input_ids.shape[1])
+        distance = token[:, None] - token
+        bias = (-distance.abs().float().sqrt()).masked_fill(distance < 0, -torch.inf)
+        return self.head(F.scaled_dot_product_attention(states, states, states, bias)[:, 0])
+
+
 @pytest.mark.parametrize("what", MODELS)
 def test_a_model_that_cannot_be_compiled_says_why_and_stays_as_it_was(what: str) -> None:
     build, error, message = MODELS[what]
@@ -83,7 +98,7 @@ def test_a_model_that_cannot_be_compiled_says_why_and_stays_as_it_was(what: str)
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("what", ["an encoder", "a convolution", "ALiBi", "training"])
+@pytest.mark.parametrize("what", ["an encoder", "a convolution", "a bias on scores", "training"])
 def test_a_diagnosis_names_the_problem_and_does_not_raise(what: str) -> None:
     build, _, message = MODELS[what]
     report = kvmix_compile.diagnose(build())

@@ -18,6 +18,9 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_i
 ATTENTION: dict[str, list[str]] = {
     "llama4": [f"chunked {WINDOW}"] * 3 + ["causal"],
     "gpt_oss": [f"sliding {WINDOW}, sink logits", "causal, sink logits"],
+    "bloom": ["causal, ALiBi"] * 2,
+    "mpt": ["causal, ALiBi"] * 2,
+    "falcon_alibi": ["causal, ALiBi"] * 2,
 }
 
 

@@ -140,6 +140,11 @@ SPELLINGS: dict[str, tuple[Scores, ScoreFunction]] = {
         lambda s: (torch.tanh(s / 30) * 30).masked_fill(~causal(s) | (distance(s) >= 100), -1e9),
         ScoreFunction(1.0, 30.0, Mask("sliding", 100)),
     ),
+    "ALiBi": (lambda s: s - distance(s) * 0.1 + additive(s), ScoreFunction(1.0, 0.0, Mask("causal"), (0.1,))),
+    "ALiBi in a window": (
+        lambda s: (s / 4 - distance(s) * 0.5).masked_fill(~causal(s) | (distance(s) >= 6), -INFINITY),
+        ScoreFunction(0.25, 0.0, Mask("sliding", 6), (0.5,)),
+    ),
     "chunked": (
         lambda s: s.masked_fill(~(causal(s) & same_chunk(s, 8)), -INFINITY),
         ScoreFunction(1.0, 0.0, Mask("chunked", 8)),
@@ -160,6 +165,7 @@ def test_a_score_function_is_recognised_however_it_is_spelled(capture_toy, name:
     assert site.mask == expected.mask
     assert site.score_function.scale == pytest.approx(expected.scale, rel=1e-5)
     assert site.score_function.softcap == pytest.approx(expected.softcap, rel=1e-5)
+    assert site.score_function.slopes == pytest.approx(expected.slopes, rel=1e-5)
 
 
 def test_a_window_beyond_the_models_positions_is_none(capture_toy) -> None:
@@ -172,7 +178,7 @@ REFUSED: dict[str, tuple[Scores, str]] = {
     "no mask": (lambda s: s, "not causal"),
     "strided": (lambda s: s.masked_fill(~causal(s) | (distance(s) % 2 == 1), -INFINITY), "none of causal"),
     "a window too long to probe": (lambda s: s.masked_fill(~causal(s) | (distance(s) >= 10000), -INFINITY), "10000"),
-    "ALiBi": (lambda s: s - distance(s) * 0.1 + additive(s), "ALiBi"),
+    "a bias that is not linear": (lambda s: s - distance(s).abs().add(1).log() + additive(s), "bias"),
     "a mask for each head": (lambda s: s.masked_fill(~causal(s) | each_head_its_window(s), -INFINITY), "heads"),
     "not monotone": (lambda s: torch.sin(s) + additive(s), "not a scale, a soft cap and a mask"),
     "squared": (lambda s: s * s.abs() + additive(s), "not a scale, a soft cap and a mask"),

@@ -182,7 +182,7 @@ def content_bias(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def relative_bias(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     tokens = torch.arange(query.shape[2])
-    bias = (tokens - tokens[:, None]).float().masked_fill(~causal(query), -math.inf)
+    bias = (tokens - tokens[:, None]).abs().float().sqrt().masked_fill(~causal(query), -math.inf)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
@@ -217,11 +217,13 @@ def test_what_cannot_be_cached_is_refused_with_a_reason(capture_toy, name: str) 
     assert re.search(reason, refusal.reason)
 
 
-def test_bloom_is_refused_for_its_alibi_in_every_layer() -> None:
-    sites = find_sites(capture(tiny("bloom")))
-    assert sites.matched == ()
-    assert ["ALiBi" in refusal.reason for refusal in sites.refused] == [True, True]
-    assert [f".{index}." in refusal.layer for index, refusal in enumerate(sites.refused)] == [True, True]
+def test_heads_that_are_one_dimension_with_rows_are_told_apart(captured) -> None:
+    """BLOOM multiplies `[batch * heads, tokens, head_dim]`."""
+    for site in find_sites(captured("bloom")).matched:
+        assert (site.query_heads, site.kv_heads, site.key_dim, site.value_dim) == (4, 4, 32, 32)
+        for node in (site.query, site.key, site.value, site.output):
+            value = tensor_of(node)
+            assert value is not None and value.dim() == 4
 
 
 def test_an_encoder_is_refused() -> None:

@@ -1,5 +1,7 @@
 """Stored gradients are autograd's, where what is read from storage is a variable of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,8 @@ def by_autograd(
                 scores = keys @ q[head, token] * function.scale
                 if function.softcap:
                     scores = function.softcap * torch.tanh(scores / function.softcap)
+                if function.slopes:
+                    scores = scores + function.slopes[head % len(function.slopes)] * (torch.tensor([*read]) - token)
                 weights = scores.exp()
                 sink = 0 if sink_logits is None else sink_logits[head].exp()
                 total = total + (weights / (weights.sum() + sink) @ values) @ slope[head, token]
@@ -59,8 +63,10 @@ def by_autograd(
         ScoreFunction(0.3, 1.5, Mask("causal")),
         ScoreFunction(0.3, 0.0, Mask("sliding", 9)),
         ScoreFunction(0.3, 0.0, Mask("chunked", 9)),
+        ScoreFunction(0.3, 0.0, Mask("causal"), (0.2,)),
+        ScoreFunction(0.3, 1.5, Mask("sliding", 9), (0.5, 0.1, 0.2, 0.05, 0.3, 0.0)),
     ],
-    ids=["causal", "softcap", "sliding", "chunked"],
+    ids=["causal", "softcap", "sliding", "chunked", "a slope", "softcap, sliding and slopes"],
 )
 @pytest.mark.parametrize(("sinks", "recent"), [(SINKS, RECENT), (0, 1), (0, 0)])
 @pytest.mark.parametrize("shared", [1, 3])
@@ -69,6 +75,7 @@ def test_they_are_autograds(
     function: ScoreFunction, sinks: int, recent: int, shared: int, with_sink_logits: bool
 ) -> None:
     torch.manual_seed(0)
+    function = replace(function, slopes=function.slopes[: 2 * shared])
     q, k, v, slope = random(2 * shared, 8), random(2, 8), random(2, 5), random(2 * shared, 5)
     options = (function, sinks, recent, torch.randn(2 * shared) if with_sink_logits else None)
     found = stored_gradients(q, k, v, slope, *options)
