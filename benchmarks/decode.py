@@ -1,9 +1,12 @@
 """Tokens a second when a whole model decodes: `python -m benchmarks.decode [--context 1000 7000] [--dtype float32]`.
 
-SmolLM2 reads a prompt and continues it token by token, on a CUDA device if there is one, else on the CPU: the original
+A model reads a prompt and continues it token by token, on a CUDA device if there is one, else on the CPU: the original
 model with transformers' DynamicCache, StaticCache (compiled where there is a GPU) and QuantizedCache (of those back
 ends that are installed), and the model compiled to a budget with its KVMixCache. All of them take turns in rounds of a
 few tokens, so that whatever else the machine does meets each alike; ratios are to the DynamicCache of the same rounds.
+
+The model is SmolLM2, on CUDA devices one of random weights as large as Llama 3.1 8B: what it says matters to nobody
+here, and its weights need not be had.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import kvmix_compile
 from kvmix_compile.baselines import QUANTIZED, Quantized, check_baselines, packages
@@ -30,6 +33,10 @@ from kvmix_compile.records import circumstances
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results" / f"decode-{DEVICE.type}.json"
 BASELINES = ("quanto-4", "hqq-2")
+MODELS = ("smollm2", "random")
+VOCABULARY = 32000  # of the random model: fewer embeddings than Llama's, which decoding does not read
+# Enough to choose bits by, which is not what is measured here.
+CALIBRATION_TOKENS = 512
 # Compiling, allocating and a first block to pack, which come once, are over after so many tokens.
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +70,7 @@ class Decoder:
         for _ in range(tokens):
             begin = perf_counter()
             self.next_token = self._step(self.next_token)
-            int(self.next_token)  # waits for the device
+            self.next_token.tolist()  # waits for the device
             took.append(perf_counter() - begin)
         return took
 
@@ -74,29 +81,52 @@ class Decoder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--context", type=int, nargs="+", default=[1000, 7000])
+    parser.add_argument("--model", choices=MODELS, default="random" if DEVICE.type == "cuda" else "smollm2")
+    parser.add_argument("--layers", type=int, default=32, help="of the random model")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[1000, 7000] if DEVICE.type == "cpu" else [4096, 32768]
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if DEVICE.type == "cpu" else "bfloat16")
     parser.add_argument("--budget", type=float, default=2.3)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each round")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    model, tokenizer = load_smollm2(DTYPES[options.dtype])
-    model = model.to(DEVICE)
-    compiled = kvmix_compile.apply(model, budget=options.budget, tokenizer=tokenizer)
+    model, ids = load(options.model, DTYPES[options.dtype], options.layers, max(options.context))
+    compiled = kvmix_compile.apply(model, budget=options.budget, calibration=ids[:CALIBRATION_TOKENS])
     baselines = [name for name in BASELINES if _is_available(name, model)]
-    text = "\n\n".join(held_out_english())
     rows = []
     for context in options.context:
-        prompt = token_ids(tokenizer, text, context)[None].to(DEVICE)
+        prompt = ids[:context].expand(options.batch, -1).to(DEVICE)
         steps = WARM_UP_TOKENS + options.rounds * options.tokens
         contenders = list(configurations(model, compiled, context + steps, baselines))
         rows += measure(contenders, prompt, options.rounds, options.tokens)
-    record = {"dtype": options.dtype, "budget": options.budget, "plan_code_bits": compiled.kvmix_plan.code_bits}
+    record = {
+        "model": options.model,
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "budget": options.budget,
+        "plan_code_bits": compiled.kvmix_plan.code_bits,
+    }
     record |= {"rounds": options.rounds, "tokens_a_round": options.tokens, "results": rows}
     options.output.parent.mkdir(exist_ok=True)
     record |= circumstances("decode", DEVICE, packages(baselines))
     options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load(name: str, dtype: torch.dtype, layers: int, tokens: int) -> tuple[Any, Tensor]:
+    """A model on DEVICE and so many token ids for it."""
+    if name == "smollm2":
+        model, tokenizer = load_smollm2(dtype)
+        return model.to(DEVICE), token_ids(tokenizer, "\n\n".join(held_out_english()), tokens)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+    )  # fmt: skip
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model, torch.randint(VOCABULARY, (tokens,))
 
 
 def configurations(model: Any, compiled: Any, tokens: int, baselines: Iterable[str]) -> Iterator[Configuration]:

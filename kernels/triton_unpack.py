@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -19,6 +20,8 @@ from kvmix_compile.kernels.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, 
 SMALLEST_DOT = 16
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# NVIDIA's instructions can be written into a kernel.
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
 _EXTREMES_BYTES = tl.constexpr(BLOCK_EXTREMES_BYTES)
 _NIBBLE_LEVELS = tl.constexpr(15.0)
@@ -29,6 +32,9 @@ _FLOAT16_MAX = tl.constexpr(65504.0)
 # subtraction take half the time of the conversion instruction.
 _EXPONENT_BITS = tl.constexpr(0x4B000000)
 _EXPONENT_VALUE = tl.constexpr(8388608.0)
+
+# What a byte is more by where it takes the second lowest place of a float32 whose highest byte is 0x47.
+_BYTE_OFFSET = tl.constexpr(32768.0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,10 @@ def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, F
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
-    codes = _load_codes(blocks, first, end, BLOCKS, FORMAT)
+    codes = _load_codes(blocks, first, end, DTYPE, BLOCKS, FORMAT)
     codes = codes.reshape(GROUPS, FORMAT.group, FORMAT.slices, FORMAT.padded_width)
-    elements = codes * _of_fields(scale, slice_, FORMAT)[:, None, :, :] + zero_point[:, None, :, :]
+    scale, zero_point = _of_codes(scale, zero_point, slice_, DTYPE, FORMAT)
+    elements = codes * scale[:, None, :, :] + zero_point[:, None, :, :]
     return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
 
 
@@ -149,9 +156,10 @@ def unpack_values(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr,
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
-    codes = _load_codes(blocks, first, end, BLOCKS, FORMAT)
+    codes = _load_codes(blocks, first, end, DTYPE, BLOCKS, FORMAT)
     codes = codes.reshape(BLOCKS * _TOKENS, FORMAT.slices, RUNS, FORMAT.run)
-    elements = codes * _of_fields(scale, slice_, FORMAT)[:, :, :, None] + zero_point[:, :, :, None]
+    scale, zero_point = _of_codes(scale, zero_point, slice_, DTYPE, FORMAT)
+    elements = codes * scale[:, :, :, None] + zero_point[:, :, :, None]
     return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
 
 
@@ -165,15 +173,20 @@ def _load_elements(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr
 
 
 @triton.jit
-def _load_codes(blocks, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes, each times the place value of its field's lowest bit: float32 [BLOCKS * 32, slices, padded_width]."""
+def _load_codes(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """Codes, each times the place value of its field's lowest bit: float32 [BLOCKS * 32, slices, padded_width]. More by
+    _BYTE_OFFSET where _by_permutation.
+    """
     token = tl.arange(0, BLOCKS * _TOKENS)
     within = tl.arange(0, FORMAT.padded_width)
     block = first + token // _TOKENS
     mask = (block < end)[:, None, None] & (within < FORMAT.width)[None, None, :]
     rows = blocks + block * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
-    low = tl.load(rows[:, None, None] + within[None, None, :], mask=mask, other=0).to(tl.int32)
+    low = tl.load(rows[:, None, None] + within[None, None, :], mask=mask, other=0)
     shift = _field_shift(tl.arange(0, FORMAT.slices), FORMAT)[None, :, None]
+    if _by_permutation(FORMAT, DTYPE):
+        return _permuted(*tl.broadcast(low, ((2**FORMAT.bits - 1) << shift).to(tl.uint8)))
+    low = low.to(tl.int32)
     if FORMAT.bits == 3:
         HALF: tl.constexpr = FORMAT.width // 2
         plane = blocks + _TOKENS * FORMAT.width
@@ -198,10 +211,58 @@ def _field_shift(slice_, FORMAT: tl.constexpr):
     return slice_ * (8 // FORMAT.slices)
 
 
+@triton.constexpr_function
+def _by_permutation(format, dtype):
+    """Whether codes become floats four at a time. Their offset makes zero points inexact by 0.002 steps, which is too
+    much for float32 alone; codes of 3 bits lie in two planes.
+    """
+    return _HAS_PTX.value and format.bits != 3 and dtype != tl.float32
+
+
 @triton.jit
-def _of_fields(scale, slice_, FORMAT: tl.constexpr):
-    """The scale of codes that were left in their fields; powers of two, so nothing is rounded."""
-    return scale * ((127 - _field_shift(slice_, FORMAT)) << 23).to(tl.float32, bitcast=True)
+def _permuted(bytes, fields):
+    """_BYTE_OFFSET + (bytes & fields), of uint8: a mask for four bytes, and an instruction for each.
+
+    It claims side effects, as _once does, and for the second of its reasons.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 masked;
+        and.b32 masked, $4, $5;
+        prmt.b32 $0, masked, 0x47, 0x4505;
+        prmt.b32 $1, masked, 0x47, 0x4515;
+        prmt.b32 $2, masked, 0x47, 0x4525;
+        prmt.b32 $3, masked, 0x47, 0x4535;
+        }""",
+        "=f,=f,=f,=f,r,r",
+        [bytes, fields],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@triton.jit
+def _of_codes(scale, zero_point, slice_, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """The scales and zero points of codes as _load_codes leaves them. Powers of two take nothing from a scale."""
+    scale *= ((127 - _field_shift(slice_, FORMAT)) << 23).to(tl.float32, bitcast=True)
+    if _by_permutation(FORMAT, DTYPE):
+        zero_point -= _BYTE_OFFSET * scale
+    return _once(scale), _once(zero_point)
+
+
+@triton.jit
+def _once(x):
+    """x, worked out once, and then broadcast.
+
+    The compiler, to save moving a small tensor between threads, would rather have every thread work out all that it
+    needs of it: for the zero points of keys half of the loop's instructions. It does not repeat what has side effects.
+    And it looks back from a product to the bytes that the operands were made of, to hold them in the order in which
+    bytes are multiplied, which takes another move for each element; it does not look past side effects either.
+    """
+    if not _HAS_PTX:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit

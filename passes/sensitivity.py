@@ -45,8 +45,10 @@ class Tally:
         shape = (heads, blocks, BLOCK_TOKENS, dim)
         original, slope = values[:, quantized].reshape(shape).float(), slope[:, quantized].reshape(shape)
         for candidate in self.candidates:
-            packed = quantize_block(original, candidate, self.axis)
-            error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
+            error = torch.zeros_like(original)
+            if candidate.is_quantized:
+                packed = quantize_block(original, candidate, self.axis)
+                error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
             loss = 0.5 * (slope * error).square().sum((1, 2)).double() / predictions
             self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
 

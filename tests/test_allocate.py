@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes import knapsack
 from kvmix_compile.passes.allocate import (
+    SCALE_ALLOWANCE,
     Allocation,
     AllocationError,
     BudgetError,
@@ -78,12 +79,12 @@ def typical_sites(
 
 
 @st.composite
-def small_sites(draw: st.DrawFn) -> list[SiteImportance]:
+def small_sites(draw: st.DrawFn, candidates: Sequence[Precision] = CANDIDATES) -> list[SiteImportance]:
     # Sums of these are exact, so that equal totals are equal floats.
     losses = st.integers(0, 200).map(lambda count: count / 64)
 
     def sensitivity() -> Mapping[Precision, float]:
-        precisions = draw(st.lists(st.sampled_from(CANDIDATES), min_size=1, max_size=4, unique=True))
+        precisions = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4, unique=True))
         return {precision: draw(losses) for precision in precisions}
 
     return [
@@ -119,24 +120,57 @@ def in_one_group_size(sites: list[SiteImportance]) -> list[SiteImportance]:
     ]
 
 
-@pytest.mark.parametrize("unit", ["budget", "storage_budget"])
 @given(sites=small_sites(), bits=st.floats(1.0, 17.0))
-def test_fisher_is_the_optimum_and_the_cheapest_one(unit: str, sites: list[SiteImportance], bits: float) -> None:
-    def mean(allocation: Allocation) -> float:
-        plan = as_plan(sites, allocation)
-        return plan.code_bits if unit == "budget" else plan.storage_bits
+def test_with_a_storage_budget_fisher_is_the_optimum_and_the_cheapest_one(
+    sites: list[SiteImportance], bits: float
+) -> None:
+    def stored(allocation: Allocation) -> float:
+        return as_plan(sites, allocation).storage_bits
 
-    comparable = in_one_group_size(sites) if unit == "budget" else sites
-    within = [allocation for allocation in every_allocation(comparable) if mean(allocation) <= bits * (1 + 1e-9)]
+    within = [allocation for allocation in every_allocation(sites) if stored(allocation) <= bits * (1 + 1e-9)]
+    check_optimum(sites, within, stored, lambda: allocate(sites, storage_budget=bits))
+
+
+@given(sites=small_sites([candidate for candidate in CANDIDATES if candidate.scale_bits == 4]), bits=st.floats(1, 17))
+def test_with_a_budget_fisher_is_the_optimum_in_bits_and_then_in_groups(
+    sites: list[SiteImportance], bits: float
+) -> None:
+    def codes(allocation: Allocation) -> float:
+        return as_plan(sites, allocation).code_bits
+
+    def stored(allocation: Allocation) -> float:
+        return as_plan(sites, allocation).storage_bits
+
+    within = [each for each in every_allocation(in_one_group_size(sites)) if codes(each) <= bits * (1 + 1e-9)]
+    alike = check_optimum(sites, within, codes, lambda: allocate(in_one_group_size(sites), budget=bits))
+    if alike is None:
+        return
+    allowed = max(codes(alike) + SCALE_ALLOWANCE, stored(alike)) + 1e-9
+    regrouped = [each for each in every_allocation(sites) if widths(each) == widths(alike) and stored(each) <= allowed]
+    check_optimum(sites, regrouped, stored, lambda: allocate(sites, budget=bits))
+
+
+def widths(allocation: Allocation) -> list[tuple[int, int]]:
+    return [(key.bits, value.bits) for key, value in allocation]
+
+
+def check_optimum(
+    sites: list[SiteImportance],
+    within: list[Allocation],
+    cost: Callable[[Allocation], float],
+    allocating: Callable[[], Allocation],
+) -> Allocation | None:
+    """Of those within the budget, what is allocated has the least sensitivity and then the least cost."""
     if not within:
         with pytest.raises(BudgetError):
-            allocate(sites, policy="fisher", **{unit: bits})
-        return
-    chosen = allocate(sites, policy="fisher", **{unit: bits})
+            allocating()
+        return None
+    chosen = allocating()
     least = min(total_sensitivity(sites, allocation) for allocation in within)
-    assert mean(chosen) <= bits * (1 + 1e-9)
+    assert chosen in within
     assert total_sensitivity(sites, chosen) == least
-    assert mean(chosen) == min(mean(each) for each in within if total_sensitivity(sites, each) == least)
+    assert cost(chosen) == min(cost(each) for each in within if total_sensitivity(sites, each) == least)
+    return chosen
 
 
 @given(sites=small_sites(), bits=st.floats(1.0, 17.0))

@@ -12,7 +12,7 @@ from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.triton_append")
@@ -90,7 +90,7 @@ def test_it_writes_the_bytes_of_the_reference(
 )
 def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
-    layout = StateLayout(1, 16, 24, key, value, sinks=5, recent=32)
+    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
     pair = Pair(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 105, torch.float32, 1.0)
     for token in range(105):
@@ -102,6 +102,8 @@ def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
 def test_heads_of_real_models(dim: int) -> None:
     for important_bits, bits in (((), 2), ((), 3), ((4, 4), 2), ((4, 4), 3), ((4,), 2)):
         key, value = Precision(bits, 32, 4, important_bits), Precision(bits, dim // 2, 4)
+        if not key.fits(dim, Axis.TOKENS):
+            continue
         layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
         pair = Pair(layout, 1, torch.bfloat16)
         pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
@@ -112,9 +114,9 @@ def test_heads_of_real_models(dim: int) -> None:
 def test_equal_elements(constant: float) -> None:
     for important_bits, scale_bits in product(((), (3, 3), (4,)), (4, 16)):
         key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
-        layout = StateLayout(1, 16, 16, key, value, sinks=0, recent=32)
+        layout = StateLayout(1, 32, 32, key, value, sinks=0, recent=32)
         pair = Pair(layout, 1, torch.float32)
-        chunk = torch.full((1, 1, 100, 16), constant)
+        chunk = torch.full((1, 1, 100, 32), constant)
         pair.append(chunk, chunk, torch.tensor([0]))
         pair.check()
 
