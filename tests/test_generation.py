@@ -1,46 +1,22 @@
 """transformers' generate on the compiled model: every way to decode gives, at 16 bits, what the original gives."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from toy_llama import ids, lossless, original, quantized
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
-from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import tiny
 
 # The last token of the vocabulary is the end: a random model rarely says it, so that texts have their full length.
 OPTIONS: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": 127, "pad_token_id": 0}
 GREEDY: dict[str, Any] = {**OPTIONS, "do_sample": False}
-
-
-def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-def original() -> PreTrainedModel:
-    return tiny("llama")
-
-
-@cache
-def quantized() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=4, recent=32)
-
-
-@cache
-def lossless() -> PreTrainedModel:
-    plan = quantized().kvmix_plan
-    sites = tuple(replace(site, key=Precision(16), value=Precision(16)) for site in plan.sites)
-    return kvmix_compile.apply(original(), plan=replace(plan, sites=sites), verify=False)
 
 
 def both(prompt: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
