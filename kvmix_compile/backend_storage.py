@@ -5,6 +5,7 @@ and that all buffers share, so that Dynamo's guards hold and whoever reads it by
 as long as the buffers do.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -26,6 +27,7 @@ class _Program:
     plan: Plan
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class PackedCache(KVMixCache):
     def reset(self) -> None:
         super().reset()
         self.every_row_has_tokens, self.counters = False, None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        raise CacheError(
+            "what a StaticCache holds packed cannot be saved, as it is of no use without the StaticCache: a model "
+            "compiled by kvmix_compile.apply has caches that can"
+        )
 
     def reorder_site(self, site: int, rows: Tensor) -> None:
         """Row i of one site becomes what row `rows[i]` was. To be done for every site."""

@@ -1,11 +1,14 @@
 """KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvmix_compile import cache_file
+from kvmix_compile.cache_file import Header
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState, packed_blocks
@@ -31,6 +34,7 @@ class KVMixCache(Cache):
         super().__init__(layers=[])
         program = model.kvmix_program
         self.plan = program.plan
+        self.weights = program.weights
         self.rollback = rollback
         self.dtypes = program.dtypes
         self.device = program.device
@@ -54,15 +58,18 @@ class KVMixCache(Cache):
             )
         blocks = capacity_blocks(self.seen + tokens, self.plan.sinks, self.plan.recent)
         if not self.states:
-            self.states = [
-                SiteState.allocate(layout, batch, blocks, dtype, device)
-                for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
-            ]
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._allocate(batch, blocks, device)
             return
         for state in self.states:
             if state.blocks < blocks:
                 state.grow(blocks)
+
+    def _allocate(self, batch: int, blocks: int, device: torch.device) -> None:
+        self.states = [
+            SiteState.allocate(layout, batch, blocks, dtype, device)
+            for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
+        ]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def tensors(self) -> list[Tensor]:
         """The state as the rewritten graph takes it: six tensors a site."""
@@ -73,6 +80,69 @@ class KVMixCache(Cache):
         self.seen += tokens
         self._furthest = max(self._furthest, self.seen)
         self.lengths = self.lengths + tokens - starts
+
+    # Kept in a file
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything the cache holds as a safetensors file, which `load` reads: a prompt that many texts begin
+        with is read once.
+
+        Raises CacheError where the file cannot be written; what was at `path` before is then still there.
+        """
+        cache_file.write(path, self._header(), self._named_tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: "CompiledModel") -> Self:
+        """The cache that `save` wrote, on the model's device.
+
+        Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
+        weights, another plan or dtype.
+        """
+        header, tensors = cache_file.read(path)
+        cache = cls(model, header.rollback)
+        own = cache._header()
+        for kind, saved, expected in (
+            ("of another architecture", header.model, own.model),
+            ("with another plan", header.plan, own.plan),
+            ("of another dtype", header.dtypes, own.dtypes),
+            ("with other weights", header.weights, own.weights),
+        ):
+            if saved != expected:
+                raise CacheError(
+                    f"{path} was saved from a model {kind}, and cannot continue with this one: read its text again "
+                    "into KVMixCache(model)"
+                )
+        try:
+            cache._restore(header, tensors)
+        except (LookupError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error}; save the cache again") from error
+        return cache
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        held = {f"{site}.{name}": kept for site, state in enumerate(self.states) for name, kept in vars(state).items()}
+        return held | {"lengths": self.lengths}
+
+    def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
+        """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
+        if len(tensors) > 1:  # what was never used has no states
+            self._allocate(len(tensors["lengths"]), tensors["0.packed_k"].shape[2], self.device)
+        for name, kept in self._named_tensors().items():
+            saved = tensors[name]
+            if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
+                raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
+            kept.copy_(saved)
+        self.seen, self._furthest = header.seen, header.furthest
+
+    def _header(self) -> Header:
+        return Header(
+            model=self.plan.fingerprint,
+            weights=self.weights,
+            plan=self.plan.as_json(),
+            dtypes=tuple(map(str, self.dtypes)),
+            rollback=self.rollback,
+            seen=self.seen,
+            furthest=self._furthest,
+        )
 
     # What it holds
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.model import Program, attach, returns_tensor
@@ -225,6 +226,7 @@ def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         report=report,
         dtypes=tuple(site.key.meta["val"].dtype for site in found.sites),
         parameter_dtype=parameter.dtype,
+        weights=weights_fingerprint(model),
         device=parameter.device,
         vocabulary=vocabulary_size(found.captured),
         longest_context=found.longest_context,

@@ -33,13 +33,16 @@ _BOOKKEEPING = {"cache_position"}
 
 @dataclass
 class Program:
-    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them."""
+    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
+    fingerprint of those that it was compiled with.
+    """
 
     rewritten: Rewritten
     plan: Plan
     report: Report
     dtypes: tuple[torch.dtype, ...]
     parameter_dtype: torch.dtype
+    weights: str
     device: torch.device
     vocabulary: int
     longest_context: int | None
