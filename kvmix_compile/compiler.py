@@ -84,7 +84,7 @@ def apply(
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
     report = Report(type(model).__name__)
-    found = _find(model, report)
+    found = find(model, report)
     if plan is not None:
         _check_plan(found, plan)
     if verify:
@@ -95,17 +95,17 @@ def apply(
             budget = DEFAULT_BUDGET
         with report.timed("allocate"):
             plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
-    return _compile(model, found, plan, report)
+    return build(model, found, plan, report)
 
 
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
     report = Report(type(model).__name__)
-    found = _find(model, report)
+    found = find(model, report)
     for plan in plans:
         _check_plan(found, plan)
     _verify(found, report)
-    return [_compile(model, found, plan, copy.deepcopy(report)) for plan in plans]
+    return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
 
 def analyze(
@@ -122,7 +122,7 @@ def analyze(
     """
     _check_state(sinks, recent)
     report = Report(type(model).__name__)
-    return _measure(model, _find(model, report), report, tokenizer, calibration, sinks, recent, progress)
+    return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
 
 
 def diagnose(model: nn.Module) -> Report:
@@ -131,7 +131,7 @@ def diagnose(model: nn.Module) -> Report:
 
     report = Report(type(model).__name__)
     try:
-        _verify(_find(model, report), report)
+        _verify(find(model, report), report)
     except KVMixError as error:
         report.problem = str(error)
     return report
@@ -144,7 +144,8 @@ def _check_state(sinks: int, recent: int) -> None:
         )
 
 
-def _find(model: nn.Module, report: Report) -> Found:
+def find(model: nn.Module, report: Report) -> Found:
+    """Capture a model and find its sites; what is found goes into the report too."""
     with report.timed("capture"):
         captured = capture(model)
         limit = longest_context(captured)
@@ -214,7 +215,8 @@ def _measure(
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
 
 
-def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
+def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
+    """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
