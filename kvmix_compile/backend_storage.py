@@ -38,18 +38,16 @@ class _Owner:
 class PackedCache(KVMixCache):
     """What belongs to one StaticCache: a KVMixCache, and what the host knows of it without asking the device.
 
-    every_row_has_tokens: no row consists of padding only. counters: the versions of the StaticCache's own counters when
-    it was last seen; while they stay, so does `seen`.
+    counters: the versions of the StaticCache's own counters when it was last seen; while they stay, so does `seen`.
     """
 
     def __init__(self, plan: Plan, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
         super().__init__(_Owner(_Program(plan, dtypes, device)))  # type: ignore[arg-type]
-        self.every_row_has_tokens = False
         self.counters: tuple[int, ...] | None = None
 
     def reset(self) -> None:
         super().reset()
-        self.every_row_has_tokens, self.counters = False, None
+        self.counters = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         raise CacheError(

@@ -43,6 +43,8 @@ class KVMixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
         self._furthest = 0
+        # What the host knows of the rows without asking the device: that none consists of padding only.
+        self.every_row_has_tokens = False
 
     # What the model asks of its cache
 
@@ -207,6 +209,7 @@ class KVMixCache(Cache):
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.states, self.seen, self._furthest = [], 0, 0
+        self.every_row_has_tokens = False
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -250,35 +253,4 @@ class KVMixCache(Cache):
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)
-
-
-def starts_of(
-    attention_mask: Tensor | None, cache: KVMixCache, batch: int, tokens: int, device: torch.device
-) -> Tensor:
-    """How many of the coming `tokens` are padding at the beginning of each row, int64 `[batch]`.
-
-    `attention_mask`: 1 for tokens and 0 for padding, `[batch, tokens seen + tokens]` or `[batch, tokens]`.
-    Raises CacheError for padding anywhere but at the beginning of a row.
-    """
-    if attention_mask is None:
-        return torch.zeros(batch, dtype=torch.int64, device=device)
-    if attention_mask.dim() != 2 or attention_mask.shape not in {(batch, tokens), (batch, cache.seen + tokens)}:
-        raise CacheError(
-            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], here "
-            f"{[batch, cache.seen + tokens]}, 1 for a token and 0 for padding. Other masks are the model's own and "
-            "need not be passed"
-        )
-    valid = attention_mask.to(device) != 0
-    held, coming = valid[:, :-tokens], valid[:, -tokens:]
-    lengths = cache.lengths if cache.states else torch.zeros(batch, dtype=torch.int64, device=device)
-    starts = tokens - coming.sum(dim=1)
-    leads = (~coming).cumprod(dim=1).sum(dim=1)
-    wrong = (leads != starts) | ((lengths > 0) & (starts > 0))
-    if held.shape[1]:
-        wrong |= held.sum(dim=1) != lengths
-    if bool(wrong.any()):
-        raise CacheError(
-            "attention_mask has padding after tokens, or masks tokens that the cache already holds: pad on the left "
-            "(tokenizer.padding_side = 'left') and keep the mask of earlier calls"
-        )
-    return starts.to(torch.int64)
+        self.every_row_has_tokens = min(after) > 0

@@ -11,6 +11,7 @@ from torch import nn
 from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
+from kvmix_compile.inductor import check_compiler
 from kvmix_compile.model import Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
@@ -54,6 +55,7 @@ def apply(
     calibration: Any = None,
     sinks: int = DEFAULT_SINKS,
     recent: int = DEFAULT_RECENT,
+    compile: bool = False,
     verify: bool = True,
     progress: bool = False,
 ) -> Model:
@@ -71,14 +73,18 @@ def apply(
             calibration, on tokens that the model itself samples.
         sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at
             least 32.
+        compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
+            minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
         progress: show progress bars.
 
     Raises:
-        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError or CalibrationError; each
-            says what to do.
+        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError, CalibrationError or
+            CompilationError; each says what to do.
     """
     _check_state(sinks, recent)
+    if compile:
+        check_compiler(next(parameter.device for parameter in model.parameters()))
     if plan is not None and (budget is not None or storage_budget is not None):
         raise PlanError("give either a plan or a budget: a plan has its own bits")
     if plan is not None and not isinstance(plan, Plan):
@@ -95,7 +101,11 @@ def apply(
             budget = DEFAULT_BUDGET
         with report.timed("allocate"):
             plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
-    return build(model, found, plan, report)
+    twin = build(model, found, plan, report)
+    if compile:
+        with report.timed("compile"):
+            twin.kvmix_program.compile().prepare()
+    return twin
 
 
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
