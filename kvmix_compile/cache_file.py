@@ -51,7 +51,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
             elements = tensor.detach().reshape(-1)
             sample = elements[:: -(-len(elements) // SAMPLED_ELEMENTS)].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy())
+            digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -103,5 +103,5 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).flatten().numpy())
+        digest.update(tensor.view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()

@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
-from kvmix_compile.model import Program, attach, returns_tensor
+from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
@@ -104,7 +104,7 @@ def apply(
     twin = build(model, found, plan, report)
     if compile:
         with report.timed("compile"):
-            twin.kvmix_program.compile().prepare()
+            cast(CompiledModel, twin).kvmix_program.compile().prepare()
     return twin
 
 

@@ -79,7 +79,7 @@ class InductorGraph:
         logits: Any = 1 if decoding else symbolic_size(mode, "logits", TRACED_LOGITS)
         blocks: Any = symbolic_size(mode, "blocks", TRACED_BLOCKS)
         slots: Any = symbolic_size(mode, "slots", TRACED_SLOTS)  # more where tokens can be taken back
-        inputs = []
+        inputs: list[Any] = []
         with mode, torch.no_grad():
             for shape in ((batch, tokens), (batch, tokens), (logits,), (batch,), (batch,)):
                 inputs.append(torch.empty(shape, dtype=torch.int64, device=self.device))
