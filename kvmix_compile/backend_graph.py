@@ -6,8 +6,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from kvmix_compile.backend_counting import Counter
 from kvmix_compile.backend_padding import MaskReader, padding
@@ -21,6 +19,7 @@ from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.sizes import Size, size_reader
 from kvmix_compile.passes.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.static_rewrite import rewrite_static
+from kvmix_compile.passes.symbols import symbolic_size
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
@@ -92,10 +91,7 @@ class StaticGraph:
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
         mode = lowered.fake_mode
-        grows: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        (blocks,) = mode.from_tensor(
-            torch.empty(TRACED_BLOCKS), symbolic_context=grows, source=ConstantSource("kvmix_blocks")
-        ).shape
+        blocks: Any = symbolic_size(mode, "blocks", TRACED_BLOCKS)
         with mode:
             fakes = [torch.empty(batch, dtype=torch.int64, device=self.device) for _ in ("lengths", "starts")]
             for layout, dtype in zip(self.plan.layouts(), self.dtypes, strict=True):

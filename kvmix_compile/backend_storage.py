@@ -5,6 +5,7 @@ and that all buffers share, so that Dynamo's guards hold and whoever reads it by
 as long as the buffers do.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -26,6 +27,7 @@ class _Program:
     plan: Plan
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,22 @@ class _Owner:
 class PackedCache(KVMixCache):
     """What belongs to one StaticCache: a KVMixCache, and what the host knows of it without asking the device.
 
-    every_row_has_tokens: no row consists of padding only. counters: the versions of the StaticCache's own counters when
-    it was last seen; while they stay, so does `seen`.
+    counters: the versions of the StaticCache's own counters when it was last seen; while they stay, so does `seen`.
     """
 
     def __init__(self, plan: Plan, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
         super().__init__(_Owner(_Program(plan, dtypes, device)))  # type: ignore[arg-type]
-        self.every_row_has_tokens = False
         self.counters: tuple[int, ...] | None = None
 
     def reset(self) -> None:
         super().reset()
-        self.every_row_has_tokens, self.counters = False, None
+        self.counters = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        raise CacheError(
+            "what a StaticCache holds packed cannot be saved, as it is of no use without the StaticCache: a model "
+            "compiled by kvmix_compile.apply has caches that can"
+        )
 
     def reorder_site(self, site: int, rows: Tensor) -> None:
         """Row i of one site becomes what row `rows[i]` was. To be done for every site."""

@@ -1,11 +1,14 @@
 """KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvmix_compile import cache_file
+from kvmix_compile.cache_file import Header
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState, packed_blocks
@@ -31,6 +34,7 @@ class KVMixCache(Cache):
         super().__init__(layers=[])
         program = model.kvmix_program
         self.plan = program.plan
+        self.weights = program.weights
         self.rollback = rollback
         self.dtypes = program.dtypes
         self.device = program.device
@@ -39,6 +43,8 @@ class KVMixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
         self._furthest = 0
+        # What the host knows of the rows without asking the device: that none consists of padding only.
+        self.every_row_has_tokens = False
 
     # What the model asks of its cache
 
@@ -54,15 +60,18 @@ class KVMixCache(Cache):
             )
         blocks = capacity_blocks(self.seen + tokens, self.plan.sinks, self.plan.recent)
         if not self.states:
-            self.states = [
-                SiteState.allocate(layout, batch, blocks, dtype, device)
-                for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
-            ]
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._allocate(batch, blocks, device)
             return
         for state in self.states:
             if state.blocks < blocks:
                 state.grow(blocks)
+
+    def _allocate(self, batch: int, blocks: int, device: torch.device) -> None:
+        self.states = [
+            SiteState.allocate(layout, batch, blocks, dtype, device)
+            for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
+        ]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def tensors(self) -> list[Tensor]:
         """The state as the rewritten graph takes it: six tensors a site."""
@@ -73,6 +82,69 @@ class KVMixCache(Cache):
         self.seen += tokens
         self._furthest = max(self._furthest, self.seen)
         self.lengths = self.lengths + tokens - starts
+
+    # Kept in a file
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything the cache holds as a safetensors file, which `load` reads: a prompt that many texts begin
+        with is read once.
+
+        Raises CacheError where the file cannot be written; what was at `path` before is then still there.
+        """
+        cache_file.write(path, self._header(), self._named_tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: "CompiledModel") -> Self:
+        """The cache that `save` wrote, on the model's device.
+
+        Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
+        weights, another plan or dtype.
+        """
+        header, tensors = cache_file.read(path)
+        cache = cls(model, header.rollback)
+        own = cache._header()
+        for kind, saved, expected in (
+            ("of another architecture", header.model, own.model),
+            ("with another plan", header.plan, own.plan),
+            ("of another dtype", header.dtypes, own.dtypes),
+            ("with other weights", header.weights, own.weights),
+        ):
+            if saved != expected:
+                raise CacheError(
+                    f"{path} was saved from a model {kind}, and cannot continue with this one: read its text again "
+                    "into KVMixCache(model)"
+                )
+        try:
+            cache._restore(header, tensors)
+        except (LookupError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error}; save the cache again") from error
+        return cache
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        held = {f"{site}.{name}": kept for site, state in enumerate(self.states) for name, kept in vars(state).items()}
+        return held | {"lengths": self.lengths}
+
+    def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
+        """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
+        if len(tensors) > 1:  # what was never used has no states
+            self._allocate(len(tensors["lengths"]), tensors["0.packed_k"].shape[2], self.device)
+        for name, kept in self._named_tensors().items():
+            saved = tensors[name]
+            if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
+                raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
+            kept.copy_(saved)
+        self.seen, self._furthest = header.seen, header.furthest
+
+    def _header(self) -> Header:
+        return Header(
+            model=self.plan.fingerprint,
+            weights=self.weights,
+            plan=self.plan.as_json(),
+            dtypes=tuple(map(str, self.dtypes)),
+            rollback=self.rollback,
+            seen=self.seen,
+            furthest=self._furthest,
+        )
 
     # What it holds
 
@@ -137,6 +209,7 @@ class KVMixCache(Cache):
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.states, self.seen, self._furthest = [], 0, 0
+        self.every_row_has_tokens = False
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -180,35 +253,4 @@ class KVMixCache(Cache):
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)
-
-
-def starts_of(
-    attention_mask: Tensor | None, cache: KVMixCache, batch: int, tokens: int, device: torch.device
-) -> Tensor:
-    """How many of the coming `tokens` are padding at the beginning of each row, int64 `[batch]`.
-
-    `attention_mask`: 1 for tokens and 0 for padding, `[batch, tokens seen + tokens]` or `[batch, tokens]`.
-    Raises CacheError for padding anywhere but at the beginning of a row.
-    """
-    if attention_mask is None:
-        return torch.zeros(batch, dtype=torch.int64, device=device)
-    if attention_mask.dim() != 2 or attention_mask.shape not in {(batch, tokens), (batch, cache.seen + tokens)}:
-        raise CacheError(
-            f"attention_mask has the shape {list(attention_mask.shape)}; it must be [batch, tokens], here "
-            f"{[batch, cache.seen + tokens]}, 1 for a token and 0 for padding. Other masks are the model's own and "
-            "need not be passed"
-        )
-    valid = attention_mask.to(device) != 0
-    held, coming = valid[:, :-tokens], valid[:, -tokens:]
-    lengths = cache.lengths if cache.states else torch.zeros(batch, dtype=torch.int64, device=device)
-    starts = tokens - coming.sum(dim=1)
-    leads = (~coming).cumprod(dim=1).sum(dim=1)
-    wrong = (leads != starts) | ((lengths > 0) & (starts > 0))
-    if held.shape[1]:
-        wrong |= held.sum(dim=1) != lengths
-    if bool(wrong.any()):
-        raise CacheError(
-            "attention_mask has padding after tokens, or masks tokens that the cache already holds: pad on the left "
-            "(tokenizer.padding_side = 'left') and keep the mask of earlier calls"
-        )
-    return starts.to(torch.int64)
+        self.every_row_has_tokens = min(after) > 0

@@ -4,13 +4,15 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
-from kvmix_compile.model import Program, attach, returns_tensor
+from kvmix_compile.inductor import check_compiler
+from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
@@ -53,6 +55,7 @@ def apply(
     calibration: Any = None,
     sinks: int = DEFAULT_SINKS,
     recent: int = DEFAULT_RECENT,
+    compile: bool = False,
     verify: bool = True,
     progress: bool = False,
 ) -> Model:
@@ -71,20 +74,24 @@ def apply(
             calibration, on tokens that the model itself samples.
         sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at
             least 32.
+        compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
+            minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
         progress: show progress bars.
 
     Raises:
-        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError or CalibrationError; each
-            says what to do.
+        KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError, CalibrationError or
+            CompilationError; each says what to do.
     """
     _check_state(sinks, recent)
+    if compile:
+        check_compiler(next(parameter.device for parameter in model.parameters()))
     if plan is not None and (budget is not None or storage_budget is not None):
         raise PlanError("give either a plan or a budget: a plan has its own bits")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
     report = Report(type(model).__name__)
-    found = _find(model, report)
+    found = find(model, report)
     if plan is not None:
         _check_plan(found, plan)
     if verify:
@@ -95,17 +102,21 @@ def apply(
             budget = DEFAULT_BUDGET
         with report.timed("allocate"):
             plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
-    return _compile(model, found, plan, report)
+    twin = build(model, found, plan, report)
+    if compile:
+        with report.timed("compile"):
+            cast(CompiledModel, twin).kvmix_program.compile().prepare()
+    return twin
 
 
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
     report = Report(type(model).__name__)
-    found = _find(model, report)
+    found = find(model, report)
     for plan in plans:
         _check_plan(found, plan)
     _verify(found, report)
-    return [_compile(model, found, plan, copy.deepcopy(report)) for plan in plans]
+    return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
 
 def analyze(
@@ -122,7 +133,7 @@ def analyze(
     """
     _check_state(sinks, recent)
     report = Report(type(model).__name__)
-    return _measure(model, _find(model, report), report, tokenizer, calibration, sinks, recent, progress)
+    return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
 
 
 def diagnose(model: nn.Module) -> Report:
@@ -131,7 +142,7 @@ def diagnose(model: nn.Module) -> Report:
 
     report = Report(type(model).__name__)
     try:
-        _verify(_find(model, report), report)
+        _verify(find(model, report), report)
     except KVMixError as error:
         report.problem = str(error)
     return report
@@ -144,7 +155,8 @@ def _check_state(sinks: int, recent: int) -> None:
         )
 
 
-def _find(model: nn.Module, report: Report) -> Found:
+def find(model: nn.Module, report: Report) -> Found:
+    """Capture a model and find its sites; what is found goes into the report too."""
     with report.timed("capture"):
         captured = capture(model)
         limit = longest_context(captured)
@@ -214,7 +226,8 @@ def _measure(
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
 
 
-def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
+def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
+    """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
@@ -226,6 +239,7 @@ def _compile(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         report=report,
         dtypes=tuple(site.key.meta["val"].dtype for site in found.sites),
         parameter_dtype=parameter.dtype,
+        weights=weights_fingerprint(model),
         device=parameter.device,
         vocabulary=vocabulary_size(found.captured),
         longest_context=found.longest_context,

@@ -11,6 +11,7 @@ __all__ = [
     "CacheError",
     "CalibrationError",
     "CaptureError",
+    "CompilationError",
     "InputError",
     "KVMixError",
     "PlanError",
@@ -21,6 +22,10 @@ __all__ = [
 
 class InputError(KVMixError):
     """A call of the compiled model that it cannot answer; nothing was added to the cache."""
+
+
+class CompilationError(KVMixError):
+    """`compile=True` where Inductor cannot compile."""
 
 
 class CacheError(KVMixError):

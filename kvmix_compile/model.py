@@ -4,6 +4,7 @@ KVMixCache.
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvmix_compile.cache import KVMixCache, starts_of
+from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
+from kvmix_compile.inductor import InductorGraph
+from kvmix_compile.padding import read_padding
 from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
@@ -33,17 +36,22 @@ _BOOKKEEPING = {"cache_position"}
 
 @dataclass
 class Program:
-    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them."""
+    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
+    fingerprint of those that it was compiled with. `inductor`: the rewritten graph compiled by Inductor, where that was
+    asked for.
+    """
 
     rewritten: Rewritten
     plan: Plan
     report: Report
     dtypes: tuple[torch.dtype, ...]
     parameter_dtype: torch.dtype
+    weights: str
     device: torch.device
     vocabulary: int
     longest_context: int | None
     returns_tensor: bool
+    inductor: InductorGraph | None = None
 
     def follow(self, model: nn.Module) -> None:
         """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not
@@ -58,6 +66,18 @@ class Program:
         if parameter.device != self.device:
             move_constants(self.rewritten.module, parameter.device)
             self.device = parameter.device
+            if self.inductor is not None:
+                self.compile()
+
+    def compile(self) -> InductorGraph:
+        """Have Inductor compile the rewritten graph, when it is first called."""
+        self.inductor = InductorGraph(self.rewritten.module, self.plan.layouts(), self.dtypes, self.device)
+        return self.inductor
+
+    @property
+    def graph(self) -> Callable[..., Tensor]:
+        """What is called with the arguments of `rewritten.module`."""
+        return self.inductor or self.rewritten.module
 
 
 class CompiledModel(nn.Module):
@@ -82,7 +102,10 @@ class CompiledModel(nn.Module):
         """A compiled model with weights of its own."""
         program = self.kvmix_program
         model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
-        return attach(model, replace(program, rewritten=rebind(program.rewritten, model)))
+        copied = replace(program, rewritten=rebind(program.rewritten, model))
+        if program.inductor is not None:
+            copied.compile()
+        return attach(model, copied)
 
     @torch.no_grad()
     def forward(
@@ -161,8 +184,9 @@ class CompiledModel(nn.Module):
     ) -> Tensor:
         program = self.kvmix_program
         batch, tokens = input_ids.shape
-        starts = starts_of(attention_mask, cache, batch, tokens, input_ids.device)
-        if program.rewritten.equal_rows and bool((starts > 0).any()):
+        padding = read_padding(attention_mask, cache, batch, tokens, input_ids.device)
+        starts = padding.starts
+        if program.rewritten.equal_rows and attention_mask is not None and bool((starts > 0).any()):
             raise InputError(
                 "this model counts its positions itself, from the beginning of the batch, so its rows cannot be "
                 "padded: pass rows of equal length, one at a time if need be"
@@ -174,10 +198,9 @@ class CompiledModel(nn.Module):
         position_ids = position_ids.expand(batch, tokens).clamp(min=0)
         if isinstance(logits_to_keep, int):
             logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
-        logits = program.rewritten.module(
-            input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors()
-        )
+        logits = program.graph(input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors())
         cache.advance(tokens, starts)
+        cache.every_row_has_tokens = padding.every_row_has_tokens
         return logits
 
     def _check(self, input_ids: Tensor, cache: object, options: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ def capture(model: nn.Module) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {_first_line(error)}. The model's forward must "
+            f"torch.export could not capture {type(model).__name__}: {first_line(error)}. The model's forward must "
             "take token ids and return logits, with no control flow that depends on their values or on the sequence "
             "length"
         ) from error
@@ -145,7 +145,8 @@ def _first_parameters(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)[:1]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of PyTorch begins with, for a message of one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].partition("! For more information")[0] if lines else type(error).__name__
 

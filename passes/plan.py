@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import QUARTERS, Precision
 from kvmix_compile.kernels.state import StateLayout, required_blocks
+from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
 VERSION = 3
@@ -150,19 +150,19 @@ class Plan:
         counters = torch.int64.itemsize * batch
         return counters + sum(layout.bytes(batch, blocks, dtype) for layout in self.layouts(rollback))
 
+    def as_json(self) -> str:
+        """What `save` writes: equal for equal plans."""
+        return _to_json(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, one site a line. A file already at `path` is replaced in one step.
 
         Raises PlanError where the file cannot be written; what was at `path` before is then still there.
         """
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            try:
-                unfinished.write_text(_to_json(self), encoding="utf-8")
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with replacing(path) as unfinished:
+                unfinished.write_text(self.as_json(), encoding="utf-8")
         except OSError as error:
             raise PlanError(f"cannot write the plan to {path}: {error.strerror or error}") from error
 

@@ -2,44 +2,21 @@
 
 import copy
 import gc
-from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_llama import ids, lossless, original, quantized
 from transformers import DynamicCache, PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import CacheError, InputError
-from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import tiny
 
-SINKS, RECENT, ROLLBACK = 4, 32, 16
-
-
-def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-def original() -> PreTrainedModel:
-    return tiny("llama")
-
-
-@cache
-def quantized() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
-
-
-@cache
-def lossless() -> PreTrainedModel:
-    plan = quantized().kvmix_plan
-    sites = tuple(replace(site, key=Precision(16), value=Precision(16)) for site in plan.sites)
-    return kvmix_compile.apply(original(), plan=replace(plan, sites=sites), verify=False)
+ROLLBACK = 16
 
 
 def filled(model: PreTrainedModel, *parts: Tensor, rollback: int = 0) -> KVMixCache:

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from toy_llama import ids, original, quantized
 
 import kvmix_compile
 from kvmix_compile import KVMixCache, KVMixError, Plan
@@ -26,20 +25,6 @@ from kvmix_compile.errors import (
 )
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
-
-
-def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-def original() -> PreTrainedModel:
-    return tiny("llama")
-
-
-@cache
-def compiled() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=4, recent=32)
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:
@@ -149,7 +134,7 @@ def test_the_range_that_is_named_is_reachable() -> None:
 
 def test_a_plan_and_a_budget_exclude_each_other() -> None:
     with pytest.raises(PlanError, match="either a plan or a budget"):
-        kvmix_compile.apply(original(), plan=compiled().kvmix_plan, budget=3)
+        kvmix_compile.apply(original(), plan=quantized().kvmix_plan, budget=3)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +144,18 @@ def test_a_plan_made_for_another_model_is_refused(other: Callable[[], nn.Module]
     model = other()
     before = snapshot(model)
     with pytest.raises(PlanError, match="another model.*Make a new plan"):
-        kvmix_compile.apply(model, plan=compiled().kvmix_plan)
+        kvmix_compile.apply(model, plan=quantized().kvmix_plan)
     assert snapshot(model) == before
 
 
 def test_a_plan_is_for_a_structure_whatever_the_weights() -> None:
-    model = kvmix_compile.apply(tiny("llama", seed=5), plan=compiled().kvmix_plan)
-    assert model.kvmix_plan == compiled().kvmix_plan
+    model = kvmix_compile.apply(tiny("llama", seed=5), plan=quantized().kvmix_plan)
+    assert model.kvmix_plan == quantized().kvmix_plan
 
 
 def test_damaged_and_future_plan_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    compiled().kvmix_plan.save(file)
+    quantized().kvmix_plan.save(file)
     document = json.loads(file.read_text())
     for content, message in (
         (file.read_text()[:-20], "damaged"),
@@ -186,9 +171,9 @@ def test_damaged_and_future_plan_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_plan_file_does_what_the_plan_does(tmp_path: Path) -> None:
-    compiled().kvmix_plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == compiled().kvmix_plan
-    assert kvmix_compile.apply(original(), plan=str(tmp_path / "plan.json")).kvmix_plan == compiled().kvmix_plan
+    quantized().kvmix_plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == quantized().kvmix_plan
+    assert kvmix_compile.apply(original(), plan=str(tmp_path / "plan.json")).kvmix_plan == quantized().kvmix_plan
 
 
 # Calibration
@@ -252,42 +237,42 @@ CALLS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_bad_call_is_refused_and_the_cache_stays_as_it_was(what: str, filled: bool) -> None:
     build, message = CALLS[what]
-    past = KVMixCache(compiled())
+    past = KVMixCache(quantized())
     if filled:
-        compiled()(ids(2, 90, seed=2), past_key_values=past)
+        quantized()(ids(2, 90, seed=2), past_key_values=past)
     before = [tensor.clone() for tensor in past.tensors()]
     with pytest.raises(KVMixError, match=message):
-        compiled()(**{"input_ids": ids(2, 20), "past_key_values": past} | build())
+        quantized()(**{"input_ids": ids(2, 20), "past_key_values": past} | build())
     assert past.get_seq_length() == 90 * filled and past.lengths.tolist() == [90, 90][: 2 * filled]
     assert past.is_initialized == filled and len(past.tensors()) == len(before)
     assert all(torch.equal(one, other) for one, other in zip(past.tensors(), before, strict=True))
 
 
 def test_a_continuation_beyond_the_positions_is_refused() -> None:
-    past = KVMixCache(compiled())
-    compiled()(ids(1, 500), past_key_values=past)
+    past = KVMixCache(quantized())
+    quantized()(ids(1, 500), past_key_values=past)
     with pytest.raises(InputError, match="513 tokens are more than the 512 positions"):
-        compiled()(ids(1, 13), past_key_values=past)
-    assert compiled()(ids(1, 12), past_key_values=past).logits.shape == (1, 12, 128)
+        quantized()(ids(1, 13), past_key_values=past)
+    assert quantized()(ids(1, 12), past_key_values=past).logits.shape == (1, 12, 128)
 
 
 def test_padding_after_a_row_has_begun_is_refused() -> None:
-    past = KVMixCache(compiled())
-    compiled()(ids(2, 20), past_key_values=past)
+    past = KVMixCache(quantized())
+    quantized()(ids(2, 20), past_key_values=past)
     mask = torch.ones(2, 25, dtype=torch.int64)
     mask[0, 20:22] = 0
     with pytest.raises(KVMixError, match="pad on the left"):
-        compiled()(ids(2, 5), attention_mask=mask, past_key_values=past)
+        quantized()(ids(2, 5), attention_mask=mask, past_key_values=past)
     assert past.get_seq_length() == 20
 
 
 def test_a_token_that_is_held_cannot_be_masked_later() -> None:
-    past = KVMixCache(compiled())
-    compiled()(ids(2, 20), past_key_values=past)
+    past = KVMixCache(quantized())
+    quantized()(ids(2, 20), past_key_values=past)
     mask = torch.ones(2, 25, dtype=torch.int64)
     mask[0, 3] = 0
     with pytest.raises(KVMixError, match="attention_mask"):
-        compiled()(ids(2, 5), attention_mask=mask, past_key_values=past)
+        quantized()(ids(2, 5), attention_mask=mask, past_key_values=past)
     assert past.get_seq_length() == 20
 
 
@@ -302,6 +287,6 @@ def test_a_model_that_counts_its_own_positions_takes_no_padding() -> None:
 
 def test_attentions_and_hidden_states_are_not_available() -> None:
     for name in ("output_attentions", "output_hidden_states"):
-        assert compiled()(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
+        assert quantized()(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
         with pytest.raises(InputError, match=f"{name} is not available.*original model"):
-            compiled()(ids(1, 9), **{name: True})
+            quantized()(ids(1, 9), **{name: True})

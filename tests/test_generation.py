@@ -1,46 +1,27 @@
 """transformers' generate on the compiled model: every way to decode gives, at 16 bits, what the original gives."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from toy_llama import RECENT, SINKS, ids, lossless, original, quantized
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.plan import capacity_blocks
+
+grow = SiteState.grow
 
 # The last token of the vocabulary is the end: a random model rarely says it, so that texts have their full length.
 OPTIONS: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": 127, "pad_token_id": 0}
 GREEDY: dict[str, Any] = {**OPTIONS, "do_sample": False}
-
-
-def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-def original() -> PreTrainedModel:
-    return tiny("llama")
-
-
-@cache
-def quantized() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=4, recent=32)
-
-
-@cache
-def lossless() -> PreTrainedModel:
-    plan = quantized().kvmix_plan
-    sites = tuple(replace(site, key=Precision(16), value=Precision(16)) for site in plan.sites)
-    return kvmix_compile.apply(original(), plan=replace(plan, sites=sites), verify=False)
 
 
 def both(prompt: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -131,6 +112,54 @@ def test_tokens_are_streamed() -> None:
     listener, prompt = Listener(), ids(1, 40)
     text = quantized().generate(prompt, streamer=listener, **GREEDY)
     assert listener.ended and listener.tokens == text[0].tolist()
+
+
+class EveryRowSaid(StoppingCriteria):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        return (input_ids == self.token).any(dim=1)
+
+
+@pytest.mark.parametrize("model", [lossless, quantized])
+def test_criteria_stop_it(model: Callable[[], Any]) -> None:
+    prompt = ids(1, 40)
+    text = model().generate(prompt, **GREEDY)
+    told = next(index for index in range(42, 60) if text[0, index] not in text[0, :index])
+    past = KVMixCache(model())
+    criteria = StoppingCriteriaList([EveryRowSaid(int(text[0, told]))])
+    stopped = model().generate(prompt, past_key_values=past, stopping_criteria=criteria, **GREEDY)
+    assert torch.equal(stopped, text[:, : told + 1]) and past.get_seq_length() == told
+
+
+def test_a_long_generation_grows_its_cache_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing copies, so each time by an eighth at least: never for every token."""
+    growths = []
+    monkeypatch.setattr(SiteState, "grow", lambda state, blocks: (growths.append(blocks), grow(state, blocks)))
+    past = KVMixCache(quantized())
+    text = quantized().generate(
+        ids(1, 10), past_key_values=past, **{**GREEDY, "max_new_tokens": 480, "eos_token_id": -1}
+    )
+    assert text.shape == (1, 490) and past.states[0].blocks >= 14
+    rooms = sorted(set(growths))
+    assert len(growths) == len(rooms) * len(past.states)
+    assert all(room <= before + max(1, before // 4) for before, room in pairwise(rooms))
+    # On to a hundred thousand tokens, which need 3124 blocks.
+    rooms = sorted({capacity_blocks(tokens, SINKS, RECENT) for tokens in range(0, 100_000, 16)})
+    assert len(rooms) < 90 and rooms[-1] >= 3124
+
+
+@pytest.mark.parametrize("proposed", [5, 20])
+def test_assisted_generation_takes_back_across_blocks(proposed: int) -> None:
+    """A short memory, so that what is taken back often lies before the last block that was packed."""
+    assistant = tiny("llama", num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = proposed
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    prompt, options = ids(1, 30), {**GREEDY, "max_new_tokens": 120, "eos_token_id": -1}
+    expected = original().generate(prompt, **options)
+    assert torch.equal(lossless().generate(prompt, assistant_model=assistant, **options), expected)
 
 
 def test_a_conversation_goes_on_in_the_same_cache() -> None:

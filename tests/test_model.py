@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -10,20 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_llama import RECENT, SINKS, ids, unquantized
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import kvmix_compile
-from kvmix_compile import KVMixCache, Plan
+from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
-from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import TINY, tiny
 
 PLAIN = ("hand_written", "fused_arange")
 NAMES = (*TINY, *PLAIN)
 PADDABLE = tuple(name for name in NAMES if name != "fused_arange")
-# Few, so that short texts are stored in all three ways: as sinks, packed, and in the tail.
-SINKS, RECENT = 4, 32
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,6 @@ class Compiled:
     original: nn.Module
     quantized: nn.Module
     lossless: nn.Module
-
-
-def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def unquantized(plan: Plan) -> Plan:
-    sixteen = Precision(16)
-    return replace(plan, sites=tuple(replace(site, key=sixteen, value=sixteen) for site in plan.sites))
 
 
 @cache

@@ -1,0 +1,45 @@
+"""A toy Llama and its compiled twins, made once: what many tests look at from different sides."""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kvmix_compile
+from kvmix_compile import Plan
+from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.models_zoo.tiny import tiny
+
+# Few, so that short texts are stored in all three ways: as sinks, packed, and in the tail.
+SINKS, RECENT = 4, 32
+
+
+def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
+    """Random token ids of the toy models' vocabulary, none of them a special token."""
+    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def unquantized(plan: Plan) -> Plan:
+    """The plan with everything at 16 bits."""
+    sixteen = Precision(16)
+    sites = tuple(replace(site, key=sixteen, value=sixteen, channel_quarters=()) for site in plan.sites)
+    return replace(plan, sites=sites)
+
+
+@cache
+def original() -> PreTrainedModel:
+    return tiny("llama")
+
+
+@cache
+def quantized() -> PreTrainedModel:
+    """At 2.3 bits."""
+    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+
+
+@cache
+def lossless() -> PreTrainedModel:
+    """With a KVMixCache that quantizes nothing."""
+    return kvmix_compile.apply(original(), plan=unquantized(quantized().kvmix_plan), verify=False)
