@@ -23,7 +23,7 @@ tokens, with 4 sinks and 32 recent tokens, so that most is read from storage. Of
 - **{applied}** work through `apply`: verified, with 16 bits the original's greedy text, with 2.3 bits finite logits;
 - **{compiled}** work through `torch.compile(backend="kvmix")` and a `StaticCache`: with 16 bits the original's text;
 - **{either}** work in one of the two ways. `apply` refuses {refused}, the backend {backend_refused}, each before
-  anything is changed and with the reason given below; {no_static} do not run compiled with a `StaticCache` by themselves;
+  anything is changed and with the reason given below; {no_static} do not run compiled with a `StaticCache` themselves;
 - **{failed}** failed otherwise.
 """
 

@@ -186,6 +186,20 @@ def relative_bias(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
+def of_a_memory(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Cross-attention: keys and values are not of the text at all."""
+    memory = torch.linspace(-1, 1, 7 * 8).reshape(1, 1, 7, 8).expand(query.shape[0], 4, 7, 8)
+    return torch.softmax(query @ memory.transpose(2, 3), -1) @ memory + F.scaled_dot_product_attention(
+        query, memory, memory
+    )
+
+
+def weights_also_given_on(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention whose probabilities leave the layer, and change what comes after."""
+    weights = torch.softmax(masked(query @ key.transpose(2, 3)), -1)
+    return weights @ value + (weights @ torch.ones_like(weights))[..., :1]
+
+
 def pooled_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Keys of another length than the text, as cross-attention has them."""
     return F.scaled_dot_product_attention(query, key[:, :, :5], value[:, :, :5])
@@ -200,6 +214,8 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     "mask of the content": (content_mask, "depends on the tokens"),
     "bias of the content": (content_bias, "joins 2"),
     "relative bias": (relative_bias, "bias"),
+    "cross-attention": (of_a_memory, "no mask"),
+    "probabilities given on": (weights_also_given_on, "elsewhere"),
     "keys of another length": (pooled_keys, "."),
     "thresholded weights": (
         lambda q, k, v: torch.softmax(masked(q @ k.transpose(2, 3)), -1).clamp(min=0.1) @ v,
