@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="make the page from the results there are")
+    parser.add_argument("--page", type=Path, default=TABLE)
     options = parser.parse_args()
     if not options.table:
         start = perf_counter()
@@ -44,7 +45,7 @@ def main() -> None:
         if output:
             write_json(output, record)
     if options.table or not options.only:
-        TABLE.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+        options.page.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 def _progress(names: Sequence[str], processes: int, timeout: float) -> Iterator[dict[str, Any]]:

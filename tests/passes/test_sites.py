@@ -233,6 +233,24 @@ def test_what_cannot_be_cached_is_refused_with_a_reason(capture_toy, name: str) 
     assert re.search(reason, refusal.reason)
 
 
+class GivingWeights(nn.Module):
+    """Returns the probabilities of its attention beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.embedding(input_ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        weights = torch.softmax(masked(states @ states.transpose(2, 3)), -1)
+        return self.head((weights @ states).transpose(1, 2).flatten(2)), weights
+
+
+def test_probabilities_that_are_only_returned_are_given_up() -> None:
+    sites = find_sites(capture(GivingWeights().eval()))
+    assert len(sites.matched) == 1 and not sites.refused
+
+
 def test_bloom_is_refused_for_its_alibi_in_every_layer() -> None:
     sites = find_sites(capture(tiny("bloom")))
     assert sites.matched == ()

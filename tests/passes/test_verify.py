@@ -97,6 +97,19 @@ def test_other_ways_to_mix_tokens_are_noticed(mix: Callable[[Tensor], Tensor]) -
         verify(capture(Mixing(mix).eval()))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def test_keys_may_be_used_elsewhere_for_their_own_token(capture_toy) -> None:
+    assert verify(capture_toy(lambda q, k, v: attend(q, k, v) + k.sin())) < 1e-4
+
+
+def test_keys_of_the_past_used_elsewhere_are_noticed(capture_toy) -> None:
+    with pytest.raises(VerifyError, match="cumsum in the model"):
+        verify(capture_toy(lambda q, k, v: attend(q, k, v) + k.cumsum(dim=2) / 10))
+
+
 def test_a_site_left_out_is_noticed(captured) -> None:
     sites = find_sites(captured("llama")).matched
     with pytest.raises(VerifyError):
