@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,13 @@ from torch._guards import tracing
 from kvmix_compile.compiler import DEFAULT_BUDGET, DEFAULT_RECENT, DEFAULT_SINKS, analyze
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate import Policy
-from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.sites import AttentionSite
+
+BROKEN_GRAPH = (
+    "Dynamo broke the model's graph and hands over a part of it: see TORCH_LOGS=graph_breaks; for transformers' models "
+    "pass attention_mask and position_ids, as generate does"
+)
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,24 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
         plan = _planned(options, sites[0].output)
     elif not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    by_layer = {site.layer: site for site in plan.sites}
+    by_layer = {site.layer: planned for site in sites if (planned := _planned_for(site.layer, plan)) is not None}
     layers = [site.layer for site in sites]
-    if not by_layer.keys() & set(layers):
-        raise PlanError(
-            f"the plan has no layer {layers[0]!r}. Either it was made for another model, or Dynamo broke the model's "
-            "graph and hands over one layer alone: see TORCH_LOGS=graph_breaks; with transformers' models it helps to "
-            "pass attention_mask and position_ids, as generate does"
-        )
+    if not by_layer:
+        raise PlanError(f"the plan has no layer {layers[0]!r}. Either it was made for another model, or {BROKEN_GRAPH}")
     shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
     if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
         plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
     return replace(plan, sites=tuple(by_layer[layer] for layer in layers))
+
+
+def _planned_for(layer: str, plan: Plan) -> SitePlan | None:
+    """The plan for a layer. Where Dynamo broke the model's graph, paths begin at a part of the model: such a path may
+    be the end of one planned layer's.
+    """
+    ends = [site for site in plan.sites if f".{site.layer}".endswith(f".{layer}")]
+    exact = [site for site in ends if site.layer == layer]
+    found = exact or ends
+    return found[0] if len(found) == 1 else None
 
 
 # A model is measured once, however many graphs it is compiled to.
@@ -103,9 +115,10 @@ def _model_behind(node: fx.Node) -> nn.Module:
     path = next((path for path, _ in node.meta.get("nn_module_stack", {}).values()), "")
     root = re.match(r"L\['(\w+)'\]", path)
     model = InstructionTranslator.current_tx().output.local_scope.get(root.group(1)) if root else None
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or "input_ids" not in signature(model.forward).parameters:
         raise InputError(
             "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
-            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}"
+            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}. If it is the model "
+            f"itself, {BROKEN_GRAPH}"
         )
     return model

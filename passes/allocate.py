@@ -269,6 +269,11 @@ def _published_value(bits: int, head_dim: int) -> Precision:
 def _ranked(sites: Sequence[SiteImportance], norm: Literal["key_gradient_norm", "value_gradient_norm"]) -> list[int]:
     """Indices of the sites, the largest gradient norm first; of equal ones, the earlier site first."""
     for site in sites:
+        if math.isnan(getattr(site, norm)):
+            raise AllocationError(
+                f"{norm} of {site.layer} is not known, as no linear map was recognised behind it: use policy='fisher', "
+                "which needs none"
+            )
         if not math.isfinite(getattr(site, norm)):
             raise AllocationError(f"{norm} of {site.layer} is {getattr(site, norm)}; calibrate on other texts")
     return sorted(range(len(sites)), key=lambda index: -getattr(sites[index], norm))

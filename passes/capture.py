@@ -115,11 +115,25 @@ def capture(model: nn.Module) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {first_line(error)}. The model's forward must "
-            "take token ids and return logits, with no control flow that depends on their values or on the sequence "
-            "length"
+            f"torch.export could not capture {type(model).__name__}: {first_line(error)}. {_advice(model)}"
         ) from error
     return _captured(program, wrapper)
+
+
+def _advice(model: nn.Module) -> str:
+    """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it."""
+    mixing = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.RNNBase)
+    ]
+    if mixing:
+        more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
+        return f"It mixes tokens otherwise than by attention, in {mixing[0]}{more}; such models are not supported"
+    return (
+        "The model's forward must take token ids and return logits, with no control flow that depends on their values "
+        "or on the sequence length"
+    )
 
 
 def _check(model: nn.Module) -> None:

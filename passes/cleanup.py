@@ -1,6 +1,6 @@
 """Cleanup: what export leaves in a graph and a rewritten graph must not keep."""
 
-from torch import Tensor, fx
+from torch import Tensor, fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.passes.vocabulary import is_active_dropout, operation
@@ -16,7 +16,7 @@ _ASSERTIONS = frozenset(
         "sym_constrain_range_for_size",
     }
 )
-_POSSIBLE_IDENTITIES = frozenset({"to", "slice", "dropout", "alias", "lift_fresh_copy"})
+_POSSIBLE_IDENTITIES = frozenset({"to", "slice", "dropout", "alias", "detach_", "lift_fresh_copy"})
 
 
 def clean_up(module: fx.GraphModule) -> None:
@@ -30,6 +30,17 @@ def clean_up(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
+
+
+def accept_any_strides(graph: fx.Graph) -> None:
+    """Let views copy where they must. In place.
+
+    A graph was traced with the strides that the model's own attention gives its output, and a `view` that is right for
+    those need not be right for another operator's.
+    """
+    for node in graph.nodes:
+        if node.target is ops.aten.view.default:
+            node.target = ops.aten.reshape.default
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from kvmix_compile.passes.allocate import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.mixing import running
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.projections import Projection, find_projection
 from kvmix_compile.passes.sensitivity import Tally, candidates_for
@@ -88,7 +89,8 @@ def measure(
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
     total_loss, predicted = 0.0, 0
     for row in rows:
-        total_loss += recorder.add(row, keys, values, sinks, recent)
+        with running(captured):
+            total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
     measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))

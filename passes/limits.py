@@ -6,7 +6,10 @@ from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.positions import reads_table
-from kvmix_compile.passes.vocabulary import argument, operation, tensor_of
+from kvmix_compile.passes.vocabulary import LAYOUT, argument, as_node, operation, tensor_of
+
+# What numbers tokens.
+COUNTING = frozenset({"arange", "cumsum"})
 
 
 def vocabulary_size(captured: Captured) -> int:
@@ -35,14 +38,27 @@ def longest_context(captured: Captured) -> int | None:
 
 def _position_tables(captured: Captured) -> list[int]:
     """The rows of each table that is looked up or cut by position."""
-    token_dependent = Dataflow(captured.graph).token_dependent
-    looked_up = [_rows(node) for node in _embeddings(captured.graph) if node.args[1] not in token_dependent]
+    dataflow = Dataflow(captured.graph)
+    token_dependent = dataflow.token_dependent
+    # What depends on neither tokens nor positions is looked up at a constant, such as the type of a segment.
+    looked_up = [
+        _rows(node)
+        for node in _embeddings(captured.graph)
+        if node.args[1] not in token_dependent and _depends_on_positions(as_node(node.args[1]), dataflow)
+    ]
     cut = [
         node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
         for node in captured.graph.nodes
         if node not in token_dependent and reads_table(node, captured.tokens)
     ]
     return looked_up + [rows for rows in cut if isinstance(rows, int)]
+
+
+def _depends_on_positions(index: fx.Node, dataflow: Dataflow) -> bool:
+    return any(
+        operation(node) in COUNTING or (node.op == "placeholder" and node.name == "position_ids")
+        for node in dataflow.ancestors(index) | {index}
+    )
 
 
 def _embeddings(graph: fx.Graph) -> list[fx.Node]:
@@ -57,10 +73,11 @@ def _rows(embedding: fx.Node) -> int:
 
 def _index_sources(embedding: fx.Node) -> set[fx.Node]:
     """The node that an embedding looks up, and those behind it through views."""
-    found, node = set(), embedding.args[1]
-    while isinstance(node, fx.Node):
+    node = as_node(embedding.args[1])
+    found = {node}
+    while operation(node) in LAYOUT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
         found.add(node)
-        node = node.all_input_nodes[0] if node.all_input_nodes else None
     return found
 
 

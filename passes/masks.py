@@ -21,7 +21,7 @@ from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.sink_logits import PROBED_LOGIT, SinkLogits, without_column
 from kvmix_compile.passes.slopes import slopes_of
-from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation
+from kvmix_compile.passes.vocabulary import SHAPE_ONLY, operation, tensor_of
 
 # A probe of n tokens costs n * n scores a layer; 8192 of them is half a gigabyte for a moment.
 LONGEST_PROBE = 8192
@@ -97,6 +97,8 @@ class Probe:
             for ancestor in (self.dataflow.ancestors(node) | {node}) - self.dataflow.token_dependent
             for constant in _integers(ancestor)
         }
+        if tables := self._tables_for(node):
+            return min(tables)
         # What is beyond the model's positions never takes effect; the largest integers are ends of slices.
         limit = self.longest_context or UNLIMITED
         largest = max((constant for constant in constants if SHORTEST_PROBE // 2 < constant < limit), default=0)
@@ -106,6 +108,12 @@ class Probe:
                 f"{LONGEST_PROBE})"
             )
         return max(SHORTEST_PROBE, largest + SHORTEST_PROBE // 2)
+
+    def _tables_for(self, node: fx.Node) -> list[int]:
+        """The sizes of the masks that the model made beforehand and cuts to length: any window is somewhere in them."""
+        tables = [tensor_of(source) for source in self.dataflow.ancestors(node) if source.op == "get_attr"]
+        squares = [table for table in tables if table is not None and table.dtype is torch.bool and table.dim() >= 2]
+        return [table.shape[-1] for table in squares if SHORTEST_PROBE < table.shape[-1] <= LONGEST_PROBE]
 
     def inputs(self, tokens: int) -> dict[fx.Node, Tensor]:
         """Values for the graph's inputs: one row of `tokens` tokens at positions 0, 1, 2, ..."""

@@ -7,6 +7,9 @@ from torch import fx
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.vocabulary import PROJECTIONS, operation
 
+# What a low-rank adapter does between its two maps: nothing, or what is linear too.
+LINEAR = frozenset({"to", "dropout", "mul", "div"})
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -19,7 +22,9 @@ class Projection:
 
 
 def find_projection(node: fx.Node, dataflow: Dataflow) -> Projection | None:
-    """The nearest linear map behind keys or values, or None where there is not exactly one."""
+    """The nearest linear map behind keys or values. Of several that are added up, as a low-rank adapter is to what it
+    adapts, the one that is adapted; None where there is none such.
+    """
     found: list[Projection] = []
     seen: set[fx.Node] = set()
     pending = [node]
@@ -33,4 +38,17 @@ def find_projection(node: fx.Node, dataflow: Dataflow) -> Projection | None:
             found.append(Projection(inputs[0], current))
         else:
             pending.extend(inputs)
-    return found[0] if len(found) == 1 else None
+    whole = [one for one in found if all(_adapts(other, one, dataflow) for other in found if other is not one)]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _adapts(projection: Projection, whole: Projection, dataflow: Dataflow) -> bool:
+    """Whether `projection` gives as many features as `whole`, from an earlier linear map of the same input."""
+    node = projection.input
+    while node is not whole.input and operation(node) in PROJECTIONS | LINEAR:
+        node = next(source for source in node.all_input_nodes if source in dataflow.token_dependent)
+    return node is whole.input and node is not projection.input and _features(projection) == _features(whole)
+
+
+def _features(projection: Projection) -> int:
+    return int(projection.output.meta["val"].shape[-1])

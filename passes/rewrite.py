@@ -14,7 +14,7 @@ from torch.fx.node import Argument
 from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
-from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
 from kvmix_compile.passes.positions import shift_positions
 from kvmix_compile.passes.sites import AttentionSite
 
@@ -59,6 +59,7 @@ def rewrite(
         rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)
     graph.eliminate_dead_code()
     shifted = not captured.has_position_input and shift_positions(graph, lengths, captured.tokens)
+    accept_any_strides(graph)
     clean_up(module)
     return Rewritten(module, tuple(sites), shifted)
 

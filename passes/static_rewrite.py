@@ -10,7 +10,7 @@ from torch import fx
 
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.capture import graph_inputs
-from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.lowering import Lowered
 from kvmix_compile.passes.rewrite import add_inputs, rewrite_site
@@ -51,6 +51,7 @@ def rewrite_static(
     for cached in sites:
         for buffer in (cached.key, cached.value):
             _drop_buffer(graph, buffer, cached.site.layer)
+    accept_any_strides(graph)
     clean_up(lowered.module)
     left = set(graph_inputs(graph))
     return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)

@@ -12,12 +12,11 @@ from torch import Tensor
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout, required_blocks
 from kvmix_compile.passes.capture import Captured
-from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.limits import vocabulary_size
+from kvmix_compile.passes.mixing import running, suspects
 from kvmix_compile.passes.rewrite import Rewritten, rewrite
-from kvmix_compile.passes.sites import AttentionSite, module_path
-from kvmix_compile.passes.vocabulary import TOKEN_MIXING, operation
+from kvmix_compile.passes.sites import AttentionSite
 
 # A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
 # boundaries.
@@ -40,7 +39,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     chunks = list(_chunks(longest_context))
     padding = 0 if rewritten.equal_rows else PADDING
     ids = _probe_ids(captured, sum(chunks))
-    with torch.no_grad():
+    with torch.no_grad(), running(captured):
         expected = torch.stack(
             [_captured_logits(captured, row, start) for row, start in zip(ids, (0, padding), strict=True)]
         )
@@ -52,7 +51,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     if not share <= TOLERANCE[next(iter(_floating(captured))).dtype]:
         raise VerifyError(
             f"the model cannot be given a KV cache: run in chunks with one, its logits differ by {share:.2g} "
-            f"standard deviations from those of the whole text. {_suspects(captured, sites)}"
+            f"standard deviations from those of the whole text. {suspects(captured)}"
         )
     return share
 
@@ -102,17 +101,3 @@ def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
     layout = StateLayout(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16), SINKS, RECENT)
     blocks = required_blocks(ids.shape[1], SINKS, RECENT)
     return SiteState.allocate(layout, ids.shape[0], blocks, site.key.meta["val"].dtype, ids.device)
-
-
-def _suspects(captured: Captured, sites: Sequence[AttentionSite]) -> str:
-    """Names the operations that may mix tokens beside the attention that was matched."""
-    token_dependent = Dataflow(captured.graph).token_dependent
-    found = [
-        f"{operation(node)} in {module_path(node) or 'the model'}"
-        for node in captured.graph.nodes
-        if operation(node) in TOKEN_MIXING and node in token_dependent
-    ]
-    if not found:
-        return "Something besides the attention that was matched carries information from token to token"
-    listed = ", ".join(dict.fromkeys(found[:5]))
-    return f"It mixes tokens otherwise than by attention: {listed}. Such models are not supported"

@@ -57,10 +57,10 @@ SHAPE_ONLY = frozenset(
 )  # fmt: skip
 
 # Operations that carry information from one token to another when applied along the sequence.
-TOKEN_MIXING = frozenset(
-    {"conv1d", "convolution", "conv2d", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "fft_fft",
-     "fft_rfft", "lstm", "gru", "rnn_tanh", "associative_scan", "scan", "while_loop", "cummax", "pad",
-     "constant_pad_nd", "scatter"}
+CUMULATIVE = frozenset({"cumsum", "cumprod", "logcumsumexp", "cummax"})
+TOKEN_MIXING = CUMULATIVE | frozenset(
+    {"conv1d", "convolution", "conv2d", "roll", "flip", "fft_fft", "fft_rfft", "lstm", "gru", "rnn_tanh",
+     "associative_scan", "scan", "while_loop", "pad", "constant_pad_nd", "scatter"}
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from kvmix_compile import backend_plan as backend_plan_module
 from kvmix_compile import backend_storage as storage_module
 from kvmix_compile.backend import kvmix, packed_cache
 from kvmix_compile.backend_padding import SeenMask
+from kvmix_compile.backend_plan import Options, choose_plan
 from kvmix_compile.errors import CacheError, InputError, PlanError, UnsupportedModelError
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import WINDOW, tiny
@@ -352,6 +353,34 @@ def test_a_cache_of_another_plan_is_refused() -> None:
     torch._dynamo.reset()
     with pytest.raises(CacheError, match="another plan"):
         logits(compiled("llama"), past, ids(1))
+
+
+def with_a_broken_graph() -> PreTrainedModel:
+    """Dynamo hands over what comes after the rotary embedding, whose paths begin at `model.model`."""
+    model = tiny("llama")
+    rotate = model.model.rotary_emb.forward
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        torch._dynamo.graph_break()
+        return rotate(*arguments, **options)
+
+    model.model.rotary_emb.forward = broken
+    return model
+
+
+def test_a_plan_is_found_for_a_part_of_a_broken_graph() -> None:
+    past, text = static_cache("llama"), ids(90)
+    options = {"plan": low("llama"), "backend": "eager"}
+    found = logits(torch.compile(with_a_broken_graph(), backend="kvmix", options=options), past, text, 60)
+    assert held(past).plan == low("llama")
+    torch._dynamo.reset()
+    assert close(found, logits(compiled("llama", low("llama")), static_cache("llama"), text, 60))
+
+
+def test_a_path_that_could_be_two_layers_has_no_plan() -> None:
+    site = find_sites(capture(original("llama")), 512).matched[0]
+    with pytest.raises(PlanError, match="no layer 'self_attn'.*graph_breaks"):
+        choose_plan(Options(plan=low("llama")), [replace(site, layer="self_attn")])
 
 
 # What is refused before anything is changed

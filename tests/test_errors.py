@@ -39,7 +39,7 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
     "an encoder": (lambda: tiny("bert"), UnsupportedModelError, r"encoder"),
     "an encoder-decoder": (lambda: tiny("t5"), CaptureError, r"encoder-decoder.*decoder-only"),
-    "a recurrence": (lambda: tiny("mamba"), CaptureError, r"could not capture MambaForCausalLM"),
+    "a recurrence": (lambda: tiny("mamba"), CaptureError, r"layers\.0\.mixer\.conv1d \(Conv1d\)"),
     "a hybrid": (lambda: tiny("lfm2"), VerifyError, r"conv1d in model\.layers\.0\.conv"),
     "a convolution": (plain.convolution, VerifyError, r"conv1d in layers\.0\.convolution"),
     "a bias on scores": (lambda: Biased().eval(), UnsupportedModelError, r"bias.*not linear in the distance"),

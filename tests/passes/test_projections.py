@@ -85,6 +85,31 @@ def test_what_has_not_exactly_one_projection_has_none() -> None:
     assert find_projection(site.value, dataflow) is None
 
 
+class Adapted(TwoMaps):
+    """Keys by a linear map and a low-rank adapter of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(32, 4), nn.Linear(4, 32)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        key = self.first(hidden) + 2 * self.up(self.down(hidden))
+        states = key.unflatten(-1, (4, 8)).transpose(1, 2)
+        return (
+            nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+
+def test_a_map_with_an_adapter_is_the_one_that_is_adapted() -> None:
+    captured = capture(Adapted().eval())
+    (site,) = find_sites(captured).matched
+    kind, parameters = weights_behind(captured, site.key)
+    assert kind == "linear" and "model.first.weight" in parameters
+
+
 def test_a_low_rank_projection_is_the_one_next_to_the_cache() -> None:
     """As in multi-head latent attention: the keys come from the second of two maps."""
 

@@ -186,6 +186,20 @@ def relative_bias(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
+def of_a_memory(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Cross-attention: keys and values are not of the text at all."""
+    memory = torch.linspace(-1, 1, 7 * 8).reshape(1, 1, 7, 8).expand(query.shape[0], 4, 7, 8)
+    return torch.softmax(query @ memory.transpose(2, 3), -1) @ memory + F.scaled_dot_product_attention(
+        query, memory, memory
+    )
+
+
+def weights_also_given_on(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention whose probabilities leave the layer, and change what comes after."""
+    weights = torch.softmax(masked(query @ key.transpose(2, 3)), -1)
+    return weights @ value + (weights @ torch.ones_like(weights))[..., :1]
+
+
 def pooled_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Keys of another length than the text, as cross-attention has them."""
     return F.scaled_dot_product_attention(query, key[:, :, :5], value[:, :, :5])
@@ -200,6 +214,8 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     "mask of the content": (content_mask, "depends on the tokens"),
     "bias of the content": (content_bias, "query-key products alone"),
     "relative bias": (relative_bias, "bias"),
+    "cross-attention": (of_a_memory, "no mask"),
+    "probabilities given on": (weights_also_given_on, "elsewhere"),
     "keys of another length": (pooled_keys, "."),
     "thresholded weights": (
         lambda q, k, v: torch.softmax(masked(q @ k.transpose(2, 3)), -1).clamp(min=0.1) @ v,
@@ -224,6 +240,24 @@ def test_heads_that_are_one_dimension_with_rows_are_told_apart(captured) -> None
         for node in (site.query, site.key, site.value, site.output):
             value = tensor_of(node)
             assert value is not None and value.dim() == 4
+
+
+class GivingWeights(nn.Module):
+    """Returns the probabilities of its attention beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.embedding(input_ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        weights = torch.softmax(masked(states @ states.transpose(2, 3)), -1)
+        return self.head((weights @ states).transpose(1, 2).flatten(2)), weights
+
+
+def test_probabilities_that_are_only_returned_are_given_up() -> None:
+    sites = find_sites(capture(GivingWeights().eval()))
+    assert len(sites.matched) == 1 and not sites.refused
 
 
 def test_an_encoder_is_refused() -> None:

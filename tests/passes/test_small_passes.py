@@ -9,9 +9,9 @@ from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture import capture
-from kvmix_compile.passes.cleanup import clean_up
+from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
 from kvmix_compile.passes.device import move_constants
-from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.errors import CaptureError, UnsupportedModelError
 from kvmix_compile.passes.evaluate import evaluate
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.rewrite import rewrite
@@ -69,6 +69,19 @@ def test_cleaning_up_removes_dead_code_and_checks() -> None:
     assert calls(module) == ["cos"]
 
 
+def test_views_are_made_to_accept_any_strides() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(12)
+
+    module, other_strides = exported(Flat()), torch.randn(4, 3).T
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        module(other_strides)
+    accept_any_strides(module.graph)
+    module.recompile()
+    assert torch.equal(module(other_strides), other_strides.reshape(12))
+
+
 # Evaluate
 
 
@@ -103,6 +116,12 @@ def test_what_is_known_is_left_alone() -> None:
     assert list(known) == [nodes["x"]]
 
 
+def test_an_operation_that_does_not_take_the_probe_is_a_refusal() -> None:
+    module, nodes = chain()
+    with pytest.raises(UnsupportedModelError, match="cannot be tried on a probe .add: The size of tensor a"):
+        evaluate(module, nodes["add"], {nodes["mul"]: torch.ones(3), nodes["y"]: torch.ones(2)})
+
+
 # Limits
 
 
@@ -124,6 +143,22 @@ def test_a_vocabulary_smaller_than_the_logits_counts() -> None:
     model = tiny("llama", num_hidden_layers=1)
     model.model.embed_tokens = nn.Embedding(100, 128)
     assert vocabulary_size(capture(model)) == 100
+
+
+class SegmentTypes(nn.Module):
+    """Adds the embedding of segment 0 to every token, as BERT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.segments = nn.Embedding(64, 16), nn.Embedding(2, 16)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.embedding(input_ids) + self.segments(torch.zeros(input_ids.shape, dtype=torch.int64))
+
+
+def test_a_table_looked_up_at_a_constant_limits_nothing() -> None:
+    captured = capture(SegmentTypes().eval())
+    assert (vocabulary_size(captured), longest_context(captured)) == (64, None)
 
 
 class OtherPath(nn.Module):

@@ -11,7 +11,7 @@ from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import TINY
 from kvmix_compile.passes import verify as verify_module
 from kvmix_compile.passes.capture import Captured, capture
-from kvmix_compile.passes.errors import VerifyError
+from kvmix_compile.passes.errors import CaptureError, VerifyError
 from kvmix_compile.passes.rewrite import Rewritten, rewrite
 from kvmix_compile.passes.sites import find_sites
 from kvmix_compile.passes.vocabulary import operation
@@ -34,6 +34,19 @@ def test_a_model_of_few_positions_is_verified_on_as_many(longest_context: int) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_rounding_of_the_models_dtype_is_allowed_for(dtype: torch.dtype) -> None:
     verify(capture(plain.fused_arange().to(dtype)))
+
+
+def test_a_graph_that_does_not_run_for_every_length_is_a_capture_error() -> None:
+    """As export makes of loops over chunks of the text: nothing but its error says that the graph is for one length."""
+    graph = capture(plain.convolution())
+    convolution = next(node for node in graph.graph.nodes if operation(node) == "conv1d")
+    with graph.graph.inserting_before(convolution):
+        source = convolution.args[0]
+        short = graph.graph.call_function(torch.ops.aten.reshape.default, (source, [-1, 11]))
+    convolution.replace_input_with(source, short)
+    graph.module.recompile()
+    with pytest.raises(CaptureError, match=r"for every length.*conv1d in layers\.0\.convolution"):
+        verify(graph)
 
 
 # Models that mix tokens otherwise than by attention
@@ -82,6 +95,19 @@ class Mixing(nn.Module):
 def test_other_ways_to_mix_tokens_are_noticed(mix: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(VerifyError, match="logits differ"):
         verify(capture(Mixing(mix).eval()))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def test_keys_may_be_used_elsewhere_for_their_own_token(capture_toy) -> None:
+    assert verify(capture_toy(lambda q, k, v: attend(q, k, v) + k.sin())) < 1e-4
+
+
+def test_keys_of_the_past_used_elsewhere_are_noticed(capture_toy) -> None:
+    with pytest.raises(VerifyError, match="cumsum in the model"):
+        verify(capture_toy(lambda q, k, v: attend(q, k, v) + k.cumsum(dim=2) / 10))
 
 
 def test_a_site_left_out_is_noticed(captured) -> None:

@@ -1,0 +1,94 @@
+"""Every causal architecture of the installed transformers: `python -m benchmarks.models [--only llama gpt2 ...]`.
+
+Each is made at toy size with random weights and tried in a process of its own (benchmarks.model_trial). Results go to
+benchmarks/results/models.json and, as a table, to docs/models.md; `--table` makes the table anew from the results.
+With `--only`, results are printed, and written where `--output` says.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.model_table import table
+from benchmarks.model_trial import Trial, try_architecture
+from benchmarks.toy_models import architectures
+from kvmix_compile.records import circumstances, write_json
+
+RESULTS = Path(__file__).parent / "results" / "models.json"
+TABLE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="TYPE", choices=architectures())
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", action="store_true", help="make the page from the results there are")
+    parser.add_argument("--page", type=Path, default=TABLE)
+    options = parser.parse_args()
+    if not options.table:
+        start = perf_counter()
+        results = list(_progress(options.only or architectures(), options.processes, options.timeout))
+        record = {"results": results, "seconds": round(perf_counter() - start)}
+        record |= circumstances("benchmarks.models", torch.device("cpu"))
+        output = options.output or (None if options.only else RESULTS)
+        if output:
+            write_json(output, record)
+    if options.table or not options.only:
+        options.page.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def _progress(names: Sequence[str], processes: int, timeout: float) -> Iterator[dict[str, Any]]:
+    for result in _each_in_own_process(names, processes, timeout):
+        found = {key: value for key, value in result.items() if value not in (None, (), [])}
+        print(json.dumps(found), flush=True)
+        yield result
+
+
+def _each_in_own_process(names: Sequence[str], processes: int, timeout: float) -> Iterator[dict[str, Any]]:
+    # The server imports torch and transformers once, and runs nothing itself.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.model_trial"])
+    with ThreadPoolExecutor(processes) as threads:
+        yield from threads.map(lambda name: _in_own_process(context, name, timeout), names)
+
+
+def _in_own_process(context: Any, name: str, timeout: float) -> dict[str, Any]:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            return _failed(name, f"no result after {timeout:g} seconds")
+        result: dict[str, Any] = receiver.recv()
+        return result
+    except EOFError:
+        process.join()
+        return _failed(name, f"the process ended with code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _child(name: str, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    sender.send(try_architecture(name))
+
+
+def _failed(name: str, why: str) -> dict[str, Any]:
+    return asdict(Trial(name, failures=(why,)))
+
+
+if __name__ == "__main__":
+    main()

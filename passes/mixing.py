@@ -1,0 +1,57 @@
+"""Mixing: what carries information from token to token besides attention, found so that errors can name it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvmix_compile.passes.capture import Captured
+from kvmix_compile.passes.dataflow import Dataflow
+from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.sites import module_path
+from kvmix_compile.passes.vocabulary import CUMULATIVE, TOKEN_MIXING, argument, operation, tensor_of
+
+MOST_NAMED = 5
+
+
+def suspects(captured: Captured) -> str:
+    """A sentence that names the operations that may mix tokens, and where."""
+    token_dependent = Dataflow(captured.graph).token_dependent
+    found = [
+        f"{operation(node)} in {module_path(node) or 'the model'}"
+        for node in captured.graph.nodes
+        if node in token_dependent and _may_mix_tokens(node, captured)
+    ]
+    if not found:
+        return "Something besides the attention that was matched carries information from token to token"
+    listed = ", ".join(dict.fromkeys(found[:MOST_NAMED]))
+    return f"It mixes tokens otherwise than by attention: {listed}. Such models are not supported"
+
+
+@contextmanager
+def running(captured: Captured) -> Iterator[None]:
+    """Around a run of the captured graph: what fails there, for a length that the graph was not traced with, is said by
+    a CaptureError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(
+            f"the graph of {type(captured.model).__name__} that torch.export made for every length does not run for "
+            f"every length ({str(error).splitlines()[0]}). {suspects(captured)}"
+        ) from error
+
+
+def _may_mix_tokens(node: fx.Node, captured: Captured) -> bool:
+    if operation(node) not in TOKEN_MIXING:
+        return False
+    source = tensor_of(node.args[0]) if node.args else None
+    axis = argument(node, 1, "dim")
+    if operation(node) in CUMULATIVE and source is not None and isinstance(axis, int):
+        # Mixtures of experts add up how many tokens each expert has.
+        return statically_known_true(source.shape[axis] == captured.tokens)
+    return True
