@@ -49,7 +49,8 @@ class Tally:
             if candidate.is_quantized:
                 packed = quantize_block(original, candidate, self.axis)
                 error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
-            loss = 0.5 * (slope * error).square().sum((1, 2)).double() / predictions
+            # Added up before it is squared: errors that are alike in many tokens add up in attention too.
+            loss = 0.5 * (slope * error).sum((1, 2)).double().square() / predictions
             self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
 
     def losses(self, rows: int) -> dict[Precision, float]:

@@ -104,7 +104,7 @@ def test_gradient_norms_are_those_of_the_models_own_weights(captured, name: str)
     torch.testing.assert_close(found, norms / len(rows()), rtol=1e-3, atol=0)
 
 
-def test_sensitivity_is_half_the_squared_gradient_times_error(captured, monkeypatch) -> None:
+def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured, monkeypatch) -> None:
     """Against a computation of its own: attention in the model that reads old keys and values from leaves."""
     graph = captured("fused_arange")
     model, importance = graph.model, measured(graph)
@@ -137,7 +137,7 @@ def test_sensitivity_is_half_the_squared_gradient_times_error(captured, monkeypa
                 kept, slope = (tensor[0, :, -32 * blocks :] for tensor in (leaf.detach(), leaf.grad))
                 for precision in candidates_for(16, axis):
                     error = round_trip(kept, precision, axis, blocks) - kept
-                    loss = 0.5 * (slope * error).square().sum().item() / (len(row) - sinks - recent)
+                    loss = 0.5 * (slope * error).sum(dim=1).square().sum().item() / (len(row) - sinks - recent)
                     expected[axis, precision] = expected.get((axis, precision), 0.0) + loss / len(rows())
     site = importance.sites[1]
     for precision in candidates_for(16, Axis.TOKENS):
