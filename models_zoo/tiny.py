@@ -75,13 +75,15 @@ DECODERS: Mapping[str, Settings] = {
 }
 # Decoders whose attention is more than causal, with a window or a soft cap.
 SPECIAL: Mapping[str, Settings] = {
-    # Chunks in three of four layers.
+    # Chunks in three of four layers, and a temperature by position in the fourth, here felt from token 16 on.
     "llama4": {
         **GROUPED,
         "intermediate_size_mlp": 256,
         "num_hidden_layers": 4,
         "num_local_experts": 2,
         "attention_chunk_size": WINDOW,
+        "floor_scale": 16,
+        "attn_scale": 0.5,
     },
     # Sink logits.
     "gpt_oss": {

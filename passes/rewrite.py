@@ -58,7 +58,8 @@ def rewrite(
         order = channel_orders[index] if channel_orders else None
         rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)
     graph.eliminate_dead_code()
-    shifted = not captured.has_position_input and shift_positions(graph, lengths, captured.tokens)
+    # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
+    shifted = shift_positions(graph, lengths, captured.tokens)
     accept_any_strides(graph)
     clean_up(module)
     return Rewritten(module, tuple(sites), shifted)

@@ -43,7 +43,12 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
         expected = torch.stack(
             [_captured_logits(captured, row, start) for row, start in zip(ids, (0, padding), strict=True)]
         )
-        actual = _chunked_logits(rewritten, ids, chunks, padding)
+        try:
+            actual = _chunked_logits(rewritten, ids, chunks, padding)
+        except (RuntimeError, IndexError) as error:  # shapes or positions that no longer go together
+            raise VerifyError(
+                f"the model cannot be given a KV cache: run in chunks with one, it fails. {suspects(captured)}"
+            ) from error
     ignored = torch.zeros(2, ids.shape[1], dtype=torch.bool, device=ids.device)
     ignored[1, :padding] = True
     difference = (actual - expected).square().mean(-1).sqrt().masked_fill(ignored, 0).max()
