@@ -34,6 +34,9 @@ class Tally:
     gradient_norm: float = 0.0
     # Of each candidate, what each channel of each head loses: [heads, dim].
     sensitivity: dict[Precision, Tensor] = field(default_factory=dict)
+    # The same with errors squared token by token. It says less of a sum, and of one channel more reliably: a row gives
+    # it many numbers, and the other a single one.
+    diagonal: dict[Precision, Tensor] = field(default_factory=dict)
 
     def add_sensitivity(self, values: Tensor, slope: Tensor, sinks: int, predictions: int) -> None:
         """Add one row: `values` `[kv_heads, tokens, dim]`, of which the first `sinks` tokens are not quantized, and the
@@ -50,8 +53,11 @@ class Tally:
                 packed = quantize_block(original, candidate, self.axis)
                 error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
             # Added up before it is squared: errors that are alike in many tokens add up in attention too.
-            loss = 0.5 * (slope * error).sum((1, 2)).double().square() / predictions
-            self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
+            change = slope * error
+            together = 0.5 * change.sum((1, 2)).double().square() / predictions
+            apart = 0.5 * change.square().sum((1, 2)).double() / predictions
+            self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + together
+            self.diagonal[candidate] = self.diagonal.get(candidate, 0) + apart
 
     def losses(self, rows: int) -> dict[Precision, float]:
         """The mean over so many rows of what each candidate loses."""
@@ -61,7 +67,7 @@ class Tally:
         """The quarter, 0 to 3, of each channel of each head, int64 `[heads, dim]`; 0 for the channels that would lose
         most at the poorest candidate.
         """
-        poorest = max(self.sensitivity.values(), key=lambda loss: loss.sum().item())
+        poorest = max(self.diagonal.values(), key=lambda loss: loss.sum().item())
         ranks = poorest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return ranks * QUARTERS // poorest.shape[-1]
 
