@@ -108,7 +108,7 @@ def own_compiled_code() -> AbstractContextManager[None]:
     operators = torch.ops.kvmix.attend, torch.ops.kvmix.append, torch.ops.kvmix.order_channels
     signatures = "\n".join(str(operator.default._schema) for operator in operators)
     tag = f"{compiler_config.cache_key_tag} kvmix {hashlib.sha256(signatures.encode()).hexdigest()}"
-    return compiler_config.patch({"cache_key_tag": tag})
+    return compiler_config.patch({"cache_key_tag": tag})  # type: ignore[attr-defined]
 
 
 def _returning_tuple(module: fx.GraphModule) -> fx.GraphModule:
