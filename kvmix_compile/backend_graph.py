@@ -11,6 +11,7 @@ from kvmix_compile.backend_counting import Counter
 from kvmix_compile.backend_padding import MaskReader, padding
 from kvmix_compile.backend_storage import PackedCache, Place, give_back, given_back, place_of
 from kvmix_compile.errors import CacheError
+from kvmix_compile.inductor import own_compiled_code
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.passes.capture import graph_inputs
@@ -85,7 +86,7 @@ class StaticGraph:
             if candidate is buffer
         }
         state = self._fake_state(lowered, keys[0].shape[0])
-        with torch.no_grad():
+        with torch.no_grad(), own_compiled_code():
             self.compiled = compiler(rewritten.module, [*(lowered.fakes[place] for place in self.kept), *state])
 
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:

@@ -4,8 +4,10 @@ Batch, tokens and the room of the cache are symbols in what is compiled, so a gr
 What is compiled reads the weights that the model had then; they may change in place.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvmix_compile.errors import CompilationError
@@ -88,7 +91,7 @@ class InductorGraph:
                 tails = (tail.new_empty(batch, layout.kv_heads, slots, tail.shape[3]) for tail in (tail_k, tail_v))
                 inputs += [*fixed, *tails]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), own_compiled_code():
                 graph = torch._inductor.compile(_returning_tuple(self.module), inputs)
         except Exception as error:
             raise CompilationError(
@@ -96,6 +99,16 @@ class InductorGraph:
                 "compile=True"
             ) from error
         return _Compiled(graph, _holds(mode, (batch, tokens, logits, blocks, slots)))
+
+
+def own_compiled_code() -> AbstractContextManager[None]:
+    """While Inductor compiles: what it kept on disk for another version of kvmix_compile is not taken. It finds that by
+    the graph, in which operators have names and no signatures.
+    """
+    operators = torch.ops.kvmix.attend, torch.ops.kvmix.append, torch.ops.kvmix.order_channels
+    signatures = "\n".join(str(operator.default._schema) for operator in operators)
+    tag = f"{compiler_config.cache_key_tag} kvmix {hashlib.sha256(signatures.encode()).hexdigest()}"
+    return compiler_config.patch({"cache_key_tag": tag})  # type: ignore[attr-defined]
 
 
 def _returning_tuple(module: fx.GraphModule) -> fx.GraphModule:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch.compiler import config as compiler_config
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import kvmix_compile
@@ -73,9 +74,11 @@ class Counting:
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.cache_tag = ""
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.graphs += 1
+        self.cache_tag = compiler_config.cache_key_tag
         return lookup_backend("eager")(module, inputs)
 
 
@@ -301,6 +304,7 @@ def test_decoding_compiles_a_constant_number_of_graphs() -> None:
         blocks.append(held(past).states[0].blocks)
     assert len(set(blocks)) >= 5
     assert counting.graphs == 2
+    assert "kvmix" in counting.cache_tag
 
 
 # Plans and options

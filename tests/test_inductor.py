@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch.compiler import config as compiler_config
 from toy_llama import RECENT, SINKS, ids
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -127,6 +128,24 @@ def test_sizes_that_the_graph_does_not_hold_for_run_uncompiled(monkeypatch: pyte
     for tokens in (99, 100):
         text = ids(2, tokens)
         torch.testing.assert_close(model(text).logits, eager()(text).logits)
+
+
+def test_code_compiled_for_operators_of_another_signature_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own cache on disk outlives an upgrade of kvmix_compile."""
+    tags: list[str] = []
+
+    def compile(module: Any, inputs: list[Any]) -> Any:
+        tags.append(compiler_config.cache_key_tag)
+        return module
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    before = compiler_config.cache_key_tag
+    program = eager().kvmix_program
+    for attend in (torch.ops.kvmix.attend, torch.ops.kvmix.append):  # another operator under its name
+        monkeypatch.setattr(torch.ops.kvmix, "attend", attend)
+        InductorGraph(program.rewritten.module, program.plan.layouts(), program.dtypes, program.device).prepare()
+    assert before != tags[0] == tags[1] != tags[2] == tags[3] != before
+    assert compiler_config.cache_key_tag == before
 
 
 # A compiled model is a model
