@@ -31,7 +31,7 @@ class Trial:
     """What became of one architecture; None: not come to.
 
     not_run: why there was nothing to try, a model that cannot be made small or does not generate text by itself.
-    sites, masks: the attentions that were matched, and each kind of mask among them.
+    sites, masks: the attentions that were matched, and what they do (mask, soft cap, ALiBi, sink logits), each once.
     verified: the largest difference of logits that rewriting made, in their standard deviations.
     padded: whether what follows was tried on a batch one row of which is padded on the left.
     text: whether greedy text with a plan of 16 bits is the original's. quantized: whether it has the right length, and
@@ -115,7 +115,7 @@ def _try_apply(trial: Trial, model: PreTrainedModel, prompt: dict[str, Tensor], 
         lossless, quantized = apply_plans(model, plans)
         report = lossless.kvmix_report
         trial.sites, trial.verified = len(report.sites), report.verified
-        trial.masks = tuple(dict.fromkeys(site.mask for site in report.sites))
+        trial.masks = tuple(dict.fromkeys(site.attention for site in report.sites))
         trial.text = torch.equal(generate(lossless, prompt).sequences, expected)
         output = generate(quantized, prompt)
         is_finite = all(bool(logits.isfinite().all()) for logits in output.logits)

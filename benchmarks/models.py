@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.model_table import table
+from benchmarks.model_table import applied, table
 from benchmarks.model_trial import Trial, try_architecture
 from benchmarks.toy_models import architectures
 from kvmix_compile.records import circumstances, write_json
@@ -28,24 +28,39 @@ TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="TYPE", choices=architectures())
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", action="store_true", help="make the page from the results there are")
-    parser.add_argument("--page", type=Path, default=TABLE)
-    options = parser.parse_args()
+    options = _options()
     if not options.table:
         start = perf_counter()
-        results = list(_progress(options.only or architectures(), options.processes, options.timeout))
-        record = {"results": results, "seconds": round(perf_counter() - start)}
+        kept = _working(RESULTS) if options.again else {}
+        names = options.only or [name for name in architectures() if name not in kept]
+        found = {row["model_type"]: row for row in _progress(names, options.processes, options.timeout)}
+        rows = [row for _, row in sorted((kept | found).items())]
+        record = {"results": rows, "tried": len(found), "seconds": round(perf_counter() - start)}
         record |= circumstances("benchmarks.models", torch.device("cpu"))
         output = options.output or (None if options.only else RESULTS)
         if output:
             write_json(output, record)
     if options.table or not options.only:
         options.page.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="TYPE", choices=architectures())
+    which.add_argument("--again", action="store_true", help="only what did not work in both ways the last time")
+    which.add_argument("--table", action="store_true", help="nothing, only make the page from the results there are")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--page", type=Path, default=TABLE)
+    return parser.parse_args()
+
+
+def _working(results: Path) -> dict[str, dict[str, Any]]:
+    """What worked in both ways the last time, by model type."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["results"]
+    return {row["model_type"]: row for row in rows if applied(row) and row["backend"]}
 
 
 def _progress(names: Sequence[str], processes: int, timeout: float) -> Iterator[dict[str, Any]]:
