@@ -300,10 +300,10 @@ def _channel_quarters(record: object, where: str) -> tuple[str, ...]:
 
 
 def _precision(record: object, where: str) -> Precision:
-    numbers = [_field(record, name, int, where) for name in ("bits", "group", "scale_bits")]
+    bits, group, scale_bits = (_field(record, name, int, where) for name in ("bits", "group", "scale_bits"))
     important_bits = _important_bits(record, where)
     try:
-        return Precision(*numbers, important_bits)
+        return Precision(bits, group, scale_bits, important_bits)
     except KVMixError as error:
         raise PlanError(f"{where}: {error}") from error
 
