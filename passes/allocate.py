@@ -184,6 +184,10 @@ class _Item:
         """With fewer precisions to choose from."""
         return replace(self, sensitivity={choice: loss for choice, loss in self.sensitivity.items() if wanted(choice)})
 
+    def with_bits(self, quarters: tuple[int, ...]) -> _Item:
+        """These bits in every group size."""
+        return self.only(lambda precision: precision.quarters == quarters)
+
     def in_published_groups(self) -> _Item:
         """Each choice of bits in one group size, the published one or the largest below it."""
         groups: dict[tuple[int, ...], int] = {}
@@ -206,7 +210,7 @@ def _regrouped(items: Sequence[_Item], chosen: Sequence[Precision], allowance: i
     """
     pairs = list(zip(items, chosen, strict=True))
     codes, stored = (sum(item.cost(precision, unit) for item, precision in pairs) for unit in get_args(Unit))
-    same_bits = [item.only(lambda other, bits=precision.quarters: other.quarters == bits) for item, precision in pairs]
+    same_bits = [item.with_bits(precision.quarters) for item, precision in pairs]
     return _least_loss(same_bits, "storage_budget", max(codes + allowance, stored))
 
 
