@@ -12,6 +12,7 @@ import torch
 from kvmix_compile.kernels import cpu, cpu_library, reference
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, cpu_library.COMPILERS)), reason="there is no C++ compiler"
@@ -55,8 +56,8 @@ def check_the_reference_runs() -> None:
     reference.append(k, k, nothing, nothing, *other.tensors(), *options)
     q, token, length = torch.randn(1, 2, 1, 16), k[:, :, :1], nothing + 70
     inputs = token, token, length, nothing
-    attended = cpu.attend(q, *inputs, *one.tensors(), *options, 0.25, 0.0, 0)
-    assert torch.equal(attended, reference.attend(q, *inputs, *other.tensors(), *options, 0.25, 0.0, 0))
+    attended = cpu.attend(q, *inputs, *one.tensors(), *options, Weighting(0.25))
+    assert torch.equal(attended, reference.attend(q, *inputs, *other.tensors(), *options, Weighting(0.25)))
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
