@@ -12,8 +12,8 @@ Tail = Literal["window", "rpc"]
 #
 # "window": of at most 64 sinks and 128 recent tokens the most, which tell in accuracy (docs/method.md).
 #
-# "rpc": KVmix (arXiv 2506.08018), Recent Pivotal Context. Of a tail of recent tokens it keeps a tenth (2-bit tensors) or
-# a fifth, and quantizes what else fills groups of 32: while decoding, 3 to 34 or 8 to 39 tokens wait. A window of 40
+# "rpc": KVmix (arXiv 2506.08018), Recent Pivotal Context. Of a tail of recent tokens it keeps a tenth (2-bit tensors)
+# or a fifth, and quantizes what else fills groups of 32: while decoding, 3 to 34 or 8 to 39 tokens wait. A window of 40
 # lets 9 to 40 wait. The paper keeps no sinks.
 TAILS: Mapping[Tail, tuple[int, int]] = {"window": (64, 128), "rpc": (0, 40)}
 
