@@ -13,7 +13,7 @@ export PYTHONSAFEPATH := 1
 GPU_PYTHON ?= python3
 GPU_BENCHMARKS := attention decode
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test check sweep gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.demo
@@ -28,6 +28,10 @@ check: $(READY)
 	@rm -rf build
 	@$(PIP) install --no-deps --no-build-isolation --target $(TYPING) .
 	@MYPYPATH=$(TYPING) $(VENV)/bin/mypy -p kvmix_compile
+
+# Compiles every kernel that dispatch can choose, ahead of time, and prints registers and shared memory of each.
+sweep: $(READY)
+	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/test_triton_sweep.py
 
 # All that wants a GPU: the kernels' tests natively, the models' tests, benchmarks with their results as JSON, plots.
 gpu:

@@ -1,0 +1,158 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and says what became of them: what several tests share."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvmix_compile.kernels import triton_append, triton_attend
+from kvmix_compile.kernels.precision import Axis, Precision
+from kvmix_compile.kernels.triton_append import BlockWriter
+from kvmix_compile.kernels.triton_unpack import BlockFormat
+
+# Bytes of shared memory a program may have (CUDA programming guide, technical specifications per compute capability).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
+HEADS = 8
+STATE = {"SINKS": 64, "RECENT": 128, "SLOTS": 128}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one kernel."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+def compile_kernel(
+    kernel: Any, chip: int, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Compiled:
+    """types: of the arguments that are no 32-bit integers and no constants."""
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    # As at a launch: memory is aligned, and so are strides of whole heads.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.endswith(("_row", "_head", "_token"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    ptx = built.asm["ptx"]
+    registers, spilled = assemble(ptx)
+    return Compiled(registers, spilled, built.metadata.shared, ptx)
+
+
+def assemble(ptx: str, output: str = "/dev/null") -> tuple[int, int]:
+    """Registers of a thread, and the bytes of them that are spilled, as NVIDIA's assembler says."""
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", "-o", output, file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
+    assert registers and spilled, report
+    return int(registers[1]), int(spilled[1])
+
+
+def unit_strides(*names: str) -> dict[str, int]:
+    return {f"{name}_channel": 1 for name in names}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What attention does beside causal attention."""
+
+    softcap: bool = False
+    sliding: bool = False
+    chunked: bool = False
+    sink_logits: bool = False
+    slopes: bool = False
+
+
+NOTHING, CAPPED_AND_SLIDING = Extras(), Extras(softcap=True, sliding=True)
+
+
+def compile_attend(
+    chip: int,
+    key: Precision,
+    value: Precision,
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    tokens: int = 1,
+    extras: Extras = NOTHING,
+) -> Compiled:
+    shared, widest = 4, max(key_dim, value_dim)
+    launch = triton_attend.Launch.choose(shared * tokens, HEADS, 32768, widest, MULTIPROCESSORS[chip])
+    elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
+    types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
+    types |= {
+        "output": "*fp32",
+        "log_sums": "*fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "sink_logits": f"*{dtype}",
+        "slopes": "*fp32",
+    }
+    constants = {
+        "HEADS": HEADS,
+        "SHARED": shared,
+        "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZES[dtype]),
+        "VALUE": BlockFormat.parts(value, value_dim, ITEMSIZES[dtype])[0],
+        "SOFTCAP": extras.softcap,
+        "SLIDING": extras.sliding,
+        "CHUNKED": extras.chunked,
+        "SPLITS": launch.splits,
+        "QUERIES": launch.query_tile,
+        "BLOCKS": launch.blocks,
+        **STATE,
+        **unit_strides("q", "k", "v"),
+    }
+    constants |= {name: None for name in ("sink_logits", "slopes") if not getattr(extras, name)}
+    options = {
+        "num_warps": launch.warps,
+        "num_stages": triton_attend.STAGES,
+        "maxnreg": triton_attend.REGISTERS,
+    }
+    return compile_kernel(triton_attend.attend_kernel, chip, types, constants, options)
+
+
+def compile_append(chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str) -> Compiled:
+    elements = dict.fromkeys(("k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
+    types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
+    constants = {
+        "HEADS": HEADS,
+        "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZES[dtype]),
+        "KEY_WRITERS": BlockWriter.parts(key, Axis.TOKENS, key_dim),
+        "VALUES": BlockFormat.parts(value, value_dim, ITEMSIZES[dtype]),
+        "VALUE_WRITERS": BlockWriter.parts(value, Axis.CHANNELS, value_dim),
+        **STATE,
+        **unit_strides("k", "v"),
+    }
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    return compile_kernel(triton_append.append_kernel, chip, types, constants, options)
+
+
+def show(chip: int, what: str, compiled: Compiled) -> None:
+    print(
+        f"\nsm_{chip} {what}: {compiled.registers} registers, {compiled.spilled_bytes} bytes spilled, "
+        f"{compiled.shared_bytes} bytes shared"
+    )
+
+
+def check_decoding(chip: int, compiled: Compiled) -> None:
+    assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled.ptx)
+    assert compiled.spilled_bytes == 0
+    assert compiled.shared_bytes <= SHARED_MEMORY[chip]
