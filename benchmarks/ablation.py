@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.comparison import compare
-from kvmix_compile.compiler import CALIBRATION_LENGTH, DEFAULT_RECENT, DEFAULT_SINKS
+from kvmix_compile.compiler import CALIBRATION_LENGTH
 from kvmix_compile.configurations import Configuration, compile_plans
 from kvmix_compile.held_out import token_ids
 from kvmix_compile.kernels import packing
@@ -31,8 +31,10 @@ from kvmix_compile.passes.limits import longest_context
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.sites import find_sites
 from kvmix_compile.records import circumstances, write_json
+from kvmix_compile.tails import TAILS
 
 RESULTS = Path(__file__).parent / "results"
+SINKS, RECENT = TAILS["window"]
 STUDIES = ("ingredients", "calibration")
 CALIBRATION_TOKENS = (512, 1024, 2048, 4096, 8192)
 
@@ -46,7 +48,7 @@ class Bench:
         self.sites = find_sites(self.captured, longest_context(self.captured)).matched
 
     def importance(
-        self, sinks: int = DEFAULT_SINKS, recent: int = DEFAULT_RECENT, tokens: int = 2048, text: str | None = None
+        self, sinks: int = SINKS, recent: int = RECENT, tokens: int = 2048, text: str | None = None
     ) -> Importance:
         texts = None if text is None else [text]
         chosen = build_calibration(self.model, self.tokenizer, texts, tokens=tokens, length=CALIBRATION_LENGTH)
@@ -89,7 +91,7 @@ def with_wide_scales(plan: Plan) -> Plan:
 
 def ingredients(bench: Bench, importance: Importance) -> dict[str, Plan]:
     """Plans at 2.3 code bits, each with one ingredient less."""
-    every_read = replace(bench.importance(recent=0), recent=DEFAULT_RECENT)
+    every_read = replace(bench.importance(recent=0), recent=RECENT)
     plan = importance.allocate(budget=2.3)
     return {
         "as it is": plan,

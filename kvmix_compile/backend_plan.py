@@ -13,11 +13,12 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 
-from kvmix_compile.compiler import DEFAULT_BUDGET, DEFAULT_RECENT, DEFAULT_SINKS, analyze
+from kvmix_compile.compiler import DEFAULT_BUDGET, analyze
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.sites import AttentionSite
+from kvmix_compile.tails import Tail
 
 BROKEN_GRAPH = (
     "Dynamo broke the model's graph and hands over a part of it: see TORCH_LOGS=graph_breaks; for transformers' models "
@@ -38,8 +39,9 @@ class Options:
     policy: Policy = "fisher"
     calibration: Any = None
     tokenizer: Any = None
-    sinks: int = DEFAULT_SINKS
-    recent: int = DEFAULT_RECENT
+    tail: Tail = "window"
+    sinks: int | None = None
+    recent: int | None = None
     backend: Any = "inductor"
 
     @classmethod
@@ -102,6 +104,7 @@ def _planned(options: Options, node: fx.Node) -> Plan:
             model,
             tokenizer=options.tokenizer,
             calibration=options.calibration,
+            tail=options.tail,
             sinks=options.sinks,
             recent=options.recent,
         )

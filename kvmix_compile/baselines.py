@@ -13,16 +13,13 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.importance import Importance
 from kvmix_compile.passes.plan import Plan
+from kvmix_compile.tails import TAILS
 
 # KIVI (arXiv 2402.02750): keys and values in 2 bits, groups of 32, the last 128 tokens unquantized, no sinks.
 KIVI_BITS = 2.0
 KIVI_RECENT = 128
 # KVmix (arXiv 2506.08018): the top 20% of layers have 3-bit keys and 4-bit values, all else 2 bits: 2.3 on average.
 KVMIX_BUDGET = 2.3
-# Of a tail of recent tokens KVmix keeps a tenth or a fifth, and of the rest what is no multiple of 32: 32 tokens after
-# each chunk of 64, 3 to 39 in decoding. A window of 40 keeps 32 and 9 to 40. There are no sinks.
-KVMIX_RECENT = 40
-
 # The arguments of transformers' QuantizedCache that its documentation and users give.
 QUANTIZED_GROUP = 64
 QUANTIZED_RECENT = 128
@@ -82,9 +79,10 @@ def check_baselines(names: Iterable[str], model: nn.Module) -> None:
 
 def published_plans(names: Iterable[str], importance: Importance) -> dict[str, Plan]:
     """The plans of those baselines that are a recipe for this project's own cache."""
+    rpc_sinks, rpc_recent = TAILS["rpc"]
     recipes = {
         "kivi": (replace(importance, sinks=0, recent=KIVI_RECENT), "uniform", KIVI_BITS),
-        "kvmix-paper": (replace(importance, sinks=0, recent=KVMIX_RECENT), "kvmix", KVMIX_BUDGET),
+        "kvmix-paper": (replace(importance, sinks=rpc_sinks, recent=rpc_recent), "kvmix", KVMIX_BUDGET),
     }
     return {
         name: measured.allocate(policy=policy, budget=bits)  # type: ignore[arg-type]

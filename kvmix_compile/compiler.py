@@ -23,14 +23,12 @@ from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
+from kvmix_compile.tails import Tail, unquantized_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
 DEFAULT_BUDGET = 2.3
-# Attention sinks and recent tokens kept in the model's dtype (shared design: at most 64 and 128).
-DEFAULT_SINKS = 64
-DEFAULT_RECENT = 128
 # Tokens of a calibration row: enough to reach past the sinks, little enough for a backward on a laptop.
 CALIBRATION_LENGTH = 512
 
@@ -53,8 +51,9 @@ def apply(
     policy: Policy = "fisher",
     tokenizer: Any = None,
     calibration: Any = None,
-    sinks: int = DEFAULT_SINKS,
-    recent: int = DEFAULT_RECENT,
+    tail: Tail = "window",
+    sinks: int | None = None,
+    recent: int | None = None,
     compile: bool = False,
     verify: bool = True,
     progress: bool = False,
@@ -72,8 +71,9 @@ def apply(
         tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
         calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and
             calibration, on tokens that the model itself samples.
-        sinks, recent: tokens at the beginning and end of each row that stay in the model's dtype; recent is at
-            least 32.
+        tail: which tokens of each row stay in the model's dtype: "window", the first 64 and the last 128, or "rpc", the
+            paper's, none of the first and the last 40.
+        sinks, recent: other numbers of first and of last tokens; recent is at least 32.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
             minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
@@ -83,7 +83,7 @@ def apply(
         KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError, CalibrationError or
             CompilationError; each says what to do.
     """
-    _check_state(sinks, recent)
+    sinks, recent = unquantized_tokens(tail, sinks, recent)
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
     if plan is not None and (budget is not None or storage_budget is not None):
@@ -124,14 +124,15 @@ def analyze(
     *,
     tokenizer: Any = None,
     calibration: Any = None,
-    sinks: int = DEFAULT_SINKS,
-    recent: int = DEFAULT_RECENT,
+    tail: Tail = "window",
+    sinks: int | None = None,
+    recent: int | None = None,
     progress: bool = False,
 ) -> Importance:
     """How much each layer's keys and values matter, measured once; `importance.allocate(budget=...)` makes
     plans of it.
     """
-    _check_state(sinks, recent)
+    sinks, recent = unquantized_tokens(tail, sinks, recent)
     report = Report(type(model).__name__)
     return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
 
@@ -146,13 +147,6 @@ def diagnose(model: nn.Module) -> Report:
     except KVMixError as error:
         report.problem = str(error)
     return report
-
-
-def _check_state(sinks: int, recent: int) -> None:
-    if sinks < 0 or recent < 32:
-        raise PlanError(
-            f"sinks={sinks} and recent={recent} are not possible: sinks is 0 or more, recent 32 (one block) or more"
-        )
 
 
 def find(model: nn.Module, report: Report) -> Found:

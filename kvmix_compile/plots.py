@@ -21,6 +21,7 @@ DOTS_PER_INCH = 150
 # Perplexities beyond this multiple of the original's are drawn at the edge, with their value: the others would be flat.
 HIGHEST = 1.5
 MARKERS = "osD^vPX*"
+LINE_POINTS = 10  # families have lines of their own for such values, which may stand at the same bits
 CELL_INCHES = 0.35
 LABEL_INCHES = 3.5
 FEWEST_CELLS = 12  # a narrower figure would cut its titles
@@ -55,7 +56,7 @@ def _plot_results(axes: Any, results: Sequence[Result]) -> None:
     axes.axhline(original.perplexity, color="black", linestyle="--", label=f"original ({original.perplexity:.2f})")
     edge = HIGHEST * original.perplexity
     for index, (family, members) in enumerate(groupby(others, key=_family)):
-        _plot_family(axes, family, sorted(members, key=_stored_bits), MARKERS[index % len(MARKERS)], edge)
+        _plot_family(axes, family, sorted(members, key=_stored_bits), index, edge)
     axes.set_xlabel("stored bits per quantized element, scales and zero points included")
     axes.set_ylabel("perplexity through the cache")
     axes.set_ylim(top=min(edge, axes.get_ylim()[1]) * 1.02)
@@ -111,13 +112,13 @@ def _relative(*rows: Sequence[float]) -> list[list[float]]:
     return [[math.log10(max(number / highest, SMALLEST) if number > 0 else SMALLEST) for number in row] for row in rows]
 
 
-def _plot_family(axes: Any, family: str, members: Sequence[Result], marker: str, edge: float) -> None:
-    shown = [min(member.perplexity, edge) for member in members]
+def _plot_family(axes: Any, family: str, members: Sequence[Result], index: int, edge: float) -> None:
+    shown, marker = [min(member.perplexity, edge) for member in members], MARKERS[index % len(MARKERS)]
     (line,) = axes.plot([member.stored_bits for member in members], shown, marker=marker, label=family)
     for member, height in zip(members, shown, strict=True):
         if member.perplexity > edge:
             axes.annotate(
-                f"{member.perplexity:.0f} ↑", (member.stored_bits, height), xytext=(5, -10),
+                f"{member.perplexity:.0f} ↑", (member.stored_bits, height), xytext=(5, -LINE_POINTS * (index + 1)),
                 textcoords="offset points", color=line.get_color(), fontsize="small",
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
 from kvmix_compile.passes.knapsack import choose
 
 Policy = Literal["fisher", "kvmix", "uniform"]
@@ -34,6 +34,7 @@ SCALE_ALLOWANCE = 0.35
 BUDGET_ROUNDING = 1e-9
 # Unquantized elements count as 16 bits, whatever the model's dtype.
 UNQUANTIZED_BYTES = 2
+UNQUANTIZED = Precision(UNQUANTIZED_BITS)
 
 
 class AllocationError(KVMixError):
@@ -146,6 +147,8 @@ def allocate(
 
 def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
     _check_sensitivities(sites)
+    if _quantizes_nothing(sites, budget):
+        return ((UNQUANTIZED, UNQUANTIZED),) * len(sites)
     items = [
         _Item(site.kv_heads, head_dim, sensitivity)
         for site in sites
@@ -162,6 +165,16 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
     if budget.unit == "budget":
         chosen = _regrouped(items, chosen, math.floor(SCALE_ALLOWANCE * _block_elements(sites)))
     return tuple(zip(chosen[::2], chosen[1::2], strict=True))
+
+
+def _quantizes_nothing(sites: Sequence[SiteImportance], budget: Budget) -> bool:
+    """Whether everything fits into the budget unquantized. Where calibration read nothing of a site from storage, no
+    loss is predicted at any precision, and the cheapest would do.
+    """
+    offered = all(
+        site.key_sensitivity.get(UNQUANTIZED) == site.value_sensitivity.get(UNQUANTIZED) == 0 for site in sites
+    )
+    return offered and _total_cost(sites, ((UNQUANTIZED, UNQUANTIZED),) * len(sites), budget) <= budget.capacity(sites)
 
 
 @dataclass(frozen=True)

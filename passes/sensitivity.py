@@ -44,7 +44,9 @@ class Tally:
         """
         heads, tokens, dim = values.shape
         blocks = max(1, (tokens - sinks) // BLOCK_TOKENS)
-        quantized = slice(tokens - blocks * BLOCK_TOKENS, None)
+        # Blocks begin behind the sinks, as in the cache. What is left over is recent, and read by nobody from storage.
+        first = min(sinks, tokens - blocks * BLOCK_TOKENS)
+        quantized = slice(first, first + blocks * BLOCK_TOKENS)
         shape = (heads, blocks, BLOCK_TOKENS, dim)
         original, slope = values[:, quantized].reshape(shape).float(), slope[:, quantized].reshape(shape)
         for candidate in self.candidates:

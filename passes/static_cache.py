@@ -288,13 +288,18 @@ class _Finder:
     def _spelled_out(
         self, scores: fx.Node, softmax_input: fx.Node, sink: SinkLogits | None, layer: str
     ) -> tuple[float, float]:
-        run = function_of(self.lowered.module, scores, softmax_input, sink, self.example)
+        graph = function_of(self.lowered.module, scores, softmax_input, sink, self.example)
+
+        def run(value: Tensor) -> Tensor:
+            # Rows and heads may be one dimension of the scores, and two where the mask is added.
+            return graph(value).flatten(0, -3)
+
         like = scores.meta["val"]
         sizes = _hints(scores) if like.dim() == 3 else (1,) * (like.dim() - 2) + _hints(scores)[-2:]
         # In single precision at least, so that what is read off them is not rounded.
         no_scores = torch.zeros(sizes, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         # Padding differs from row to row: what all rows may attend to is enough to look at.
-        allowed = unbiased(run(no_scores), layer).flatten(0, -3).all(0)
+        allowed = unbiased(run(no_scores), layer).all(0)
         if not allowed.any():
             raise UnsupportedModelError(f"{layer}: its mask lets no token attend to anything")
         return scale_and_softcap(run, no_scores, allowed, torch.finfo(like.dtype).eps, layer)

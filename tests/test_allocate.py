@@ -160,12 +160,20 @@ def check_optimum(
     cost: Callable[[Allocation], float],
     allocating: Callable[[], Allocation],
 ) -> Allocation | None:
-    """Of those within the budget, what is allocated has the least sensitivity and then the least cost."""
+    """Of those within the budget, what is allocated has the least sensitivity and then the least cost; only where
+    everything fits unquantized, and loses nothing, it is that.
+    """
     if not within:
         with pytest.raises(BudgetError):
             allocating()
         return None
     chosen = allocating()
+    untouched = ((Precision(16), Precision(16)),) * len(sites)
+    if untouched in within and all(
+        site.key_sensitivity[Precision(16)] == site.value_sensitivity[Precision(16)] == 0 for site in sites
+    ):
+        assert chosen == untouched
+        return chosen
     least = min(total_sensitivity(sites, allocation) for allocation in within)
     assert chosen in within
     assert total_sensitivity(sites, chosen) == least
@@ -309,6 +317,14 @@ def test_uniform_with_a_storage_budget_counts_scales() -> None:
 def test_a_generous_budget_keeps_everything(policy: Policy, unit: str) -> None:
     allocation = allocate(typical_sites(5), policy=policy, **{unit: 20.0})
     assert {precision.bits for pair in allocation for precision in pair} == {16}
+
+
+@pytest.mark.parametrize("unit", ["budget", "storage_budget"])
+def test_a_budget_for_everything_quantizes_nothing_though_no_loss_is_predicted(unit: str) -> None:
+    nothing_read = dict.fromkeys(CANDIDATES, 0.0)
+    site = SiteImportance("layer", 2, 64, 64, 1.0, 1.0, nothing_read, nothing_read)
+    ((key, value),) = allocate([site], policy="fisher", **{unit: 16.0})
+    assert not key.is_quantized and not value.is_quantized
 
 
 def test_a_budget_too_small_names_the_range() -> None:

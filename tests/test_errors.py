@@ -112,6 +112,7 @@ def test_analyze_refuses_the_same_models() -> None:
         ({"budget": 2.3, "policy": "guess"}, r"no policy 'guess'; choose one of fisher"),
         ({"budget": 2.3, "recent": 8}, r"32"),
         ({"budget": 2.3, "sinks": -1}, r"sinks"),
+        ({"budget": 2.3, "tail": "short"}, r"no tail 'short'; choose one of window, rpc"),
     ],
 )
 def test_a_budget_that_cannot_be_met_says_what_can(options: dict[str, Any], message: str) -> None:

@@ -134,7 +134,7 @@ def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured,
             sinks, recent = int(SINKS / shortened), int(RECENT / shortened)
             blocks = (len(row) - sinks) // 32
             for leaf, axis in zip(stored[1], (Axis.TOKENS, Axis.CHANNELS), strict=True):
-                kept, slope = (tensor[0, :, -32 * blocks :] for tensor in (leaf.detach(), leaf.grad))
+                kept, slope = (tensor[0, :, sinks : sinks + 32 * blocks] for tensor in (leaf.detach(), leaf.grad))
                 for precision in candidates_for(16, axis):
                     error = round_trip(kept, precision, axis, blocks) - kept
                     loss = 0.5 * (slope * error).sum(dim=1).square().sum().item() / (len(row) - sinks - recent)
@@ -313,3 +313,13 @@ def test_keys_written_in_place_are_measured_like_others(capture_toy) -> None:
 def test_the_models_dtype_does_not_stop_it() -> None:
     importance = measured(capture(tiny("llama").to(torch.bfloat16)))
     assert all(0 < site.key_gradient_norm < float("inf") for site in importance.sites)
+
+
+def test_what_a_chunk_reads_from_storage_counts_wherever_the_row_ends() -> None:
+    """Of 96 tokens in chunks of 64, those from 36 to 63 read the blocks that begin behind the sinks."""
+    captured = capture(tiny("llama4", attention_chunk_size=64))
+    row = torch.randint(3, 128, (96,), generator=torch.Generator().manual_seed(0))
+    chunked = [site for site in find_sites(captured, 512).matched if site.score_function.mask.kind == "chunked"]
+    site = measure(captured, chunked[:1], [row], sinks=4, recent=32).sites[0]
+    assert chunked and min(loss for precision, loss in site.key_sensitivity.items() if precision.is_quantized) > 0
+    assert min(loss for precision, loss in site.value_sensitivity.items() if precision.is_quantized) > 0

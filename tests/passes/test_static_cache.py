@@ -290,6 +290,15 @@ def with_learned_scale(query, key, value, layer):
     return torch.softmax(scores.sin(), -1) @ values
 
 
+def with_rows_of_heads(query, key, value, layer):
+    """Batch and heads are one dimension where queries and keys are multiplied, and two where the mask is added."""
+    mask = torch.arange(SLOTS) > (torch.arange(query.shape[2]) + layer.cumulative_length)[:, None]
+    keys, values = layer.update(key, value)
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)) / math.sqrt(HEAD_DIM)
+    scores = scores.view(-1, HEADS, query.shape[2], SLOTS).masked_fill(mask, -math.inf)
+    return torch.softmax(scores, -1) @ values
+
+
 REFUSED = {
     without_mask: "no mask",
     with_bias: "adds a bias",
@@ -301,6 +310,7 @@ REFUSED = {
     with_keys_alone: "only the keys",
     with_latents: "worked on before it is attended to",
     with_learned_scale: "not a scale, a soft cap and a mask",
+    with_rows_of_heads: "queries have the shape",
 }
 
 
