@@ -410,7 +410,7 @@ def test_a_mask_that_is_not_causal_is_refused() -> None:
     text, past = ids(20), static_cache("llama")
     everything = torch.zeros(2, 1, 20, SLOTS, dtype=torch.bool)
     everything[..., :20] = True
-    with pytest.raises(CacheError, match="neither causal nor a sliding window"):
+    with pytest.raises(CacheError, match="neither causal nor the window"):
         compiled("llama")(text, attention_mask=everything, past_key_values=past)
 
 

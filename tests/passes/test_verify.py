@@ -183,7 +183,7 @@ def test_a_wrong_rewrite_is_noticed(captured, monkeypatch, mutate: Callable[[fx.
         return result
 
     monkeypatch.setattr(verify_module, "rewrite", wrong)
-    with pytest.raises(VerifyError, match="Something besides the attention"):
+    with pytest.raises(VerifyError, match="something besides the attention"):
         verify(captured("llama"))
 
 
