@@ -160,9 +160,9 @@ def _first_parameters(function: Callable[..., object]) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of PyTorch begins with, for a message of one sentence."""
+    """The first sentence of an error of PyTorch, for a message of one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].partition("! For more information")[0].rstrip(". ") if lines else type(error).__name__
+    return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
 def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.capture import Captured
+from kvmix_compile.passes.capture import Captured, first_line
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.sites import module_path
@@ -42,7 +42,7 @@ def running(captured: Captured) -> Iterator[None]:
     except RuntimeError as error:
         raise CaptureError(
             f"the graph that torch.export made of {type(captured.model).__name__} does not run for every length: "
-            f"{suspects(captured)} ({str(error).splitlines()[0]})"
+            f"{suspects(captured)} ({first_line(error)})"
         ) from error
 
 
