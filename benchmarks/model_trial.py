@@ -1,6 +1,7 @@
 """What is tried on one architecture: `apply`, generation with and without quantization, and the backend."""
 
 import gc
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any
@@ -58,8 +59,8 @@ class Trial:
     failures: tuple[str, ...] = ()
 
 
-def try_architecture(model_type: str) -> dict[str, Any]:
-    """Everything there is to try, in this process. As JSON."""
+def try_architecture(model_type: str) -> Iterator[dict[str, Any]]:
+    """Everything there is to try, in this process: the Trial as JSON, first without the backend, then whole."""
     transformers_logging.set_verbosity_error()
     trial = Trial(model_type)
     try:
@@ -76,9 +77,17 @@ def try_architecture(model_type: str) -> dict[str, Any]:
     else:
         trial.padded = "attention_mask" in prompt
         plans = _try_apply(trial, model, prompt, expected)
+        yield asdict(trial)
         gc.collect()
         _try_backend(trial, model, plans, prompt, expected)
-    return asdict(trial)
+    yield asdict(trial)
+
+
+def try_static_cache(model_type: str) -> None:
+    """What the original itself does, compiled with a StaticCache."""
+    transformers_logging.set_verbosity_error()
+    model = toy_model(model_type)
+    _generate_compiled(model, prompt_for(model), backend="eager")
 
 
 def prompt_for(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -140,7 +149,7 @@ def _try_backend(
         output = _generate_compiled(model, prompt, backend="kvmix", options={"backend": "eager", **chosen})
         past = output.past_key_values
         if not isinstance(past, StaticCache) or packed_cache(past) is None:
-            trial.backend_refusal = "No attention over a StaticCache was found, and the model was left as it is."
+            trial.backend_refusal = "no attention over a StaticCache was found, and the model was left as it is"
         else:
             trial.backend = torch.equal(output.sequences, expected)
     except KVMixError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.model_table import applied, table
-from benchmarks.model_trial import Trial, try_architecture
+from benchmarks.model_trial import Trial, try_architecture, try_static_cache
 from benchmarks.toy_models import architectures
 from kvmix_compile.records import circumstances, write_json
 
@@ -79,30 +79,45 @@ def _each_in_own_process(names: Sequence[str], processes: int, timeout: float) -
 
 
 def _in_own_process(context: Any, name: str, timeout: float) -> dict[str, Any]:
+    rows, ended = _run(context, _try, name, timeout)
+    if ended == 0:
+        return rows[-1]
+    row = rows[-1] if rows else asdict(Trial(name))
+    if ended is not None:
+        return row | {"failures": (f"the process ended with code {ended}",)}
+    if rows and _run(context, _try_static_cache, name, timeout)[1] is None:
+        return row | {"static_cache": f"compiled, the original itself has no text after {timeout:g} seconds"}
+    return row | {"failures": (f"no result after {timeout:g} seconds",)}
+
+
+def _run(context: Any, target: Any, name: str, timeout: float) -> tuple[list[dict[str, Any]], int | None]:
+    """What `target(name, sender)` sends, and the code that its process ends with; None: it does not in time."""
+    deadline, rows = perf_counter() + timeout, list[dict[str, Any]]()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, sender))
+    process = context.Process(target=target, args=(name, sender))
     process.start()
     sender.close()
     try:
-        if not receiver.poll(timeout):
-            return _failed(name, f"no result after {timeout:g} seconds")
-        result: dict[str, Any] = receiver.recv()
-        return result
+        while receiver.poll(max(0, deadline - perf_counter())):
+            rows.append(receiver.recv())
+        return rows, None
     except EOFError:
         process.join()
-        return _failed(name, f"the process ended with code {process.exitcode}")
+        return rows, process.exitcode
     finally:
         process.kill()
         process.join()
 
 
-def _child(name: str, sender: Connection) -> None:
+def _try(name: str, sender: Connection) -> None:
     torch.set_num_threads(1)
-    sender.send(try_architecture(name))
+    for row in try_architecture(name):
+        sender.send(row)
 
 
-def _failed(name: str, why: str) -> dict[str, Any]:
-    return asdict(Trial(name, failures=(why,)))
+def _try_static_cache(name: str, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    try_static_cache(name)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ EXPERTS, ACTIVE_EXPERTS = 4, 2
 # More parameters than this are no toy: some size is not among those below.
 MOST_PARAMETERS = 20_000_000
 
+LONGEST_REASON = 200
+
 GAIN, BIAS_RANGE = 1.5, 0.1
 
 LAYER_COUNTS = (
@@ -153,7 +155,7 @@ def toy_model(model_type: str, seed: int = 0) -> PreTrainedModel:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:
-        raise NoToyError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise NoToyError(f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
     if size > MOST_PARAMETERS:
         raise NoToyError(f"it has {size / 1e6:.0f} million parameters at least")
     with seeded(seed):

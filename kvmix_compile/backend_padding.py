@@ -119,7 +119,7 @@ def _padded(allowed: Tensor, visible: Tensor, query: Tensor, slot: Tensor, seen:
 
 def _not_understood(layer: str, where: str) -> CacheError:
     return CacheError(
-        f"{layer}: the attention mask is neither causal nor a sliding window over a row that padding leads ({where}). "
-        "Pad on the left (tokenizer.padding_side = 'left'), keep the mask of earlier calls, and pass no other. A model "
-        "that attends in chunks works with kvmix_compile.apply"
+        f"{layer}: the attention mask ({where}) is neither causal nor the window that its StaticCache keeps, over a "
+        "row that padding leads: pad on the left, keep the mask of earlier calls and pass no other, and where the "
+        "model itself attends in chunks or another window use kvmix_compile.apply"
     )

@@ -72,7 +72,7 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     by_layer = {site.layer: planned for site in sites if (planned := _planned_for(site.layer, plan)) is not None}
     layers = [site.layer for site in sites]
     if not by_layer:
-        raise PlanError(f"the plan has no layer {layers[0]!r}. Either it was made for another model, or {BROKEN_GRAPH}")
+        raise PlanError(f"the plan has no layer {layers[0]!r}: either it was made for another model, or {BROKEN_GRAPH}")
     shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
     if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
         plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
@@ -121,7 +121,7 @@ def _model_behind(node: fx.Node) -> nn.Module:
     if not isinstance(model, nn.Module) or "input_ids" not in signature(model.forward).parameters:
         raise InputError(
             "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
-            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}. If it is the model "
+            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}; if it is the model "
             f"itself, {BROKEN_GRAPH}"
         )
     return model

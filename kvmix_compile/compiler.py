@@ -166,11 +166,11 @@ def find(model: nn.Module, report: Report) -> Found:
     report.refused = sites.refused
     if sites.refused:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be given a compressed cache. {_reasons(sites.refused)}"
+            f"{type(model).__name__} cannot be given a compressed cache: {_reasons(sites.refused)}"
         )
     if not sites.matched:
         raise UnsupportedModelError(
-            f"no attention was found in {type(model).__name__}, so there is no KV cache to compress. If it was loaded "
+            f"no attention was found in {type(model).__name__}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
     return Found(captured, sites.matched, limit)

@@ -115,7 +115,7 @@ def capture(model: nn.Module) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {first_line(error)}. {_advice(model)}"
+            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model)}"
         ) from error
     return _captured(program, wrapper)
 
@@ -129,9 +129,9 @@ def _advice(model: nn.Module) -> str:
     ]
     if mixing:
         more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
-        return f"It mixes tokens otherwise than by attention, in {mixing[0]}{more}; such models are not supported"
+        return f"it mixes tokens otherwise than by attention, in {mixing[0]}{more}, which is not supported"
     return (
-        "The model's forward must take token ids and return logits, with no control flow that depends on their values "
+        "the model's forward must take token ids and return logits, with no control flow that depends on their values "
         "or on the sequence length"
     )
 
@@ -160,9 +160,9 @@ def _first_parameters(function: Callable[..., object]) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of PyTorch begins with, for a message of one sentence."""
+    """The first sentence of an error of PyTorch, for a message of one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].partition("! For more information")[0] if lines else type(error).__name__
+    return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
 def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:

@@ -1,6 +1,8 @@
 """Limits: how many token ids and positions a graph can take, read off the tables that it looks them up in."""
 
+import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.dataflow import Dataflow
@@ -49,9 +51,19 @@ def _position_tables(captured: Captured) -> list[int]:
     cut = [
         node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
         for node in captured.graph.nodes
-        if node not in token_dependent and reads_table(node, captured.tokens)
+        if node not in token_dependent
+        and (reads_table(node, captured.tokens) or _reads_end_of_table(node, captured.tokens))
     ]
     return looked_up + [rows for rows in cut if isinstance(rows, int)]
+
+
+def _reads_end_of_table(node: fx.Node, tokens: torch.SymInt) -> bool:
+    """`table[max(0, rows - tokens):]`: as many of its last rows as there are tokens."""
+    start = argument(node, 2, "start")
+    if operation(node) != "slice" or not isinstance(start, fx.Node):
+        return False
+    rows = node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
+    return isinstance(rows, int) and statically_known_true(start.meta["val"] == torch.sym_max(0, rows - tokens))
 
 
 def _depends_on_positions(index: fx.Node, dataflow: Dataflow) -> bool:

@@ -233,7 +233,7 @@ def recognise(allowed: Tensor, layer: str) -> Mask:
         return Mask("causal")
     if (allowed & ~causal).any():
         raise UnsupportedModelError(
-            f"{layer}: its attention is not causal (a token attends to later ones). An encoder or a bidirectional "
+            f"{layer}: its attention is not causal (a token attends to later ones): an encoder or a bidirectional "
             "model has no KV cache to compress"
         )
     size = int(allowed.sum(dim=1).max())

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.capture import Captured
+from kvmix_compile.passes.capture import Captured, first_line
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.sites import module_path
@@ -17,7 +17,7 @@ MOST_NAMED = 5
 
 
 def suspects(captured: Captured) -> str:
-    """A sentence that names the operations that may mix tokens, and where."""
+    """Why a graph cannot be given a KV cache, in half a sentence: the operations that may mix tokens, and where."""
     token_dependent = Dataflow(captured.graph).token_dependent
     found = [
         f"{operation(node)} in {module_path(node) or 'the model'}"
@@ -25,9 +25,9 @@ def suspects(captured: Captured) -> str:
         if node in token_dependent and _may_mix_tokens(node, captured)
     ]
     if not found:
-        return "Something besides the attention that was matched carries information from token to token"
+        return "something besides the attention that was matched carries information from token to token"
     listed = ", ".join(dict.fromkeys(found[:MOST_NAMED]))
-    return f"It mixes tokens otherwise than by attention: {listed}. Such models are not supported"
+    return f"it mixes tokens otherwise than by attention ({listed}), which is not supported"
 
 
 @contextmanager
@@ -41,8 +41,8 @@ def running(captured: Captured) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise CaptureError(
-            f"the graph of {type(captured.model).__name__} that torch.export made for every length does not run for "
-            f"every length ({str(error).splitlines()[0]}). {suspects(captured)}"
+            f"the graph that torch.export made of {type(captured.model).__name__} does not run for every length: "
+            f"{suspects(captured)} ({first_line(error)})"
         ) from error
 
 

@@ -2,6 +2,9 @@
 in the cache.
 """
 
+from operator import attrgetter
+
+import torch
 from torch import fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -19,7 +22,13 @@ def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
     """
     dataflow = Dataflow(graph)
     counters = [node for node in graph.nodes if _counts_tokens(node, tokens)]
-    tables = [node for node in graph.nodes if reads_table(node, tokens) and node not in dataflow.token_dependent]
+    tables = [
+        node
+        for node in graph.nodes
+        if reads_table(node, tokens)
+        and node not in dataflow.token_dependent
+        and not _is_constant(as_node(node.args[0]))
+    ]
     if not counters and not tables:
         return False
     with graph.inserting_after(graph_inputs(graph)[-1]):
@@ -44,6 +53,14 @@ def _counts_tokens(node: fx.Node, tokens: object) -> bool:
     if operation(node) != "arange":
         return False
     return statically_known_true(node.meta["val"].shape[0] == tokens)
+
+
+def _is_constant(table: fx.Node) -> bool:
+    """Whether it is a table of the same whole number for every position, such as the segment that all tokens are of."""
+    if table.op != "get_attr" or table.meta["val"].dtype is not torch.int64:
+        return False
+    values = attrgetter(str(table.target))(table.graph.owning_module)
+    return bool((values == values.flatten()[0]).all())
 
 
 def reads_table(node: fx.Node, tokens: object) -> bool:

@@ -84,9 +84,8 @@ class Attention:
         sink = SinkLogits.match(scores, softmax, dataflow, layer)
         output, value = _weighted_sum_after(softmax, sink, layer)
         query, key = as_node(scores.args[0]), _transposed(as_node(scores.args[1]), layer)
-        return cls(
-            layer, query, key, value, output, scores=scores, softmax_input=as_node(softmax.args[0]), sink=sink
-        )  # fmt: skip
+        softmax_input = _unshifted(as_node(softmax.args[0]))
+        return cls(layer, query, key, value, output, scores=scores, softmax_input=softmax_input, sink=sink)
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
     kv_heads, _ = _heads_and_dim(key, captured, f"{layer}: its keys")
     value_heads, value_dim = _heads_and_dim(value, captured, f"{layer}: its values")
     if kv_heads != value_heads or query_heads % kv_heads:
-        raise UnsupportedModelError(
-            f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go together"
-        )
+        raise unequal_heads(layer, query_heads, kv_heads, value_heads)
     if len(score_function.slopes) not in (0, 1, query_heads):
         raise UnsupportedModelError(
             f"{layer}: the bias on its attention scores is for {len(score_function.slopes)} of {query_heads} heads"
@@ -246,11 +243,32 @@ def _fused_mask(attention: Attention, probe: Probe) -> tuple[Mask, tuple[float, 
     raise unmasked(attention.layer)
 
 
+def unequal_heads(layer: str, query_heads: int, key_heads: int, value_heads: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{layer}: {query_heads} query heads attend to {key_heads} heads of keys and {value_heads} of values, where "
+        "keys and values must have equally many heads, and queries a multiple"
+    )
+
+
 def unmasked(layer: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{layer}: its attention has no mask, so that a token attends to later ones. An encoder or a bidirectional "
+        f"{layer}: its attention has no mask, so that a token attends to later ones: an encoder or a bidirectional "
         "model has no KV cache to compress"
     )
+
+
+def _unshifted(node: fx.Node) -> fx.Node:
+    """What a softmax is of, before the largest of each query's scores is taken from all of them: that changes no
+    weight.
+    """
+    if operation(node) != "sub" or node.kwargs or len(node.all_input_nodes) != 2:
+        return node
+    scores, largest = map(as_node, node.args)
+    if operation(largest) == "getitem" and largest.args[1] == 0:
+        largest = as_node(largest.args[0])
+    last = (-1, len(_shape(scores)) - 1)
+    is_largest = operation(largest) in ("max", "amax") and largest.args[0] is scores
+    return scores if is_largest and argument(largest, 1, "dim") in (*last, *([axis] for axis in last)) else node
 
 
 def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
@@ -263,9 +281,12 @@ def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
             return node
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
         if operation(node) == "matmul" or not behind:
+            other = max(open_ends) if behind else node
+            while operation(other) in LAYOUT and other.all_input_nodes:
+                other = other.all_input_nodes[0]
             raise UnsupportedModelError(
-                f"{layer}: its attention weights are not a softmax over query-key products alone ({operation(node)} "
-                "takes part)"
+                f"{layer}: its attention weights are not a softmax over query-key products alone: what "
+                f"{operation(other)} gives of the tokens takes part"
             )
         open_ends.update(behind)
 

@@ -34,6 +34,7 @@ from kvmix_compile.passes.sites import (
     is_repeat,
     module_path,
     named,
+    unequal_heads,
     unmasked,
 )
 from kvmix_compile.passes.sizes import size_hint
@@ -152,7 +153,7 @@ class _Finder:
             if buffer.form != "fresh" and buffer.tensor not in attended:
                 raise UnsupportedModelError(
                     f"{module_path(buffer.written)}: what it reads from its cache is worked on before it is attended "
-                    "to, as in multi-head latent attention. Use kvmix_compile.apply"
+                    "to, as in multi-head latent attention: use kvmix_compile.apply"
                 )
 
     def _candidates(self) -> Iterator[fx.Node]:
@@ -181,7 +182,7 @@ class _Finder:
         while current not in self.buffers:
             if {_root(source) for source in (current, *current.all_input_nodes)} & self.written_inputs:
                 raise UnsupportedModelError(
-                    f"{layer}: it reads a cache that is written in a way that is not understood. Use transformers' "
+                    f"{layer}: it reads a cache that is written in a way that is not understood: use transformers' "
                     "StaticCache, or kvmix_compile.apply"
                 )
             if operation(current) not in LAYOUT or not current.all_input_nodes:
@@ -208,15 +209,12 @@ class _Finder:
         if attention.query.meta["val"].dim() != 4:
             raise UnsupportedModelError(
                 f"{layer}: its queries have the shape {list(_hints(attention.query))}, where [batch, heads, tokens, "
-                "head_dim] is needed. Use kvmix_compile.apply"
+                "head_dim] is needed: use kvmix_compile.apply"
             )
         query_heads, (_, kv_heads, _, key_dim) = attention.query.meta["val"].shape[1], key.new.meta["val"].shape
         _, value_heads, _, value_dim = value.new.meta["val"].shape
         if kv_heads != value_heads or query_heads % kv_heads:
-            raise UnsupportedModelError(
-                f"{layer}: {query_heads} query heads, {kv_heads} key heads and {value_heads} value heads do not go "
-                "together"
-            )
+            raise unequal_heads(layer, query_heads, kv_heads, value_heads)
         for node, buffer in ((attention.key, key), (attention.value, value)):
             self._check_written(buffer, layer)
             self._check_only_repeated(node, buffer, query_heads, layer)
@@ -267,7 +265,10 @@ class _Finder:
         numbers = self._bytes_like(buffer.read)
         slots = _hints(node)[2]
         if not is_repeat(self.lowered.module, node, numbers, query_heads, self.example | {buffer.read: numbers}, slots):
-            raise UnsupportedModelError(f"{layer}: what it reads from the cache is changed before it is attended to")
+            raise UnsupportedModelError(
+                f"{layer}: what it reads from the cache is changed before it is attended to, otherwise than by "
+                "repeating each head in place: use kvmix_compile.apply"
+            )
 
     def _score_function(self, attention: Attention, buffer: Buffer) -> ScoreFunction:
         """The scale, the soft cap and, as far as the buffer tells, the window. The mask itself is looked at when the
@@ -313,8 +314,8 @@ class _Finder:
                 return
             current = current.all_input_nodes[0]
         raise UnsupportedModelError(
-            f"{attention.layer}: its keys and values are returned to a cache that grows, such as DynamicCache. "
-            "Generate with cache_implementation='static', pass a transformers.StaticCache as past_key_values, or pass "
+            f"{attention.layer}: its keys and values are returned to a cache that grows, such as DynamicCache: "
+            "generate with cache_implementation='static', pass a transformers.StaticCache as past_key_values, or pass "
             "use_cache=False; for any other cache use kvmix_compile.apply"
         )
 

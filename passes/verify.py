@@ -47,7 +47,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
             actual = _chunked_logits(rewritten, ids, chunks, padding)
         except (RuntimeError, IndexError) as error:  # shapes or positions that no longer go together
             raise VerifyError(
-                f"the model cannot be given a KV cache: run in chunks with one, it fails. {suspects(captured)}"
+                f"the model cannot be given a KV cache: {suspects(captured)}; run in chunks with one, it fails"
             ) from error
     ignored = torch.zeros(2, ids.shape[1], dtype=torch.bool, device=ids.device)
     ignored[1, :padding] = True
@@ -55,8 +55,8 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     share = (difference / expected[~ignored].std()).item()
     if not share <= TOLERANCE[next(iter(_floating(captured))).dtype]:
         raise VerifyError(
-            f"the model cannot be given a KV cache: run in chunks with one, its logits differ by {share:.2g} "
-            f"standard deviations from those of the whole text. {suspects(captured)}"
+            f"the model cannot be given a KV cache: {suspects(captured)}; run in chunks with one, its logits differ by "
+            f"{share:.2g} standard deviations from those of the whole text"
         )
     return share
 

@@ -60,7 +60,7 @@ SHAPE_ONLY = frozenset(
 CUMULATIVE = frozenset({"cumsum", "cumprod", "logcumsumexp", "cummax"})
 TOKEN_MIXING = CUMULATIVE | frozenset(
     {"conv1d", "convolution", "conv2d", "roll", "flip", "fft_fft", "fft_rfft", "lstm", "gru", "rnn_tanh",
-     "associative_scan", "scan", "while_loop", "pad", "constant_pad_nd", "scatter"}
+     "associative_scan", "scan", "while_loop", "pad", "constant_pad_nd", "scatter", "logsumexp"}
 )  # fmt: skip
 
 

@@ -5,13 +5,15 @@ import gc
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache, pipeline
 
 import kvmix_compile
 from kvmix_compile import Importance, KVMixCache
+from kvmix_compile.backend import packed_cache
 from kvmix_compile.english import built_in_english
 
 LONG = 1500
+WINDOW = 448
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,24 @@ def test_a_fresh_prompts_logits_are_the_originals(smollm2, quantized: PreTrained
     with torch.no_grad():
         expected = smollm2[0](text[:, :300]).logits
     torch.testing.assert_close(quantized(text[:, :300]).logits, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_both_ways_give_the_same_perplexity_and_bytes(smollm2, quantized: PreTrainedModel, text: Tensor) -> None:
+    """Of one plan; most of a window is read from what is packed."""
+    torch._dynamo.reset()
+    model, plan, caches = smollm2[0], quantized.kvmix_plan, list[StaticCache]()
+    step = torch.compile(model, backend="kvmix", options={"plan": plan, "backend": "eager"})
+
+    def new_cache() -> StaticCache:
+        caches.append(StaticCache(model.config, max_cache_len=WINDOW))
+        return caches[-1]
+
+    ids = text[0, :WINDOW]
+    found = kvmix_compile.perplexity(step, ids, window=WINDOW, new_cache=new_cache)
+    assert found == pytest.approx(kvmix_compile.perplexity(quantized, ids, window=WINDOW), abs=0.05)
+    held = packed_cache(caches[0])
+    assert held is not None and len(caches) == 1
+    assert held.nbytes == pytest.approx(plan.cache_bytes(WINDOW, 1, torch.float32), rel=0.01)
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: str) -> str:

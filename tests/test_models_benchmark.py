@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_a_decoder_works_in_both_ways(sample: dict[str, dict[str, Any]], name: s
 
 def test_a_recurrence_is_refused_in_both_ways(sample: dict[str, dict[str, Any]]) -> None:
     row = sample["mamba"]
-    assert "conv1d" in row["refusal"] and "No attention" in row["backend_refusal"]
+    assert "conv1d" in row["refusal"] and "no attention" in row["backend_refusal"]
     assert row["text"] is row["backend"] is None and not row["failures"]
 
 
@@ -53,3 +54,9 @@ def test_enough_models_work_and_no_refusal_is_a_traceback() -> None:
     assert sum(bool(row["text"] and row["quantized"] and row["verified"] is not None) for row in rows) >= 60
     assert sum(row["backend"] is True for row in rows) >= 45
     assert not [row["model_type"] for row in rows if row["failures"] or False in (row["text"], row["backend"])]
+
+
+def test_every_refusal_is_one_sentence() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    refusals = [row[way] for row in rows for way in ("refusal", "backend_refusal") if row[way]]
+    assert refusals and not [refusal for refusal in refusals if re.search(r"[.!?]\s+[A-Z]", refusal)]

@@ -115,6 +115,11 @@ def same_chunk(scores: Tensor, size: int) -> Tensor:
     return chunks[:, None] == chunks
 
 
+def less_the_largest(scores: Tensor) -> Tensor:
+    """As models write it that keep a softmax of 16 bits stable."""
+    return scores - scores.max(dim=-1, keepdim=True).values
+
+
 ONE, CAPPED = ScoreFunction(1.0, 0.0, Mask("causal")), ScoreFunction(0.25, 5.0, Mask("causal"))
 SPELLINGS: dict[str, tuple[Scores, ScoreFunction]] = {
     "masked_fill": (lambda s: s.masked_fill(~causal(s), -INFINITY), ONE),
@@ -148,6 +153,10 @@ SPELLINGS: dict[str, tuple[Scores, ScoreFunction]] = {
     "chunked": (
         lambda s: s.masked_fill(~(causal(s) & same_chunk(s, 8)), -INFINITY),
         ScoreFunction(1.0, 0.0, Mask("chunked", 8)),
+    ),
+    "less the largest": (
+        lambda s: less_the_largest((s / 4).masked_fill(~causal(s), -INFINITY)),
+        ScoreFunction(0.25, 0.0, Mask("causal")),
     ),
     "a far scale": (
         lambda s: (s * 8).mul(1 / 64).masked_fill(~causal(s), -INFINITY),
@@ -190,6 +199,7 @@ REFUSED: dict[str, tuple[Scores, str]] = {
     "a mask for each head": (lambda s: s.masked_fill(~causal(s) | each_head_its_window(s), -INFINITY), "heads"),
     "not monotone": (lambda s: torch.sin(s) + additive(s), "not a scale, a soft cap and a mask"),
     "squared": (lambda s: s * s.abs() + additive(s), "not a scale, a soft cap and a mask"),
+    "less the largest of others": (lambda s: s + additive(s) - s.max(-1, True).values, "not a scale"),
     "hard cap": (lambda s: s.clamp(-1, 1) + additive(s), "not a scale, a soft cap and a mask"),
     "a scale that depends on the place": (
         lambda s: (s / (1 + distance(s).abs())).masked_fill(~causal(s), -INFINITY),

@@ -30,6 +30,7 @@ class Decoder(nn.Module):
         self.register_buffer("table", torch.randn(LONG, 32))
         self.register_buffer("batched_table", torch.randn(1, LONG, 32), persistent=False)
         self.register_buffer("short_table", torch.randn(SHORT, 32))
+        self.register_buffer("segments", torch.zeros(1, LONG, dtype=torch.int64), persistent=False)
         self.turn = turn
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -60,6 +61,9 @@ COUNTED: dict[str, Turn] = {
 UNCOUNTED: dict[str, Turn] = {
     "no positions": lambda model, states: states.sin(),
     "a constant arange": lambda model, states: states * torch.cos(torch.arange(32) / 10),
+    "the segment that all tokens are of": lambda model, states: (
+        states + model.learned(model.segments[:, : states.shape[1]])
+    ),
     "a constant slice": lambda model, states: states * model.table[:1, :32],
 }
 # Counting in ways that are not understood must be noticed, never computed wrongly.

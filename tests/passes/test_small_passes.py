@@ -139,6 +139,15 @@ def test_limits_of_plain_models(captured) -> None:
     assert (vocabulary_size(small), longest_context(small)) == (40, 77)
 
 
+def test_a_table_whose_end_is_read_limits_positions() -> None:
+    """MPT's biases, of which its configuration says nothing by that name."""
+    model = tiny("mpt")
+    del model.config.max_position_embeddings
+    captured = capture(model)
+    assert longest_context(captured) == model.config.max_seq_len
+    assert not find_sites(captured, longest_context(captured)).refused
+
+
 def test_a_vocabulary_smaller_than_the_logits_counts() -> None:
     model = tiny("llama", num_hidden_layers=1)
     model.model.embed_tokens = nn.Embedding(100, 128)

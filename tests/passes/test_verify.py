@@ -101,6 +101,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
+def test_scores_summed_up_beside_attention_are_named(capture_toy) -> None:
+    """As Granite's layers with sinks do, which scale what attention gives."""
+
+    def scaled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.mT
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        return attend(query, key, value) * scores.masked_fill(~past, -1e9).logsumexp(-1, True).sigmoid()
+
+    with pytest.raises(VerifyError, match="logsumexp in the model"):
+        verify(capture_toy(scaled))
+
+
 def test_keys_may_be_used_elsewhere_for_their_own_token(capture_toy) -> None:
     assert verify(capture_toy(lambda q, k, v: attend(q, k, v) + k.sin())) < 1e-4
 
@@ -183,7 +195,7 @@ def test_a_wrong_rewrite_is_noticed(captured, monkeypatch, mutate: Callable[[fx.
         return result
 
     monkeypatch.setattr(verify_module, "rewrite", wrong)
-    with pytest.raises(VerifyError, match="Something besides the attention"):
+    with pytest.raises(VerifyError, match="something besides the attention"):
         verify(captured("llama"))
 
 
