@@ -1,7 +1,7 @@
 """Every kernel that dispatch can choose compiles, for every chip: all pairs of bits, groups, scales, dimensions,
 dtypes, ways of attending and numbers of tokens.
 
-Several minutes: `make sweep` runs it and prints the table. CI compiles the sample of test_triton_compile.py.
+Twenty minutes of a core: `make sweep` runs it and prints the table. CI compiles the sample of test_triton_compile.py.
 """
 
 from typing import Any
