@@ -2,6 +2,8 @@
 
 # What a kernel is given has no Python type: pointers, numbers and tensors of Triton's own.
 # mypy: disable-error-code="no-untyped-def"
+# Behind a return Triton compiles what is not in an else.
+# ruff: noqa: RET505
 
 from __future__ import annotations
 
@@ -15,6 +17,9 @@ from triton.language.extra import libdevice
 
 from kvmix_compile.kernels.packing import PLANES
 from kvmix_compile.kernels.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Part, Precision
+
+# Where the mask $2 is not set, a byte's higher bits take the lower ones' places: $1 & $2 | $1 >> 1 & ~$2.
+HALVED = tl.constexpr("{ .reg .b32 higher; shr.u32 higher, $1, 1; lop3.b32 $0, $1, higher, $2, 0xE4; }")
 
 # tl.dot wants at least this many channels.
 SMALLEST_DOT = 16
@@ -35,6 +40,11 @@ _EXPONENT_VALUE = tl.constexpr(8388608.0)
 
 # What a byte is more by where it takes the second lowest place of a float32 whose highest byte is 0x47.
 _BYTE_OFFSET = tl.constexpr(32768.0)
+
+# The high byte of 16-bit numbers in whose low byte an integer can be put, and what the number is more by: 128 for seven
+# bits of bfloat16, 1024 for the whole byte of float16.
+_HIGH_BYTE = {"bf16": 0x43, "fp16": 0x64}
+_BFLOAT16_OFFSET = tl.constexpr(128.0)
 
 
 @dataclass(frozen=True)
@@ -134,11 +144,19 @@ def unpack_keys(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, F
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
-    codes = _load_codes(blocks, first, end, DTYPE, BLOCKS, FORMAT)
-    codes = codes.reshape(GROUPS, FORMAT.group, FORMAT.slices, FORMAT.padded_width)
-    scale, zero_point = _of_codes(scale, zero_point, slice_, DTYPE, FORMAT)
-    elements = codes * scale[:, None, :, :] + zero_point[:, None, :, :]
-    return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+    scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
+    low, high = _load_planes(blocks, first, end, BLOCKS, FORMAT)
+    SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
+    elements = _dequantized(
+        low.reshape(SHAPE),
+        high.reshape(SHAPE),
+        scale[:, None, :, :],
+        zero_point[:, None, :, :],
+        slice_[:, None, :, :],
+        DTYPE,
+        FORMAT,
+    )
+    return elements.reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
 
 
 @triton.jit
@@ -156,11 +174,19 @@ def unpack_values(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr,
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
-    codes = _load_codes(blocks, first, end, DTYPE, BLOCKS, FORMAT)
-    codes = codes.reshape(BLOCKS * _TOKENS, FORMAT.slices, RUNS, FORMAT.run)
-    scale, zero_point = _of_codes(scale, zero_point, slice_, DTYPE, FORMAT)
-    elements = codes * scale[:, :, :, None] + zero_point[:, :, :, None]
-    return _rounded(elements, DTYPE).reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+    scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
+    low, high = _load_planes(blocks, first, end, BLOCKS, FORMAT)
+    SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
+    elements = _dequantized(
+        low.reshape(SHAPE),
+        high.reshape(SHAPE),
+        scale[:, :, :, None],
+        zero_point[:, :, :, None],
+        slice_[:, :, :, None],
+        DTYPE,
+        FORMAT,
+    )
+    return elements.reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
 
 
 @triton.jit
@@ -173,31 +199,63 @@ def _load_elements(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr
 
 
 @triton.jit
-def _load_codes(blocks, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes, each times the place value of its field's lowest bit: float32 [BLOCKS * 32, slices, padded_width]. More by
-    _BYTE_OFFSET where _by_permutation.
+def _load_planes(blocks, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """The bytes of the lowest plane, and for 3 bits those of the high one: uint8 [BLOCKS * 32, padded_width] each.
+
+    Bit 2 * i of a high byte belongs to the code in field i of the low one.
     """
     token = tl.arange(0, BLOCKS * _TOKENS)
     within = tl.arange(0, FORMAT.padded_width)
     block = first + token // _TOKENS
-    mask = (block < end)[:, None, None] & (within < FORMAT.width)[None, None, :]
+    mask = (block < end)[:, None] & (within < FORMAT.width)[None, :]
     rows = blocks + block * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
-    low = tl.load(rows[:, None, None] + within[None, None, :], mask=mask, other=0)
-    shift = _field_shift(tl.arange(0, FORMAT.slices), FORMAT)[None, :, None]
-    if _by_permutation(FORMAT, DTYPE):
-        return _permuted(*tl.broadcast(low, ((2**FORMAT.bits - 1) << shift).to(tl.uint8)))
-    low = low.to(tl.int32)
-    if FORMAT.bits == 3:
-        HALF: tl.constexpr = FORMAT.width // 2
-        plane = blocks + _TOKENS * FORMAT.width
-        rows = plane + block * FORMAT.block_bytes + token % _TOKENS * HALF
-        # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
-        high = tl.load(rows[:, None, None] + (within % HALF)[None, None, :], mask=mask, other=0).to(tl.int32)
-        high = (high >> (within // HALF)[None, None, :]) << 2
-        fields = (low & (3 << shift)) | (high & (4 << shift))
+    low = tl.load(rows[:, None] + within[None, :], mask=mask, other=0)
+    if FORMAT.bits != 3:
+        return low, low
+    # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
+    HALF: tl.constexpr = FORMAT.width // 2
+    rows = blocks + _TOKENS * FORMAT.width + block * FORMAT.block_bytes + token % _TOKENS * HALF
+    high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
+    return low, _halved(high, within // HALF)
+
+
+@triton.jit
+def _halved(high, half):
+    """Of every two neighbouring bits of a byte the lower one where half is 0, the higher one where it is 1, both in the
+    lower one's place; what is left in the other's place means nothing.
+    """
+    if not _HAS_PTX:
+        return high >> half.to(tl.uint8)[None, :]
     else:
-        fields = low & ((2**FORMAT.bits - 1) << shift)
-    return _to_float(fields)
+        mask = tl.where(half == 0, 0xFF, 0).to(tl.uint8)[None, :]
+        return tl.inline_asm_elementwise(
+            HALVED, "=r,r,r", [high, mask], dtype=tl.uint8, is_pure=True, pack=4
+        )  # fmt: skip
+
+
+@triton.jit
+def _dequantized(low, high, scale, zero_point, slice_, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """low, high: bytes of the planes; scale, zero_point: as _of_codes leaves them; of shapes that broadcast."""
+    if _by_pairs(FORMAT, DTYPE):
+        # It claims side effects, as _once does, and for the second of its reasons.
+        return tl.inline_asm_elementwise(
+            pairs_assembly(FORMAT.bits, DTYPE),
+            "=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [low, high, _field_rotation(slice_, FORMAT, DTYPE), scale, zero_point],
+            dtype=scale.dtype,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        if _by_permutation(FORMAT, DTYPE):
+            codes = _permuted(low)
+        else:
+            shift = _field_shift(slice_, FORMAT)
+            fields = (low.to(tl.int32) >> shift) & (2 ** (8 // FORMAT.slices) - 1)
+            if FORMAT.bits == 3:
+                fields |= ((high.to(tl.int32) >> shift) & 1) << 2
+            codes = _to_float(fields)
+        return _rounded(codes * scale + zero_point, DTYPE)
 
 
 @triton.jit
@@ -211,31 +269,79 @@ def _field_shift(slice_, FORMAT: tl.constexpr):
     return slice_ * (8 // FORMAT.slices)
 
 
+@triton.jit
+def _field_rotation(slice_, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bits by which four bytes are rotated to the left, so that a field comes to lie where pairs_assembly wants it."""
+    return (field_place(FORMAT.bits, DTYPE) + 32 - _field_shift(slice_, FORMAT)) % 32
+
+
+@triton.constexpr_function
+def _by_pairs(format, dtype):
+    """Whether two codes at a time become elements in 16-bit arithmetic. Eight bits have no place in bfloat16."""
+    return _HAS_PTX.value and (dtype == tl.float16 or (dtype == tl.bfloat16 and format.bits < 8))
+
+
 @triton.constexpr_function
 def _by_permutation(format, dtype):
-    """Whether codes become floats four at a time. Their offset makes zero points inexact by 0.002 steps, which is too
-    much for float32 alone; codes of 3 bits lie in two planes.
+    """Whether codes become float32 four at a time. Their offset makes zero points inexact by 0.002 steps, which is too
+    much for float32 alone.
     """
-    return _HAS_PTX.value and format.bits != 3 and dtype != tl.float32
+    return _HAS_PTX.value and format.bits == 8 and dtype == tl.bfloat16
+
+
+@triton.constexpr_function
+def field_place(bits, dtype):
+    """The bit of a byte at which pairs_assembly wants a code to begin: for bfloat16 as high as there is room."""
+    return 7 - bits if dtype == tl.bfloat16 else 0
+
+
+@triton.constexpr_function
+def pairs_assembly(bits, dtype):
+    """PTX that makes four elements, $0 and $1, of bytes of the planes, $2 and $3, rotation, $4 to $7, all the same,
+    scales, $8 and $9, and zero points, $10 and $11.
+
+    Bytes become the low bytes of 16-bit numbers. float16's are freed of their offset. bfloat16's are not: with the code
+    as high as possible it is 2**bits steps, which lose in the zero point no more than the element's own rounding does.
+    """
+    place, name = field_place(bits, dtype), dtype.name
+    low_bits = 2 if bits == 3 else bits
+    lines = [
+        "shf.l.wrap.b32 fields, $2, $2, $4;",
+        f"and.b32 fields, fields, {(2**low_bits - 1 << place) * 0x01010101:#x};",
+    ]
+    if bits == 3:
+        lines += [
+            "add.u32 turn, $4, 2;",
+            "shf.l.wrap.b32 high, $3, $3, turn;",
+            f"lop3.b32 fields, high, {(4 << place) * 0x01010101:#x}, fields, 0xEA;",  # (a & b) | c
+        ]
+    lines += [
+        f"prmt.b32 first, fields, {_HIGH_BYTE[name]:#x}, 0x4140;",
+        f"prmt.b32 second, fields, {_HIGH_BYTE[name]:#x}, 0x4342;",
+    ]
+    if name == "fp16":
+        lines += [
+            "mov.b32 offset, 0x64006400;",
+            "sub.rn.f16x2 first, first, offset;",
+            "sub.rn.f16x2 second, second, offset;",
+        ]
+    pair = "f16x2" if name == "fp16" else "bf16x2"
+    lines += [f"fma.rn.{pair} $0, first, $8, $10;", f"fma.rn.{pair} $1, second, $9, $11;"]
+    return "{ .reg .b32 fields, turn, high, first, second, offset; " + " ".join(lines) + " }"
 
 
 @triton.jit
-def _permuted(bytes, fields):
-    """_BYTE_OFFSET + (bytes & fields), of uint8: a mask for four bytes, and an instruction for each.
-
-    It claims side effects, as _once does, and for the second of its reasons.
-    """
+def _permuted(bytes):
+    """_BYTE_OFFSET + bytes, of uint8: an instruction for each. It claims side effects for _once's second reason."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 masked;
-        and.b32 masked, $4, $5;
-        prmt.b32 $0, masked, 0x47, 0x4505;
-        prmt.b32 $1, masked, 0x47, 0x4515;
-        prmt.b32 $2, masked, 0x47, 0x4525;
-        prmt.b32 $3, masked, 0x47, 0x4535;
+        prmt.b32 $0, $4, 0x47, 0x4505;
+        prmt.b32 $1, $4, 0x47, 0x4515;
+        prmt.b32 $2, $4, 0x47, 0x4525;
+        prmt.b32 $3, $4, 0x47, 0x4535;
         }""",
-        "=f,=f,=f,=f,r,r",
-        [bytes, fields],
+        "=f,=f,=f,=f,r",
+        [bytes],
         dtype=tl.float32,
         is_pure=False,
         pack=4,
@@ -243,12 +349,18 @@ def _permuted(bytes, fields):
 
 
 @triton.jit
-def _of_codes(scale, zero_point, slice_, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
-    """The scales and zero points of codes as _load_codes leaves them. Powers of two take nothing from a scale."""
-    scale *= ((127 - _field_shift(slice_, FORMAT)) << 23).to(tl.float32, bitcast=True)
-    if _by_permutation(FORMAT, DTYPE):
-        zero_point -= _BYTE_OFFSET * scale
-    return _once(scale), _once(zero_point)
+def _of_codes(scale, zero_point, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """The scales and zero points that _dequantized wants, in float32 or, for pairs, in the elements' dtype."""
+    if _by_pairs(FORMAT, DTYPE):
+        if DTYPE.is_bf16():
+            # A power of two takes nothing from a scale. The offset is that of the scale as it is rounded.
+            scale = (scale * (1.0 / 2 ** field_place(FORMAT.bits, DTYPE))).to(DTYPE)
+            zero_point -= _BFLOAT16_OFFSET * scale.to(tl.float32)
+        return _once(scale.to(DTYPE)), _once(zero_point.to(DTYPE))
+    else:
+        if _by_permutation(FORMAT, DTYPE):
+            zero_point -= _BYTE_OFFSET * scale
+        return _once(scale), _once(zero_point)
 
 
 @triton.jit
@@ -256,13 +368,18 @@ def _once(x):
     """x, worked out once, and then broadcast.
 
     The compiler, to save moving a small tensor between threads, would rather have every thread work out all that it
-    needs of it: for the zero points of keys half of the loop's instructions. It does not repeat what has side effects.
+    needs of it: for the scales and zero points more than half of the loop's instructions. Triton 3.7 does not repeat
+    what has side effects. Triton 3.6 does, but not across a load of many bytes, unless on the way it finds one
+    conversion to a larger type where it can move these bytes instead: _to_integers and _to_float32 hide it.
     And it looks back from a product to the bytes that the operands were made of, to hold them in the order in which
     bytes are multiplied, which takes another move for each element; it does not look past side effects either.
     """
     if not _HAS_PTX:
         return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -276,14 +393,45 @@ def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, E
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
         GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
-        scale = tl.load(halves + index, mask=mask, other=0.0).to(tl.float32)
-        zero_point = tl.load(halves + GROUPS + index, mask=mask, other=0.0).to(tl.float32)
+        scale = _to_float32(tl.load(halves + index, mask=mask, other=0.0))
+        zero_point = _to_float32(tl.load(halves + GROUPS + index, mask=mask, other=0.0))
     else:
-        nibbles = tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0).to(tl.int32)
+        nibbles = _to_integers(tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
         scale = exact_exp(log2_scale * _LOG_2) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
     return scale, zero_point
+
+
+@triton.jit
+def _to_integers(bytes):
+    """Of uint8, int32."""
+    if not _HAS_PTX:
+        return bytes.to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0, 0x4440;
+            prmt.b32 $1, $4, 0, 0x4441;
+            prmt.b32 $2, $4, 0, 0x4442;
+            prmt.b32 $3, $4, 0, 0x4443;
+            """,
+            "=r,=r,=r,=r,r",
+            [bytes],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def _to_float32(halves):
+    if not _HAS_PTX:
+        return halves.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.f32.f16 $0, $1;", "=f,h", [halves], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
