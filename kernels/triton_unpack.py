@@ -327,6 +327,9 @@ def pairs_assembly(bits, dtype):
         ]
     pair = "f16x2" if name == "fp16" else "bf16x2"
     lines += [f"fma.rn.{pair} $0, first, $8, $10;", f"fma.rn.{pair} $1, second, $9, $11;"]
+    if name == "fp16":
+        # As in _rounded: twice the largest number that there is.
+        lines += ["mov.b32 offset, 0x7BFF7BFF;", "min.f16x2 $0, $0, offset;", "min.f16x2 $1, $1, offset;"]
     return "{ .reg .b32 fields, turn, high, first, second, offset; " + " ".join(lines) + " }"
 
 

@@ -31,8 +31,10 @@ def run(assembly: str, registers: dict[str, int], dtype: torch.dtype = torch.flo
 def carry_out(operation: str, sources: list[int], dtype: torch.dtype) -> int:
     """As the PTX manual has it."""
     name, a, *rest = operation.split(".")[0], *sources
-    if name in ("sub", "fma"):
+    if name in ("sub", "fma", "min"):
         x, *others = (pair(source, dtype) for source in sources)
+        if name == "min":
+            return word(x.minimum(others[0]), dtype)
         return word(x * others[0] + others[1] if name == "fma" else x - others[0], dtype)
     if name == "lop3":
         b, c, table = rest
@@ -98,3 +100,12 @@ def test_pairs_are_codes_times_scale_and_zero_point(bits: int, name: str) -> Non
             # Of the offset's zero point and of the element itself, half a unit in the last place each.
             reach = (2**bits + 1) * steps + zero_points.abs()
             assert (error <= reach * torch.finfo(dtype).eps).all()
+
+
+def test_elements_beyond_float16_become_its_largest_number() -> None:
+    assembly = pairs_assembly(8, tl.float16)
+    scale, zero_point = torch.full((2,), 300.0), torch.tensor([60000.0, -60000.0])
+    registers = {"$2": 0xFFFFFFFF, "$3": 0, "$4": 0, "$8": word(scale, torch.float16), "$9": word(scale, torch.float16)}
+    registers |= {"$10": word(zero_point, torch.float16), "$11": word(zero_point, torch.float16)}
+    after = run(assembly, registers)
+    assert pair(after["$0"], torch.float16).tolist() == pair(after["$1"], torch.float16).tolist() == [65504.0, 16496.0]
