@@ -402,7 +402,7 @@ def test_more_tokens_than_slots_are_refused() -> None:
 def test_padding_behind_tokens_is_refused() -> None:
     text, mask = ids(20), torch.ones(2, 20, dtype=torch.int64)
     mask[0, -3:] = 0
-    with pytest.raises(CacheError, match="model.layers.0.self_attn.*padding_side"):
+    with pytest.raises(CacheError, match="model.layers.0.self_attn.*pad on the left"):
         compiled("llama")(text, attention_mask=mask, past_key_values=static_cache("llama"))
 
 
