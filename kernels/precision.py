@@ -91,6 +91,11 @@ class Precision:
         """Bits of a code in each quarter of the channels."""
         return *self.important_bits, *(self.bits,) * (QUARTERS - len(self.important_bits))
 
+    @classmethod
+    def of_quarters(cls, bits: Sequence[int], group: int, scale_bits: int) -> Precision:
+        """The one whose `quarters` are these bits, none more than the one before."""
+        return cls(bits[-1], group, scale_bits, tuple(number for number in bits if number > bits[-1]))
+
     @property
     def mean_bits(self) -> float:
         """Bits of a code, averaged over the channels."""

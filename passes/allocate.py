@@ -147,8 +147,11 @@ def allocate(
 
 def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
     _check_sensitivities(sites)
-    if _quantizes_nothing(sites, budget):
-        return ((UNQUANTIZED, UNQUANTIZED),) * len(sites)
+    # Where calibration read nothing of a site from storage, no loss is predicted at any precision, and the cheapest
+    # would do: it must not where there is room for the elements themselves.
+    untouched: Allocation = ((UNQUANTIZED, UNQUANTIZED),) * len(sites)
+    if _is_lossless(sites) and _total_cost(sites, untouched, budget) <= budget.capacity(sites):
+        return untouched
     items = [
         _Item(site.kv_heads, head_dim, sensitivity)
         for site in sites
@@ -167,14 +170,9 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
     return tuple(zip(chosen[::2], chosen[1::2], strict=True))
 
 
-def _quantizes_nothing(sites: Sequence[SiteImportance], budget: Budget) -> bool:
-    """Whether everything fits into the budget unquantized. Where calibration read nothing of a site from storage, no
-    loss is predicted at any precision, and the cheapest would do.
-    """
-    offered = all(
-        site.key_sensitivity.get(UNQUANTIZED) == site.value_sensitivity.get(UNQUANTIZED) == 0 for site in sites
-    )
-    return offered and _total_cost(sites, ((UNQUANTIZED, UNQUANTIZED),) * len(sites), budget) <= budget.capacity(sites)
+def _is_lossless(sites: Sequence[SiteImportance]) -> bool:
+    """Whether all keys and values can stay unquantized, and lose nothing so."""
+    return all(site.key_sensitivity.get(UNQUANTIZED) == site.value_sensitivity.get(UNQUANTIZED) == 0 for site in sites)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ class Tally:
         losses = {}
         groups = {candidate.group for candidate in self.candidates}
         for bits, group in product(CANDIDATE_QUARTERS, groups):
-            important = tuple(number for number in bits if number > bits[-1])
-            candidate = Precision(bits[-1], group, CANDIDATE_SCALE_BITS, important)
+            candidate = Precision.of_quarters(bits, group, CANDIDATE_SCALE_BITS)
             alike = [Precision(number, group, CANDIDATE_SCALE_BITS) for number in bits]
             if candidate.fits(quarters.shape[-1], Axis.TOKENS) and all(part in of_quarter for part in alike):
                 losses[candidate] = sum(of_quarter[part][quarter] for quarter, part in enumerate(alike))

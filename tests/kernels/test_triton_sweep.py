@@ -55,9 +55,7 @@ ATTENDING = {
 
 
 def precisions(chosen: Combination) -> tuple[Precision, Precision]:
-    bits = chosen["quarters"]
-    important = tuple(number for number in bits if number > bits[-1])
-    key = Precision(bits[-1], chosen["key_group"], chosen["scale_bits"], important)
+    key = Precision.of_quarters(chosen["quarters"], chosen["key_group"], chosen["scale_bits"])
     return key, Precision(chosen["value_bits"], chosen["value_group"], chosen["scale_bits"])
 
 
