@@ -16,7 +16,7 @@ from torch import Tensor
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.cpu_library import library
 from kvmix_compile.kernels.precision import QUARTERS, Precision
-from kvmix_compile.kernels.state import packed_blocks
+from kvmix_compile.kernels.state import packed_blocks, required_blocks
 from kvmix_compile.kernels.weighting import Weighting
 
 # As cpu.cpp numbers them.
@@ -43,13 +43,14 @@ def append(
     key: Precision,
     value: Precision,
     recent: int,
+    window: int = 0,
 ) -> None:
     """As reference.append, byte for byte."""
     loaded = library()
     state = sink_k, sink_v, packed_k, packed_v, tail_k, tail_v
     served = _served(k, v, lengths, starts, state)
-    if loaded is None or not served or _packs(k, lengths, starts, sink_k, packed_k, recent):
-        reference.append(k, v, lengths, starts, *state, key, value, recent)
+    if loaded is None or not served or _packs(k, lengths, starts, sink_k, packed_k, recent, window):
+        reference.append(k, v, lengths, starts, *state, key, value, recent, window)
         return
     k, v = _with_rows(k), _with_rows(v)
     loaded.copy_tokens(_shape_and_sides(k, v, lengths, starts, state, key, value, recent))
@@ -79,7 +80,7 @@ def attend(
     longest = max(lengths.tolist(), default=0)
     is_prompt = tokens > 1 and longest == 0
     # Nothing is read beyond a state's end, whatever a row's length is said to be.
-    fits = packed_blocks(longest, sink_k.shape[2], recent) <= packed_k.shape[2]
+    fits = required_blocks(longest, sink_k.shape[2], recent, weighting.window) <= packed_k.shape[2]
     served = fits and q.dtype == k.dtype and _served(k, v, lengths, starts, state)
     if loaded is None or is_prompt or not served:
         return reference.attend(q, k, v, lengths, starts, *state, key, value, recent, weighting)
@@ -113,12 +114,16 @@ def _served(k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor, state: tuple[
     )
 
 
-def _packs(k: Tensor, lengths: Tensor, starts: Tensor, sink_k: Tensor, packed_k: Tensor, recent: int) -> bool:
+def _packs(
+    k: Tensor, lengths: Tensor, starts: Tensor, sink_k: Tensor, packed_k: Tensor, recent: int, window: int
+) -> bool:
     """Whether the chunk completes a block, or leaves the state with more of them than it has room for."""
     tokens, sinks, room = k.shape[2], sink_k.shape[2], packed_k.shape[2]
     for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
-        blocks = packed_blocks(length + tokens - start, sinks, recent)
-        if blocks > room or blocks > packed_blocks(length, sinks, recent):
+        end = length + tokens - start
+        if required_blocks(end, sinks, recent, window) > room:
+            return True
+        if packed_blocks(end, sinks, recent) > packed_blocks(length, sinks, recent):
             return True
     return False
 

@@ -86,7 +86,8 @@ struct Reader {
 
     const uint8_t* block(const Side& side, int64_t block) const {
         const Shape& shape = arguments.shape;
-        return side.packed + ((row_index * shape.heads + head) * shape.room + block) * side.block_bytes;
+        int64_t place = block % shape.room;  // a block's own, unless a window's later blocks took it
+        return side.packed + ((row_index * shape.heads + head) * shape.room + place) * side.block_bytes;
     }
 
     const Element* element(const Side& side, int64_t token) const {

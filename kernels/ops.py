@@ -24,7 +24,7 @@ _library = torch.library.Library("kvmix", "DEF")
 _library.define(
     "append(Tensor k, Tensor v, Tensor lengths, Tensor starts, "
     "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) tail_k, "
-    "Tensor(f!) tail_v, int[] key, int[] value, int recent) -> ()",
+    "Tensor(f!) tail_v, int[] key, int[] value, int recent, int window=0) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -51,8 +51,8 @@ def _append_operator(kernel: Callable[..., None]) -> Callable[..., None]:
     """A kernel of append as an operator, to which precisions come as integers."""
 
     def operator(*arguments: Any) -> None:
-        *tensors, key, value, recent = arguments
-        kernel(*tensors, _precision(*key), _precision(*value), recent)
+        key, value, *numbers = arguments[10:]
+        kernel(*arguments[:10], _precision(*key), _precision(*value), *numbers)
 
     return operator
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.packing import dequantize_into, quantize_block
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
-from kvmix_compile.kernels.state import packed_blocks
+from kvmix_compile.kernels.state import packed_blocks, required_blocks
 from kvmix_compile.kernels.weighting import Weighting
 
 # Elements of the largest temporary with a query and a key dimension: 256 MB in float32.
@@ -71,13 +71,8 @@ class _Side:
         return packed_blocks(length, self.sinks, self.recent)
 
     def tail_pieces(self, first: int, last: int) -> Iterator[Tensor]:
-        """Views of the ring's slots of tokens first to last - 1, in order: none, one, or two where the ring wraps."""
-        slots = self.tail.shape[2]
-        while first < last:
-            slot = (first - self.sinks) % slots
-            count = min(last - first, slots - slot)
-            yield self.tail[:, :, slot : slot + count]
-            first += count
+        """Views of tokens first to last - 1 in the tail, in order."""
+        return _pieces(self.tail, first - self.sinks, last - self.sinks)
 
 
 @torch.no_grad()
@@ -95,17 +90,19 @@ def append(
     key: Precision,
     value: Precision,
     recent: int,
+    window: int = 0,
 ) -> None:
-    """Writes a chunk's keys and values into the state, in place, packing the blocks that leave the recent window.
+    """Writes a chunk's keys and values into the state, in place, packing the blocks that are recent no more.
 
     lengths are those before the chunk and are left as they are. Shapes: see the head of this file.
+    window: the most tokens that one attends to, itself included; 0: all. Blocks of earlier ones may be overwritten.
     Raises KVMixError, with nothing written, where the packed blocks have no room.
     """
     keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
     values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
     groups = list(_row_groups(lengths, starts))
     longest = max((group.length + k.shape[2] - group.start for group in groups), default=0)
-    _check_room(longest, keys)
+    _check_room(longest, keys, window)
     for group in groups:
         _append_rows(keys.of(group), group.length)
         _append_rows(values.of(group), group.length)
@@ -136,6 +133,7 @@ def attend(
     keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
     values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
     outputs = []
+    _check_room(max(lengths.tolist(), default=0), keys, weighting.window)
     for group in _row_groups(lengths, starts):
         queries = q[group.rows, :, group.start :]
         its_weighting = weighting.of_length(group.length + queries.shape[2])
@@ -158,8 +156,8 @@ def _row_groups(lengths: Tensor, starts: Tensor) -> Iterator[_RowGroup]:
         begin = end
 
 
-def _check_room(length: int, side: _Side) -> None:
-    needed, room = side.blocks(length), side.packed.shape[2]
+def _check_room(length: int, side: _Side, window: int) -> None:
+    needed, room = required_blocks(length, side.sinks, side.recent, window), side.packed.shape[2]
     if needed > room:
         raise KVMixError(
             f"{length} tokens need room for {needed} packed blocks and the state has room for {room}: grow it first"
@@ -172,19 +170,37 @@ def _append_rows(side: _Side, length: int) -> None:
     end = length + chunk.shape[2]
     if length < sinks:
         side.sink[:, :, length:end] = chunk[:, :, : sinks - length]
-    first_block, end_block = side.blocks(length), side.blocks(end)
+    end_block = side.blocks(end)
+    # Of more blocks than there is room for, the first ones are seen by nothing that follows.
+    first_block = max(side.blocks(length), end_block - side.packed.shape[2])
     if end_block > first_block:
         first, last = sinks + first_block * BLOCK_TOKENS, sinks + end_block * BLOCK_TOKENS
         earlier = side.tail_pieces(first, min(length, last))
         tokens = torch.cat([*earlier, chunk[:, :, max(0, first - length) : max(0, last - length)]], dim=2)
         packed = quantize_block(tokens.unflatten(2, (-1, BLOCK_TOKENS)), side.precision, side.axis)
-        side.packed[:, :, first_block:end_block] = packed
+        _fill(_pieces(side.packed, first_block, end_block), packed)
     # Only now may the ring be overwritten: the tokens just packed lay in it.
     token = max(length, sinks, end - side.tail.shape[2])
-    for piece in side.tail_pieces(token, end):
-        count = piece.shape[2]
-        piece.copy_(chunk[:, :, token - length : token - length + count])
-        token += count
+    _fill(side.tail_pieces(token, end), chunk[:, :, max(0, token - length) :])
+
+
+def _pieces(ring: Tensor, first: int, last: int) -> Iterator[Tensor]:
+    """Views of numbers first to last - 1 of a ring [rows, H, slots, ..], in order: none, one, or two where it wraps."""
+    slots = ring.shape[2]
+    while first < last:
+        slot = first % slots
+        count = min(last - first, slots - slot)
+        yield ring[:, :, slot : slot + count]
+        first += count
+
+
+def _fill(pieces: Iterator[Tensor], content: Tensor) -> None:
+    """Writes what lies along dimension 2 of content into the pieces, in order."""
+    begin = 0
+    for piece in pieces:
+        end = begin + piece.shape[2]
+        piece.copy_(content[:, :, begin:end])
+        begin = end
 
 
 def _history(side: _Side, first: int, length: int) -> Tensor:
@@ -200,11 +216,9 @@ def _history(side: _Side, first: int, length: int) -> Tensor:
     sink = side.sink[:, :, begin:length]
     history[:, :, : sink.shape[2]] = sink
     place = sink.shape[2]
-    if first_block < end_block:
-        blocks = history[:, :, place : place + (end_block - first_block) * BLOCK_TOKENS]
-        dequantize_into(
-            blocks.unflatten(2, (-1, BLOCK_TOKENS)), side.packed[:, :, first_block:end_block], side.precision, side.axis
-        )
+    for packed in _pieces(side.packed, first_block, end_block):
+        blocks = history[:, :, place : place + packed.shape[2] * BLOCK_TOKENS]
+        dequantize_into(blocks.unflatten(2, (-1, BLOCK_TOKENS)), packed, side.precision, side.axis)
         place += blocks.shape[2]
     for piece in (*side.tail_pieces(begin + place, length), chunk):
         history[:, :, place : place + piece.shape[2]] = piece

@@ -4,7 +4,9 @@
 
 Of a row that holds n tokens, token u lies in
 - ``sink[u]`` for u < sinks;
-- block ``(u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n);
+- block ``b = (u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n), in place ``b % C`` where there is room
+  for C blocks: in its own place, except where attention sees a window, or chunks, and later blocks take the places of
+  those that nothing sees any more;
 - slot ``(u - sinks) % slots`` of the tail, a ring, from there to n. These are recent - 31 to recent tokens once any is
   packed.
 The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
@@ -24,6 +26,9 @@ from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
 
 Length = TypeVar("Length", int, Tensor)
 
+# A state grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
+GROWTH_SHIFT = 3
+
 
 def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
     """Blocks packed of a row that holds this many tokens; as many as keep at most `recent` of them in the tail.
@@ -35,9 +40,17 @@ def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
     return (beyond + BLOCK_TOKENS - 1) // BLOCK_TOKENS * (beyond > 0)
 
 
-def required_blocks(length: int, sinks: int, recent: int) -> int:
-    """Blocks a state must have room for before a row can hold this many tokens."""
-    return packed_blocks(length, sinks, recent)
+def required_blocks(length: int, sinks: int, recent: int, window: int = 0, rollback: int = 0) -> int:
+    """Blocks a state must have room for before a row can hold this many tokens. window, rollback: as of StateLayout."""
+    packed = packed_blocks(length, sinks, recent)
+    return min(packed, visible_blocks(window, recent, rollback)) if window else packed
+
+
+def visible_blocks(window: int, recent: int, rollback: int = 0) -> int:
+    """The most blocks of a row that hold a token which one of the next sees, be it `rollback` tokens earlier."""
+    # Packed blocks end where the tail begins, which holds recent - 31 tokens at least.
+    tokens = window - 1 + rollback - (recent - BLOCK_TOKENS + 1)
+    return max(0, tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class StateLayout:
     sinks: first tokens of a row that are never quantized (attention sinks, arXiv:2309.17453).
     recent: the most tokens that wait in the tail to be packed, at least 32.
     rollback: the most tokens by which a row may be shortened again.
+    window: the most tokens that one attends to, itself included, such as a sliding window; 0: all before it.
     """
 
     kv_heads: int
@@ -59,14 +73,17 @@ class StateLayout:
     sinks: int
     recent: int
     rollback: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
         self.key.check(self.key_dim, Axis.TOKENS)
         self.value.check(self.value_dim, Axis.CHANNELS)
         if self.recent < BLOCK_TOKENS:
             raise KVMixError(f"at least {BLOCK_TOKENS} recent tokens must stay unpacked, not {self.recent}")
-        if self.sinks < 0 or self.rollback < 0:
-            raise KVMixError(f"sinks ({self.sinks}) and rollback ({self.rollback}) cannot be negative")
+        if min(self.sinks, self.rollback, self.window) < 0:
+            raise KVMixError(
+                f"sinks ({self.sinks}), rollback ({self.rollback}) and window ({self.window}) cannot be negative"
+            )
 
     @property
     def tail_slots(self) -> int:
@@ -75,7 +92,30 @@ class StateLayout:
 
     def required_blocks(self, length: int) -> int:
         """Blocks a state must have room for before a row can hold this many tokens."""
-        return required_blocks(length, self.sinks, self.recent)
+        return required_blocks(length, self.sinks, self.recent, self.window, self.rollback)
+
+    def capacity_blocks(self, length: int) -> int:
+        """Blocks that a state has room for once its rows hold up to this many tokens.
+
+        What is required, rounded up to three significant binary digits and one more: a function of the length alone, so
+        that the size of a cache can be predicted, and at most an eighth above what is required.
+        """
+        packed = packed_blocks(length, self.sinks, self.recent)
+        step = 1 << max(0, packed.bit_length() - 1 - GROWTH_SHIFT)
+        capacity = -(-packed // step) * step
+        return min(capacity, visible_blocks(self.window, self.recent, self.rollback)) if self.window else capacity
+
+    def can_shorten(self, furthest: int, length: int) -> bool:
+        """Whether a row that has held `furthest` tokens still has all that one of its first `length` needs."""
+        blocks = packed_blocks(length, self.sinks, self.recent)
+        # Later tokens took the slots of earlier ones in the tail, and later blocks of a window those of earlier blocks.
+        if self.sinks + BLOCK_TOKENS * blocks < min(length, furthest - self.tail_slots):
+            return False
+        if not self.window:
+            return True
+        room = visible_blocks(self.window, self.recent, self.rollback)
+        lost = packed_blocks(furthest, self.sinks, self.recent) - room
+        return min(blocks, lost) <= max(0, length - self.window + 1 - self.sinks) // BLOCK_TOKENS
 
     def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
         """What a state of this many rows and blocks occupies."""
@@ -140,7 +180,10 @@ class SiteState:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def grow(self, blocks: int) -> None:
-        """Makes room for at least this many blocks in all; what is stored stays, new room is zero."""
+        """Makes room for at least this many blocks in all; what is stored stays, new room is zero.
+
+        Only where every block lies in its own place: no more than there is room for were ever packed.
+        """
         missing = blocks - self.blocks
         if missing > 0:
             self.packed_k = _lengthened(self.packed_k, missing)

@@ -105,6 +105,7 @@ def append_kernel(
     v_channel,
     tokens,  # of the chunk, padding counted
     room,  # packed blocks
+    WINDOWED: tl.constexpr,  # later blocks may take the places of earlier ones
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,  # the formats of a block's parts
     KEY_WRITERS: tl.constexpr,
@@ -132,6 +133,7 @@ def append_kernel(
             tokens,
             room,
             unit,
+            WINDOWED,
             KEYS,
             KEY_WRITERS,
             SINKS,
@@ -151,6 +153,7 @@ def append_kernel(
             tokens,
             room,
             unit,
+            WINDOWED,
             VALUES,
             VALUE_WRITERS,
             SINKS,
@@ -172,6 +175,7 @@ def _append(
     tokens,
     room,
     unit,
+    WINDOWED: tl.constexpr,
     FORMATS: tl.constexpr,
     WRITERS: tl.constexpr,
     SINKS: tl.constexpr,
@@ -184,13 +188,16 @@ def _append(
     chunk += (start - length).to(tl.int64) * chunk_token
     end = tl.maximum(length + tokens - start, length)
     packed_already = _blocks(length - SINKS - RECENT)
-    complete = tl.minimum(_blocks(end - SINKS - RECENT), room)
+    complete = _blocks(end - SINKS - RECENT)
+    if not WINDOWED:
+        complete = tl.minimum(complete, room)
     # From this block on all tokens are the chunk's.
     fresh = tl.maximum(packed_already, _blocks(length - SINKS))
     begin = tl.where(unit == 0, packed_already, fresh + unit - 1)
     until = tl.minimum(tl.where(unit == 0, fresh, begin + 1), complete)
-    for block in tl.range(begin, until, num_stages=1):
-        target = packed + block * FORMAT.block_bytes
+    # Of more blocks than there is room for, the first ones are seen by nothing that follows.
+    for block in tl.range(tl.maximum(begin, complete - room), until, num_stages=1):
+        target = packed + (block % room if WINDOWED else block) * FORMAT.block_bytes
         first = SINKS + block * _TOKENS
         for part in tl.static_range(len(FORMATS)):
             _pack_part(
@@ -466,6 +473,7 @@ def append(
     key: Precision,
     value: Precision,
     recent: int,
+    window: int = 0,
 ) -> None:
     """As reference.append, for contiguous state tensors; never waits for the device.
 
@@ -480,6 +488,7 @@ def append(
     append_kernel[(rows * heads, units, 2)](
         *(k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v),
         *(*k.stride(), *v.stride(), tokens, packed_k.shape[2]),
+        WINDOWED=window != 0,
         HEADS=heads,
         KEYS=BlockFormat.parts(key, key_dim, k.element_size()),
         KEY_WRITERS=BlockWriter.parts(key, Axis.TOKENS, key_dim),

@@ -143,12 +143,14 @@ def attend_kernel(
     state_head = row * HEADS + head
     head_of_packed_k = packed_k + state_head * room * KEYS[0].block_bytes
     head_of_packed_v = packed_v + state_head * room * VALUE.block_bytes
+    # Of a window only the last blocks may be kept; elsewhere each lies in its own place.
+    ring = room if SLIDING or CHUNKED else None
     for tile in tl.range(begin, tl.minimum(end, packed_tiles)):
         block = first_block + tile * BLOCKS
         token = SINKS + block * _TOKENS + place_in_tile
         scores = tl.zeros([QUERIES, TILE], tl.float32)
         for part in tl.static_range(len(KEYS)):
-            keys = unpack_keys(head_of_packed_k, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part))
+            keys = unpack_keys(head_of_packed_k, ring, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part))
             scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
         if SLIDING or CHUNKED:
@@ -156,7 +158,7 @@ def attend_kernel(
         weights, highest, total, correction = _weigh(
             scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
         )
-        values = unpack_values(head_of_packed_v, block, blocks, DTYPE, BLOCKS, VALUE)
+        values = unpack_values(head_of_packed_v, ring, block, blocks, DTYPE, BLOCKS, VALUE)
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
     head_of_sink_k = sink_k + state_head * SINKS * KEYS[0].head_dim

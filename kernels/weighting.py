@@ -42,7 +42,12 @@ class Weighting:
     @property
     def is_limited(self) -> bool:
         """Whether some tokens of the past are not seen."""
-        return bool(self.sliding_window or self.attention_chunk)
+        return self.window > 0
+
+    @property
+    def window(self) -> int:
+        """The most tokens that one attends to, itself included; 0: all before it."""
+        return max(self.sliding_window, self.attention_chunk)
 
     def first_visible(self, token: Number) -> Number:
         """The earliest token that a token attends to. token: a number, or an int64 tensor of any shape."""
@@ -53,5 +58,4 @@ class Weighting:
 
     def of_length(self, tokens: int) -> Weighting:
         """The same for rows of at most so many tokens, where a window or a chunk of as many is none."""
-        limit = max(self.sliding_window, self.attention_chunk)
-        return replace(self, sliding_window=0, attention_chunk=0) if 0 < tokens <= limit else self
+        return replace(self, sliding_window=0, attention_chunk=0) if 0 < tokens <= self.window else self

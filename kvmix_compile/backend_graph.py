@@ -11,7 +11,7 @@ from kvmix_compile.backend_counting import Counter
 from kvmix_compile.backend_padding import MaskReader, padding
 from kvmix_compile.backend_storage import PackedCache, Place, give_back, given_back, place_of
 from kvmix_compile.errors import CacheError
-from kvmix_compile.inductor import own_compiled_code
+from kvmix_compile.inductor import own_compiled_code, symbolic_blocks
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.passes.capture import graph_inputs
@@ -20,11 +20,11 @@ from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.sizes import Size, size_reader
 from kvmix_compile.passes.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.static_rewrite import rewrite_static
-from kvmix_compile.passes.symbols import symbolic_size
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
-# How many packed blocks the graph is traced with, a number like no other size; it holds for any.
+# How many packed blocks the graph is traced with, and of each window one more: numbers like no other size. It holds for
+# any.
 TRACED_BLOCKS = 1009
 
 
@@ -91,12 +91,12 @@ class StaticGraph:
 
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
-        mode = lowered.fake_mode
-        blocks: Any = symbolic_size(mode, "blocks", TRACED_BLOCKS)
+        mode, layouts = lowered.fake_mode, self.plan.layouts()
+        blocks = symbolic_blocks(mode, layouts, TRACED_BLOCKS)
         with mode:
             fakes = [torch.empty(batch, dtype=torch.int64, device=self.device) for _ in ("lengths", "starts")]
-            for layout, dtype in zip(self.plan.layouts(), self.dtypes, strict=True):
-                fakes += SiteState.allocate(layout, batch, blocks, dtype, self.device).tensors()
+            for layout, dtype in zip(layouts, self.dtypes, strict=True):
+                fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.device).tensors()
         return fakes
 
     @torch.no_grad()
@@ -137,12 +137,17 @@ class StaticGraph:
         return cache
 
     def _check_room(self, inputs: Sequence[Any], seen: int, tokens: int) -> None:
-        for site in self.sites:
+        for site, planned in zip(self.sites, self.plan.sites, strict=True):
             slots = site.key.shape[2](inputs)
             if site.is_indexed and seen + tokens > slots:
                 raise CacheError(
                     f"{site.layer}: {seen + tokens} tokens do not fit into a StaticCache of {slots}: make it with a "
                     "larger max_cache_len"
+                )
+            if site.is_indexed and 0 < planned.window < seen + tokens:
+                raise CacheError(
+                    f"{site.layer}: the plan keeps its last {planned.window} tokens, and this StaticCache all of "
+                    f"{seen + tokens}: make a new plan for this model"
                 )
             if site.whole and seen:
                 raise CacheError(
@@ -172,7 +177,7 @@ class StaticGraph:
             key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
             if planned.channel_order is not None:
                 key = torch.ops.kvmix.order_channels(key, torch.tensor(planned.channel_order, device=self.device))
-            formats = (planned.key.as_ints(), planned.value.as_ints(), self.plan.recent)
+            formats = (planned.key.as_ints(), planned.value.as_ints(), self.plan.recent, planned.window)
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)
 

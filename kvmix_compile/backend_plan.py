@@ -76,6 +76,13 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
     if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
         plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
+    for site in sites:
+        window = by_layer[site.layer].window
+        if 0 < window < site.mask.size:
+            raise PlanError(
+                f"the plan keeps the last {window} tokens of {site.layer}, which attends to {site.mask.size}: make a "
+                "new plan for this model"
+            )
     return replace(plan, sites=tuple(by_layer[layer] for layer in layers))
 
 

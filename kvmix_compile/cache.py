@@ -1,6 +1,7 @@
 """KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -10,9 +11,7 @@ from transformers import Cache
 from kvmix_compile import cache_file
 from kvmix_compile.cache_file import Header
 from kvmix_compile.errors import CacheError
-from kvmix_compile.kernels.precision import BLOCK_TOKENS
-from kvmix_compile.kernels.state import SiteState, packed_blocks
-from kvmix_compile.passes.plan import capacity_blocks
+from kvmix_compile.kernels.state import SiteState
 
 if TYPE_CHECKING:
     from kvmix_compile.model import CompiledModel
@@ -58,18 +57,18 @@ class KVMixCache(Cache):
                 f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
                 "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
             )
-        blocks = capacity_blocks(self.seen + tokens, self.plan.sinks, self.plan.recent)
+        blocks = [layout.capacity_blocks(self.seen + tokens) for layout in self.layouts]
         if not self.states:
             self._allocate(batch, blocks, device)
             return
-        for state in self.states:
-            if state.blocks < blocks:
-                state.grow(blocks)
+        for state, needed in zip(self.states, blocks, strict=True):
+            if state.blocks < needed:
+                state.grow(needed)
 
-    def _allocate(self, batch: int, blocks: int, device: torch.device) -> None:
+    def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
-            SiteState.allocate(layout, batch, blocks, dtype, device)
-            for layout, dtype in zip(self.layouts, self.dtypes, strict=True)
+            SiteState.allocate(layout, batch, room, dtype, device)
+            for layout, room, dtype in zip(self.layouts, blocks, self.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -127,7 +126,8 @@ class KVMixCache(Cache):
     def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
-            self._allocate(len(tensors["lengths"]), tensors["0.packed_k"].shape[2], self.device)
+            blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
+            self._allocate(len(tensors["lengths"]), blocks, self.device)
         for name, kept in self._named_tensors().items():
             saved = tensors[name]
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
@@ -155,11 +155,13 @@ class KVMixCache(Cache):
 
     @property
     def bits_per_element(self) -> float:
-        """Bits occupied for each key or value element of each token held: sinks, recent tokens, scales and
-        spare room included.
+        """Bits occupied for each key or value element of each token that is still attended to: sinks, recent tokens,
+        scales and spare room included.
         """
-        per_token = sum(site.key_elements + site.value_elements for site in self.plan.sites)
-        elements = int(self.lengths.sum()) * per_token
+        elements = 0
+        for site in self.plan.sites:
+            tokens = self.lengths.clamp(max=site.window) if site.window else self.lengths
+            elements += int(tokens.sum()) * (site.key_elements + site.value_elements)
         return 8 * self.nbytes / elements if elements else 0.0
 
     # transformers' interface
@@ -241,15 +243,13 @@ class KVMixCache(Cache):
         if removed == 0 or not self.states:
             return
         before, after = self.lengths.tolist(), (self.lengths - removed).clamp(min=0).tolist()
-        kept = self.plan.recent + self.rollback
-        # The tail ends at the furthest that the cache ever was: tokens since taken back overwrote older ones.
+        # Tokens since taken back overwrote older ones, too.
         taken_back = self._furthest - self.seen
         for held, left in zip(before, after, strict=True):
-            first_unpacked = self.plan.sinks + BLOCK_TOKENS * packed_blocks(left, self.plan.sinks, self.plan.recent)
-            if left > first_unpacked and first_unpacked < held + taken_back - kept:
+            if not all(layout.can_shorten(held + taken_back, left) for layout in set(self.layouts)):
                 raise CacheError(
-                    f"cannot take back {removed} tokens: those before them are kept in quantized form only. Make the "
-                    f"cache with KVMixCache(model, rollback={removed})"
+                    f"cannot take back {removed} tokens: of those before them some are kept in quantized form only, or "
+                    f"not at all. Make the cache with KVMixCache(model, rollback={removed})"
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)

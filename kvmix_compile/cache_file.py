@@ -19,7 +19,7 @@ from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-cache"
 # To be raised when the bytes of a state change their meaning (kernels/packing.py, kernels/state.py).
-VERSION = 1
+VERSION = 2
 
 # Elements of each weight by which two checkpoints are told apart.
 SAMPLED_ELEMENTS = 64

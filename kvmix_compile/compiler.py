@@ -222,6 +222,7 @@ def _measure(
 
 def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
+    plan = plan.with_windows([site.mask.size for site in found.sites])
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())

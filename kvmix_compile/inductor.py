@@ -25,12 +25,12 @@ from kvmix_compile.passes.capture import first_line
 from kvmix_compile.passes.symbols import symbolic_size
 
 # What the graph is traced with; it holds for any sizes, one and none included. All different: see symbolic_size.
-TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_BLOCKS, TRACED_SLOTS = 3, 11, 5, 7, 13
+TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_SLOTS, TRACED_BLOCKS = 3, 11, 5, 13, 17
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """One compiled graph, and whether it is right for (batch, tokens, logits, blocks, slots)."""
+    """One compiled graph, and whether it is right for (batch, tokens, logits, slots, *blocks of each window)."""
 
     graph: Callable[..., Sequence[Tensor]]
     holds: Callable[[tuple[int, ...]], bool]
@@ -64,8 +64,9 @@ class InductorGraph:
     ) -> Tensor:  # fmt: skip
         given = (input_ids, position_ids, logit_positions, lengths, starts)
         compiled = self._graph(input_ids.shape[1] == len(logit_positions) == 1)
-        packed, tail = state[2], state[4]  # of the first site; all have the same sizes
-        if not compiled.holds((*input_ids.shape, len(logit_positions), packed.shape[2], tail.shape[2])):
+        slots = state[4].shape[2]  # all sites' tails have the same
+        blocks = {layout.window: packed.shape[2] for layout, packed in zip(self.layouts, state[2::6], strict=True)}
+        if not compiled.holds((*input_ids.shape, len(logit_positions), slots, *blocks.values())):
             return self.module(*given, *state)
         (logits,) = compiled.graph(*map(Tensor.contiguous, given), *state)
         return logits
@@ -80,14 +81,16 @@ class InductorGraph:
         batch: Any = symbolic_size(mode, "batch", TRACED_BATCH)
         tokens: Any = 1 if decoding else symbolic_size(mode, "tokens", TRACED_TOKENS)
         logits: Any = 1 if decoding else symbolic_size(mode, "logits", TRACED_LOGITS)
-        blocks: Any = symbolic_size(mode, "blocks", TRACED_BLOCKS)
+        blocks = symbolic_blocks(mode, self.layouts, TRACED_BLOCKS)
         slots: Any = symbolic_size(mode, "slots", TRACED_SLOTS)  # more where tokens can be taken back
         inputs: list[Any] = []
         with mode, torch.no_grad():
             for shape in ((batch, tokens), (batch, tokens), (logits,), (batch,), (batch,)):
                 inputs.append(torch.empty(shape, dtype=torch.int64, device=self.device))
             for layout, dtype in zip(self.layouts, self.dtypes, strict=True):
-                *fixed, tail_k, tail_v = SiteState.allocate(layout, batch, blocks, dtype, self.device).tensors()
+                *fixed, tail_k, tail_v = SiteState.allocate(
+                    layout, batch, blocks[layout.window], dtype, self.device
+                ).tensors()
                 tails = (tail.new_empty(batch, layout.kv_heads, slots, tail.shape[3]) for tail in (tail_k, tail_v))
                 inputs += [*fixed, *tails]
         try:
@@ -98,7 +101,17 @@ class InductorGraph:
                 f"Inductor could not compile the model: {first_line(error)}. Call kvmix_compile.apply without "
                 "compile=True"
             ) from error
-        return _Compiled(graph, _holds(mode, (batch, tokens, logits, blocks, slots)))
+        return _Compiled(graph, _holds(mode, (batch, tokens, logits, slots, *blocks.values())))
+
+
+def symbolic_blocks(mode: FakeTensorMode, layouts: Sequence[StateLayout], traced: int) -> dict[int, Any]:
+    """By window the packed blocks of the states that have it, as sizes that hold for any; traced with `traced`, and
+    with one more for each further window.
+    """
+    windows = dict.fromkeys(layout.window for layout in layouts)
+    return {
+        window: symbolic_size(mode, f"blocks_{window}", traced + place) for place, window in enumerate(windows)
+    }  # fmt: skip
 
 
 def own_compiled_code() -> AbstractContextManager[None]:

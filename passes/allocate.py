@@ -57,6 +57,7 @@ class SiteImportance:
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
     channel_quarters: the quarters of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
+    window: as in SitePlan.
     """
 
     layer: str
@@ -68,6 +69,7 @@ class SiteImportance:
     key_sensitivity: Mapping[Precision, float]
     value_sensitivity: Mapping[Precision, float]
     channel_quarters: tuple[str, ...] = ()
+    window: int = 0
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Importance:
                 site.key_dim,
                 site.value_dim,
                 site.channel_quarters if key.important_bits else (),
+                site.window,
             )
             for site, (key, value) in zip(self.sites, precisions, strict=True)
         )
@@ -118,7 +119,7 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
     return SiteImportance(
         site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
-        key_losses, value.losses(rows), channel_quarters,
+        key_losses, value.losses(rows), channel_quarters, site.mask.size,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,14 +13,11 @@ import torch
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import QUARTERS, Precision
-from kvmix_compile.kernels.state import StateLayout, required_blocks
+from kvmix_compile.kernels.state import StateLayout
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
-VERSION = 3
-
-# A cache grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
-GROWTH_SHIFT = 3
+VERSION = 4
 
 FieldType = TypeVar("FieldType", str, int, dict, list)
 
@@ -39,6 +36,8 @@ class SitePlan:
     key_dim, value_dim: elements of one head's key and of its value.
     channel_quarters: where key has important_bits, of each head a string with a digit for each channel: its quarter of
         the channels, from 0, the most important one, to 3; else empty.
+    window: the most tokens that one attends to, itself included, where attention has a sliding window or chunks; no
+        more are kept. 0: all.
     """
 
     layer: str
@@ -48,10 +47,13 @@ class SitePlan:
     key_dim: int
     value_dim: int
     channel_quarters: tuple[str, ...] = ()
+    window: int = 0
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
             raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
+        if self.window < 0:
+            raise PlanError(f"{self.layer}: window counts tokens: {self.window} cannot be negative")
         if len(self.channel_quarters) != (self.kv_heads if self.key.important_bits else 0):
             raise PlanError(
                 f"{self.layer}: important_bits and channel_quarters go together, the latter a string for each head; "
@@ -137,7 +139,8 @@ class Plan:
         """The state of each site; `rollback` is the number of tokens that can be taken back."""
         return tuple(
             StateLayout(
-                site.kv_heads, site.key_dim, site.value_dim, site.key, site.value, self.sinks, self.recent, rollback
+                *(site.kv_heads, site.key_dim, site.value_dim, site.key, site.value),
+                *(self.sinks, self.recent, rollback, site.window),
             )
             for site in self.sites
         )
@@ -146,9 +149,14 @@ class Plan:
         """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of
         `batch` rows.
         """
-        blocks = capacity_blocks(tokens, self.sinks, self.recent)
         counters = torch.int64.itemsize * batch
-        return counters + sum(layout.bytes(batch, blocks, dtype) for layout in self.layouts(rollback))
+        layouts = self.layouts(rollback)
+        return counters + sum(layout.bytes(batch, layout.capacity_blocks(tokens), dtype) for layout in layouts)
+
+    def with_windows(self, windows: Sequence[int]) -> Plan:
+        """The same plan for a model whose sites attend to so many tokens; 0: to all."""
+        sites = [replace(site, window=window) for site, window in zip(self.sites, windows, strict=True)]
+        return replace(self, sites=tuple(sites))
 
     def as_json(self) -> str:
         """What `save` writes: equal for equal plans."""
@@ -198,17 +206,6 @@ class Plan:
         raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
 
 
-def capacity_blocks(tokens: int, sinks: int, recent: int) -> int:
-    """Packed blocks that a cache has room for once it has seen `tokens` tokens.
-
-    What is required, rounded up to three significant binary digits and one more: a function of the length alone, so
-    that the size of a cache can be predicted, and at most an eighth above what is required.
-    """
-    required = required_blocks(tokens, sinks, recent)
-    step = 1 << max(0, required.bit_length() - 1 - GROWTH_SHIFT)
-    return -(-required // step) * step
-
-
 def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     """Mean of (number, weight) pairs."""
     return sum(number * weight for number, weight in weighted) / sum(weight for _, weight in weighted)
@@ -252,6 +249,8 @@ def _site_record(site: SitePlan) -> dict[str, object]:
     }
     if site.channel_quarters:
         record["channel_quarters"] = site.channel_quarters
+    if site.window:
+        record["window"] = site.window
     return record
 
 
@@ -279,6 +278,8 @@ def _from_document(document: object) -> Plan:
 
 
 def _site_plan(record: object, where: str) -> SitePlan:
+    if not isinstance(record, dict):
+        raise PlanError(f"{where} is not a JSON object; save the plan again")
     return SitePlan(
         layer=_field(record, "layer", str, where),
         key=_precision(_field(record, "key", dict, where), f"the key of {where}"),
@@ -287,11 +288,12 @@ def _site_plan(record: object, where: str) -> SitePlan:
         key_dim=_field(record, "key_dim", int, where),
         value_dim=_field(record, "value_dim", int, where),
         channel_quarters=_channel_quarters(record, where),
+        window=_field(record, "window", int, where) if "window" in record else 0,
     )
 
 
-def _channel_quarters(record: object, where: str) -> tuple[str, ...]:
-    if not isinstance(record, dict) or "channel_quarters" not in record:
+def _channel_quarters(record: dict[str, object], where: str) -> tuple[str, ...]:
+    if "channel_quarters" not in record:
         return ()
     quarters = _field(record, "channel_quarters", list, where)
     if not all(isinstance(of_head, str) for of_head in quarters):

@@ -152,7 +152,7 @@ def _attend_and_append(
         )
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
-        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent))
+        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent, function.mask.size))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout, required_blocks
+from kvmix_compile.kernels.state import SiteState, StateLayout
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.limits import vocabulary_size
@@ -103,6 +103,9 @@ def _chunked_logits(rewritten: Rewritten, ids: Tensor, chunks: Sequence[int], pa
 
 
 def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
-    layout = StateLayout(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16), SINKS, RECENT)
-    blocks = required_blocks(ids.shape[1], SINKS, RECENT)
+    layout = StateLayout(
+        *(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16), SINKS, RECENT),
+        window=site.mask.size,
+    )
+    blocks = layout.required_blocks(ids.shape[1])
     return SiteState.allocate(layout, ids.shape[0], blocks, site.key.meta["val"].dtype, ids.device)

@@ -56,7 +56,10 @@ def original(name: str) -> PreTrainedModel:
 @cache
 def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) -> Plan:
     sites = find_sites(capture(original(name)), 512).matched
-    planned = tuple(SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim) for site in sites)
+    planned = tuple(
+        SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, window=site.mask.size)
+        for site in sites
+    )
     return Plan(planned, "by hand", "", SINKS, RECENT)
 
 
@@ -135,6 +138,16 @@ def with_fingerprint(name: str) -> Plan:
 
     captured = capture(original(name))
     return replace(low(name), fingerprint=fingerprint(captured, find_sites(captured, 512).matched))
+
+
+def test_a_plan_with_a_shorter_window_than_the_models_is_refused() -> None:
+    model = compiled("mistral", plan_for("mistral").with_windows([WINDOW - 1] * 2))
+    with pytest.raises(PlanError, match=r"keeps the last 23 tokens of model\.layers\.0\.self_attn, .* attends to 24"):
+        model(ids(40), past_key_values=static_cache("mistral"))
+    model, past = compiled("llama", plan_for("llama").with_windows([WINDOW] * 2)), static_cache("llama")
+    assert close(logits(model, past, ids(WINDOW), WINDOW - 1), original("llama")(ids(WINDOW), use_cache=False).logits)
+    with pytest.raises(CacheError, match=r"keeps its last 24 tokens, and this StaticCache all of 25"):
+        model(ids(1), past_key_values=past)
 
 
 def test_the_same_perplexity_as_apply() -> None:

@@ -2,19 +2,21 @@
 
 import copy
 import gc
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy_llama import ids, lossless, original, quantized
+from toy_llama import RECENT, SINKS, ids, lossless, original, quantized
 from transformers import DynamicCache, PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import CacheError, InputError
-from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.models_zoo.tiny import WINDOW, tiny
 
 ROLLBACK = 16
 
@@ -55,6 +57,26 @@ def test_its_bytes_are_what_its_tensors_occupy_and_what_the_plan_said(tokens: in
     past = filled(quantized(), ids(rows, tokens))
     assert past.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(past))
     assert past.nbytes == quantized().kvmix_plan.cache_bytes(tokens, rows, torch.float32)
+
+
+@cache
+def windowed(name: str) -> PreTrainedModel:
+    return kvmix_compile.apply(tiny(name), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "llama4"])
+@pytest.mark.parametrize("rollback", [0, ROLLBACK])
+def test_layers_with_a_window_or_chunks_keep_no_more_than_can_be_seen(name: str, rollback: int) -> None:
+    model = windowed(name)
+    past, longer = (filled(model, ids(2, tokens), rollback=rollback) for tokens in (150, 500))
+    windows = [site.window for site in model.kvmix_plan.sites]
+    assert set(windows) == ({WINDOW} if name == "mistral" else {WINDOW, 0})
+    for window, state, of_longer in zip(windows, past.states, longer.states, strict=True):
+        assert (of_longer.nbytes == state.nbytes) == (window > 0)
+        assert not window or state.blocks * BLOCK_TOKENS < WINDOW + rollback + 2 * BLOCK_TOKENS - RECENT
+    assert longer.nbytes == model.kvmix_plan.cache_bytes(500, 2, torch.float32, rollback)
+    elements = sum((site.key_elements + site.value_elements) * (site.window or 500) for site in model.kvmix_plan.sites)
+    assert longer.bits_per_element == pytest.approx(8 * longer.nbytes / (2 * elements))
 
 
 def test_growing_token_by_token_costs_what_was_predicted() -> None:

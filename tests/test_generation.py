@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_llama import RECENT, SINKS, ids, lossless, original, quantized
+from toy_llama import ids, lossless, original, quantized
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -15,7 +15,6 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.models_zoo.tiny import tiny
-from kvmix_compile.passes.plan import capacity_blocks
 
 grow = SiteState.grow
 
@@ -146,7 +145,8 @@ def test_a_long_generation_grows_its_cache_a_few_times(monkeypatch: pytest.Monke
     assert len(growths) == len(rooms) * len(past.states)
     assert all(room <= before + max(1, before // 4) for before, room in pairwise(rooms))
     # On to a hundred thousand tokens, which need 3124 blocks.
-    rooms = sorted({capacity_blocks(tokens, SINKS, RECENT) for tokens in range(0, 100_000, 16)})
+    layout = past.layouts[0]
+    rooms = sorted({layout.capacity_blocks(tokens) for tokens in range(0, 100_000, 16)})
     assert len(rooms) < 90 and rooms[-1] >= 3124
 
 

@@ -84,16 +84,28 @@ def test_a_padded_batch_generates_the_same() -> None:
         assert torch.equal(found, expected)
 
 
-def test_300_tokens_compile_two_graphs(graphs: list[Any]) -> None:
-    model = kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+def test_2000_tokens_compile_two_graphs(graphs: list[Any]) -> None:
+    longer = tiny("llama", num_hidden_layers=1, max_position_embeddings=2048)
+    model = kvmix_compile.apply(longer, plan=eager().kvmix_plan, verify=False, compile=True)
     assert len(graphs) == 2
-    for rows in (1, 2):
+    for rows, tokens in ((1, 2021), (2, 300)):
         past, rooms = KVMixCache(model), set()
-        for part in ids(rows, 300).split([1, 20, *[1] * 279], dim=1):
+        for part in ids(rows, tokens).split([1, 20, *[1] * (tokens - 21)], dim=1):
             model(part, past_key_values=past)
             rooms.add(past.states[0].blocks)
         assert len(rooms) > 5 and {0, 1} < rooms
     assert len(graphs) == 2
+
+
+def test_layers_with_a_window_have_a_room_of_their_own(graphs: list[Any]) -> None:
+    plain = kvmix_compile.apply(tiny("gemma2"), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    model = kvmix_compile.apply(tiny("gemma2"), plan=plain.kvmix_plan, verify=False, compile=True)
+    with_window, without = (inputs[index].shape[2] for inputs in graphs[:1] for index in (5 + 2, 5 + 6 + 2))
+    assert str(with_window) != str(without)
+    text, chunks = ids(2, 150), [30, *[1] * 70, 30, *[1] * 20]
+    (found, past), (expected, _) = (read(of, text, chunks) for of in (model, plain))
+    assert torch.equal(found, expected)
+    assert [state.blocks for state in past.states] == [1, 4] and len(graphs) == 2
 
 
 def test_inductor_itself_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:

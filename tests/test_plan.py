@@ -38,7 +38,8 @@ def sites_with_important_channels(draw: st.DrawFn) -> SitePlan:
     heads = [draw(st.permutations("0123" * (key_dim // 4))) for _ in range(kv_heads)]
     important_bits = draw(st.sampled_from([(3,), (4, 4), (8, 4, 3)]))
     key = Precision(2, draw(st.sampled_from([16, 32])), 4, important_bits)
-    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), tuple(map("".join, heads)))
+    quarters, window = tuple(map("".join, heads)), draw(st.sampled_from([0, 1, 4096]))
+    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), quarters, window)
 
 
 plans = st.builds(
@@ -104,6 +105,19 @@ def test_damaged_quarters_in_a_file_are_refused(tmp_path: Path, content: object)
 def test_damaged_important_bits_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
     with pytest.raises(PlanError, match=r"plan\.json: .*(important|bits)"):
         load_changed(tmp_path, ["sites", 0, "key", "important_bits"], content)
+
+
+@pytest.mark.parametrize("content", [-1, "24", 2.5, None])
+def test_damaged_windows_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json: .*window"):
+        load_changed(tmp_path, ["sites", 0, "window"], content)
+
+
+def test_windows_are_those_of_the_model_at_hand() -> None:
+    plan = PLAN.with_windows([24, 300])
+    assert [site.window for site in plan.sites] == [24, 300]
+    assert plan.cache_bytes(1000) == plan.cache_bytes(10**6) < PLAN.cache_bytes(1000)
+    assert plan.with_windows([0, 0]) == PLAN
 
 
 def test_means_are_weighted_by_elements() -> None:
@@ -182,7 +196,7 @@ def load_changed(directory: Path, path: list[str | int], content: object) -> Pla
 
 def test_a_newer_plan_asks_to_upgrade(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="newer kvmix_compile; upgrade"):
-        load_changed(tmp_path, ["version"], 4)
+        load_changed(tmp_path, ["version"], 5)
 
 
 @pytest.mark.parametrize(

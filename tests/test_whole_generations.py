@@ -46,6 +46,7 @@ from kvmix_compile.report import Report
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tiny("llama"),
     "gemma3": lambda: tiny("gemma3"),
+    "mistral": lambda: tiny("mistral", sliding_window=100),  # several blocks of them
     "falcon": lambda: tiny("falcon"),
     "bloom": lambda: tiny("bloom"),  # ALiBi
     "gpt_oss": lambda: tiny("gpt_oss"),  # sink logits, and a window in one of its layers
@@ -53,7 +54,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "hand_written": plain.hand_written,
     "fused_arange": plain.fused_arange,
 }
-NATIVE = ("llama", "gemma3", "bloom", "gpt_oss", "llama4")
+NATIVE = ("llama", "gemma3", "mistral", "bloom", "gpt_oss", "llama4")
 # ALiBi and sink logits are worked out in float32, whatever the model's dtype.
 IN_FLOAT64 = sorted(ARCHITECTURES.keys() - {"bloom", "gpt_oss"})
 MOST_ROWS, MOST_TOKENS, MOST_PADDING, MOST_ROLLBACK = 3, 300, 50, 20
@@ -109,12 +110,14 @@ def state_of(past: KVMixCache, row: int) -> list[Tensor]:
     blocks = packed_blocks(length, sinks, past.plan.recent)
     held = []
     for state, site in zip(past.states, past.plan.sites, strict=True):
+        first_seen = max(0, length - site.window + 1 - sinks) // BLOCK_TOKENS if site.window else 0
+        seen = [block % state.blocks for block in range(first_seen, blocks)]
         slots = torch.arange(BLOCK_TOKENS * blocks, max(0, length - sinks)) % state.tail_k.shape[2]
         for precision, sink, packed, tail in (
             (site.key, state.sink_k, state.packed_k, state.tail_k),
             (site.value, state.sink_v, state.packed_v, state.tail_v),
         ):
-            stored = packed[row, :, :blocks].clone()
+            stored = packed[row][:, seen]
             held += [
                 sink[row, :, :length].clone(),
                 stored if precision.is_quantized else stored.view(tail.dtype),
@@ -141,10 +144,9 @@ class Life:
 
     def __init__(self, name: str, dtype: torch.dtype, draw: Random, lossless: bool) -> None:
         self.original, sites = found(name, dtype)
-        self.dtype, self.plan = dtype, drawn_plan(draw, sites.sites)
-        if lossless:
-            self.plan = unquantized(self.plan)
-        self.model = build(self.original, sites, self.plan, Report(name))
+        plan = drawn_plan(draw, sites.sites)
+        self.model = build(self.original, sites, unquantized(plan) if lossless else plan, Report(name))
+        self.dtype, self.plan = dtype, self.model.kvmix_plan
         self.rollback, rows = max(0, draw.randint(-5, MOST_ROLLBACK)), draw.randint(1, MOST_ROWS)
         most = 0 if self.model.kvmix_program.rewritten.equal_rows else draw.choice((0, MOST_PADDING))
         self.padding = [draw.randint(0, most) for _ in range(rows)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.state import SiteState, StateLayout, packed_blocks
 from kvmix_compile.kernels.weighting import Weighting
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
@@ -55,13 +55,29 @@ class Case:
         layout = self.layout
         return layout.key, layout.value, layout.recent, weighting or Weighting(layout.key_dim**-0.5)
 
+    def in_window(self, window: int) -> "Case":
+        """The same with those packed blocks alone that tokens which see `window` tokens need, where state.py has them:
+        the fewest that there can be room for.
+        """
+        layout = replace(self.layout, window=window)
+        room = layout.required_blocks(int(self.lengths.max()))
+        state = replace(self.state)
+        for name in ("packed_k", "packed_v"):
+            of_all = getattr(self.state, name)
+            kept = of_all.new_full((*of_all.shape[:2], room, of_all.shape[3]), 0xFF)
+            for row, length in enumerate(self.lengths.tolist()):
+                for block in range(packed_blocks(length, layout.sinks, layout.recent) if room else 0):
+                    kept[row, :, block % room] = of_all[row, :, block]
+            setattr(state, name, kept)
+        return replace(self, layout=layout, state=state)
+
     def poisoned(self) -> "Case":
         """The same with NaN and all ones wherever no token lies."""
         layout = self.layout
         state = SiteState(*(tensor.clone() for tensor in self.state.tensors()))
         q, k, v = self.q.clone(), self.k.clone(), self.v.clone()
         for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
-            blocks = layout.required_blocks(length)
+            blocks = packed_blocks(length, layout.sinks, layout.recent)
             waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
             unused = [slot for slot in range(layout.tail_slots) if slot not in waiting]
             for sink, packed, tail, chunk in (
@@ -69,7 +85,7 @@ class Case:
                 (state.sink_v, state.packed_v, state.tail_v, v),
             ):
                 sink[row, :, length:] = torch.nan
-                packed[row, :, blocks:] = 0xFF
+                packed[row, :, blocks:] = 0xFF  # none, where they took each other's places
                 tail[row, :, unused] = torch.nan
                 chunk[row, :, :start] = torch.nan
             q[row, :, :start] = torch.nan
@@ -97,8 +113,12 @@ def weightings(draw: st.DrawFn, scale: float, query_heads: int) -> Weighting:
     )
 
 
-def weighted(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[tuple[Case, Weighting]]:
-    return cases.flatmap(lambda case: st.tuples(st.just(case), weightings(case.layout.key_dim**-0.5, case.q.shape[1])))
+@st.composite
+def weighted(draw: st.DrawFn, cases: st.SearchStrategy[Case]) -> tuple[Case, Weighting]:
+    """Cases with a weighting each; where it sees a window, the state may keep no more."""
+    case = draw(cases)
+    weighting = draw(weightings(case.layout.key_dim**-0.5, case.q.shape[1]))
+    return (case.in_window(weighting.window) if weighting.window and draw(st.booleans()) else case), weighting
 
 
 @st.composite

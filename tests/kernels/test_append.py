@@ -1,5 +1,7 @@
 """The state is a function of each row's tokens: not of the chunks they came in, nor of the rows beside it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ layouts = with_important_keys(
         sinks=st.sampled_from([0, 3, 32, 40]),
         recent=st.sampled_from([32, 45, 64]),
         rollback=st.sampled_from([0, 7]),
+        window=st.sampled_from([0, 0, 1, 40, 100]),
     )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -46,7 +49,7 @@ def empty_state(layout: StateLayout, batch: int, length: int, dtype: torch.dtype
 
 
 def append_chunk(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor) -> None:
-    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent, layout.window)
 
 
 def append_in_chunks(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, cuts: list[int]) -> None:
@@ -72,6 +75,20 @@ def test_any_chunking_gives_the_same_bytes(
     append_in_chunks(layout, whole, k, v, [])
     append_in_chunks(layout, chunked, k, v, data.draw(st.lists(st.integers(0, length), max_size=12), label="cuts"))
     assert_same_bytes(whole, chunked)
+
+
+@settings(max_examples=100)
+@given(layouts, st.integers(0, 400), st.data())
+def test_of_a_window_the_last_blocks_are_kept(layout: StateLayout, length: int, data: st.DataObject) -> None:
+    k, v = random_tokens(layout, 2, length, torch.float32)
+    of_all, of_window = replace(layout, window=0), replace(layout, window=layout.window or 64)
+    whole, last = (empty_state(of, 2, length, torch.float32) for of in (of_all, of_window))
+    append_in_chunks(of_all, whole, k, v, [])
+    append_in_chunks(of_window, last, k, v, data.draw(st.lists(st.integers(0, length), max_size=12), label="cuts"))
+    blocks = whole.blocks
+    for block in range(max(0, blocks - last.blocks), blocks):
+        for kept, packed in ((last.packed_k, whole.packed_k), (last.packed_v, whole.packed_v)):
+            assert torch.equal(kept[:, :, block % last.blocks], packed[:, :, block])
 
 
 @pytest.mark.parametrize("scale_bits", [4, 16])

@@ -25,6 +25,7 @@ layouts = st.builds(
     sinks=st.sampled_from([0, 3, 40]),
     recent=st.sampled_from([32, 45]),
     rollback=st.sampled_from([0, 7]),
+    window=st.sampled_from([0, 0, 1, 40, 100]),
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -32,7 +33,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=200)
 @given(layouts, dtypes, st.data())
 def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.dtype, data: st.DataObject) -> None:
-    expected, written = (SiteState.allocate(layout, 2, 12, dtype) for _ in range(2))
+    expected, written = (SiteState.allocate(layout, 2, layout.required_blocks(420), dtype) for _ in range(2))
     lengths = torch.zeros(2, dtype=torch.int64)
     for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
@@ -43,7 +44,8 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
         for row, start in enumerate(starts.tolist()):
             k[row, :, :start] = v[row, :, :start] = torch.nan
         for append, state in ((reference.append, expected), (cpu.append, written)):
-            append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+            options = layout.key, layout.value, layout.recent, layout.window
+            append(k, v, lengths, starts, *state.tensors(), *options)
         lengths = lengths + tokens - starts
     for one, other in zip(expected.tensors(), written.tensors(), strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))

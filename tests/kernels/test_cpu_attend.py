@@ -14,6 +14,7 @@ from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels import cpu, cpu_library, reference
 from kvmix_compile.kernels.cpu_library import library
+from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.state import StateLayout
 from kvmix_compile.kernels.weighting import Weighting
@@ -160,7 +161,7 @@ def test_nothing_to_attend_with() -> None:
 def test_nothing_is_read_beyond_the_state() -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
     case = Case.random(layout, 1, [50], [0], 1, torch.float32)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KVMixError, match="room"):
         cpu.attend(*replace(case, lengths=torch.tensor([100_000])).tensors(), *case.options())
 
 

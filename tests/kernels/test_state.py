@@ -1,5 +1,7 @@
 """What a state occupies, and how its rows and blocks are rearranged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout, packed_blocks, required_blocks
+from kvmix_compile.kernels.state import SiteState, StateLayout, packed_blocks, required_blocks, visible_blocks
 
 LAYOUT = StateLayout(2, 16, 8, Precision(3, 16, 4), Precision(2, 8), sinks=4, recent=32, rollback=5)
 
@@ -31,6 +33,22 @@ def test_the_tail_keeps_the_recent_tokens_and_never_more(length: int, sinks: int
     assert blocks == 0 or unpacked >= recent - 31
     assert required_blocks(length, sinks, recent) == blocks
     assert packed_blocks(torch.tensor([length, 0]), sinks, recent).tolist() == [blocks, 0]
+
+
+@given(st.integers(1, 300), st.integers(0, 40), st.integers(32, 100), st.integers(0, 30))
+def test_of_a_window_there_is_room_for_what_can_be_seen_and_no_more(
+    window: int, sinks: int, recent: int, rollback: int
+) -> None:
+    most = 0
+    for length in range(sinks + recent + window + rollback + 64):
+        earliest = max(0, length - rollback - window + 1 - sinks)
+        most = max(most, packed_blocks(length, sinks, recent) - earliest // 32)
+    assert visible_blocks(window, recent, rollback) == most
+    layout = replace(LAYOUT, sinks=sinks, recent=recent, window=window, rollback=rollback)
+    for length in (0, sinks + recent + 1, 500, 10_000):
+        needed = min(packed_blocks(length, sinks, recent), most)
+        assert layout.required_blocks(length) == needed
+        assert needed <= layout.capacity_blocks(length) <= most
 
 
 @given(
@@ -74,7 +92,7 @@ def test_rows_are_reordered_repeated_and_dropped() -> None:
         assert as_bytes(new) == as_bytes(old[[2, 0, 2, 2]])
 
 
-@pytest.mark.parametrize("change", [{"recent": 31}, {"sinks": -1}, {"rollback": -1}, {"key_dim": 12}])
+@pytest.mark.parametrize("change", [{"recent": 31}, {"sinks": -1}, {"rollback": -1}, {"window": -1}, {"key_dim": 12}])
 def test_a_layout_that_cannot_work_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(KVMixError):
         StateLayout(**{**vars(LAYOUT), **change})

@@ -35,9 +35,10 @@ layouts = st.builds(
     sinks=st.sampled_from([0, 3, 40]),
     recent=st.sampled_from([32, 45, 64]),
     rollback=st.sampled_from([0, 7]),
+    window=st.sampled_from([0, 0, 1, 40, 100]),
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-BLOCKS = 12
+MOST_TOKENS = 400
 
 
 def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtype, size: float) -> list[Tensor]:
@@ -53,13 +54,14 @@ class Pair:
 
     def __init__(self, layout: StateLayout, batch: int, dtype: torch.dtype) -> None:
         self.layout = layout
-        self.expected = SiteState.allocate(layout, batch, BLOCKS, dtype)
-        self.written = SiteState.allocate(layout, batch, BLOCKS, dtype, DEVICE)
+        blocks = layout.required_blocks(MOST_TOKENS)
+        self.expected = SiteState.allocate(layout, batch, blocks, dtype)
+        self.written = SiteState.allocate(layout, batch, blocks, dtype, DEVICE)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
     def append(self, k: Tensor, v: Tensor, starts: Tensor) -> None:
         inputs = (k, v, self.lengths, starts)
-        options = (self.layout.key, self.layout.value, self.layout.recent)
+        options = (self.layout.key, self.layout.value, self.layout.recent, self.layout.window)
         reference.append(*inputs, *self.expected.tensors(), *options)
         triton_append.append(*(t.to(DEVICE) for t in inputs), *self.written.tensors(), *options)
         self.lengths = self.lengths + k.shape[2] - starts
