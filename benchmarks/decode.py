@@ -4,7 +4,8 @@ A model reads a prompt and continues it token by token, on a CUDA device if ther
 model with transformers' DynamicCache, StaticCache (compiled where there is a GPU) and QuantizedCache (of those back
 ends that are installed), and the model compiled to a budget with its KVMixCache, as it is and with `compile=True`. All
 of them take turns in rounds of a few tokens, so that whatever else the machine does meets each alike; ratios are to the
-DynamicCache of the same rounds.
+DynamicCache of the same rounds. One that fails, in memory or otherwise, is left out, and the reason printed and stored;
+without the DynamicCache its context is.
 
 The model is SmolLM2, on CUDA devices one of random weights as large as Llama 3.1 8B: what it says matters to nobody
 here, and its weights need not be had.
@@ -12,21 +13,22 @@ here, and its weights need not be had.
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import kvmix_compile
+from benchmarks.errors import one_line
 from kvmix_compile.baselines import QUANTIZED, Quantized, check_baselines, packages
 from kvmix_compile.configurations import Compiled, Configuration
-from kvmix_compile.errors import InputError
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
 from kvmix_compile.records import circumstances
@@ -41,6 +43,7 @@ CALIBRATION_TOKENS = 512
 # Compiling, allocating and a first block to pack, which come once, are over after so many tokens.
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,34 @@ def main() -> None:
     options = parser.parse_args()
     model, ids = load(options.model, DTYPES[options.dtype], options.layers, max(options.context))
     compiled = kvmix_compile.apply(model, budget=options.budget, calibration=ids[:CALIBRATION_TOKENS])
-    by_inductor = kvmix_compile.apply(model, plan=compiled.kvmix_plan, verify=False, compile=True)
-    baselines = [name for name in BASELINES if _is_available(name, model)]
-    rows = []
+    missing: dict[str, str] = {}
+    by_inductor = attempt(
+        "kvmix-compiled",
+        lambda: kvmix_compile.apply(model, plan=compiled.kvmix_plan, verify=False, compile=True),
+        missing,
+    )
+    for name in BASELINES:
+        attempt(name, partial(check_baselines, [name], model), missing)
+    baselines = [name for name in BASELINES if name not in missing]
+    rows, left_out = [], _left_out(None, missing)
     for context in options.context:
         prompt = ids[:context].expand(options.batch, -1).to(DEVICE)
         steps = WARM_UP_TOKENS + options.rounds * options.tokens
-        contenders = [
-            *configurations(model, context + steps, baselines),
-            Compiled("kvmix", compiled),
-            Compiled("kvmix-compiled", by_inductor),
-        ]
-        rows += measure(contenders, prompt, options.rounds, options.tokens)
+        contenders = [*configurations(model, context + steps, baselines), Compiled("kvmix", compiled)]
+        if by_inductor:
+            contenders.append(Compiled("kvmix-compiled", by_inductor))
+        measured, reasons = measure(contenders, prompt, options.rounds, options.tokens)
+        rows += measured
+        left_out += _left_out(context, reasons)
     record = {
         "model": options.model,
         "batch": options.batch,
         "dtype": options.dtype,
         "budget": options.budget,
         "plan_code_bits": compiled.kvmix_plan.code_bits,
-        "seconds_to_compile": by_inductor.kvmix_report.seconds["compile"],
+        "seconds_to_compile": by_inductor and by_inductor.kvmix_report.seconds["compile"],
     }
-    record |= {"rounds": options.rounds, "tokens_a_round": options.tokens, "results": rows}
+    record |= {"rounds": options.rounds, "tokens_a_round": options.tokens, "results": rows, "left_out": left_out}
     options.output.parent.mkdir(exist_ok=True)
     record |= circumstances("decode", DEVICE, packages(baselines))
     options.output.write_text(json.dumps(record, indent=2) + "\n")
@@ -144,40 +154,72 @@ def configurations(model: Any, tokens: int, baselines: Iterable[str]) -> Iterato
 
 
 @torch.no_grad()
-def measure(contenders: list[Configuration], prompt: Tensor, rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """Of each configuration the median seconds of a step, and tokens a second."""
-    decoders = [Decoder(contender, prompt) for contender in contenders]
-    for decoder in decoders:
-        decoder.decode(WARM_UP_TOKENS)
-    ratios: dict[str, list[float]] = {decoder.name: [] for decoder in decoders}
+def measure(
+    contenders: list[Configuration], prompt: Tensor, rounds: int, tokens: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Of each configuration the median seconds of a step, and tokens a second; and why some are left out, by name."""
+    reasons: dict[str, str] = {}
+    decoders: dict[str, Decoder] = {}
+    ratios: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for contender in contenders:
+        decoder = attempt(contender.name, partial(_warm_decoder, contender, prompt), reasons)
+        if "dynamic" in reasons:
+            return [], _without_dynamic(contenders, reasons)
+        if decoder:
+            decoders[contender.name] = decoder
     for _ in range(rounds):
-        took = {decoder.name: decoder.decode(tokens) for decoder in decoders}
-        for decoder in decoders:
-            decoder.seconds += took[decoder.name]
-            ratios[decoder.name].append(sum(took["dynamic"]) / sum(took[decoder.name]))
-    rows = []
-    for decoder in decoders:
-        step = median(decoder.seconds)
-        row = {
-            "context": prompt.shape[1],
-            "cache": decoder.name,
-            "tokens_per_second": 1 / step,
-            "median_seconds": step,
-            "fastest_seconds": min(decoder.seconds),
-            "speedup_over_dynamic": median(ratios[decoder.name]),
-        }
-        rows.append(row)
+        took = {name: attempt(name, partial(decoder.decode, tokens), reasons) for name, decoder in decoders.items()}
+        if "dynamic" in reasons:
+            return [], _without_dynamic(contenders, reasons)
+        for name in reasons.keys() & decoders.keys():
+            del decoders[name]
+        for name, decoder in decoders.items():
+            decoder.seconds += took[name]
+            ratios[name].append(sum(took["dynamic"]) / sum(took[name]))
+    return [_row(decoder, ratios[name], prompt.shape[1]) for name, decoder in decoders.items()], reasons
+
+
+def attempt(name: str, action: Callable[[], Result], reasons: dict[str, str]) -> Result | None:
+    """What `action` returns; where it fails None, and why in `reasons`: a contender may fail in any way of its own."""
+    try:
+        return action()
+    except Exception as error:
+        reasons[name] = one_line(error)
+        return None
+
+
+def _warm_decoder(configuration: Configuration, prompt: Tensor) -> Decoder:
+    decoder = Decoder(configuration, prompt)
+    decoder.decode(WARM_UP_TOKENS)
+    return decoder
+
+
+def _row(decoder: Decoder, ratios: list[float], context: int) -> dict[str, Any]:
+    step = median(decoder.seconds)
+    row = {
+        "context": context,
+        "cache": decoder.name,
+        "tokens_per_second": 1 / step,
+        "median_seconds": step,
+        "fastest_seconds": min(decoder.seconds),
+        "speedup_over_dynamic": median(ratios),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _without_dynamic(contenders: list[Configuration], reasons: dict[str, str]) -> dict[str, str]:
+    """Reasons for all contenders."""
+    missing = f"nothing to compare with, dynamic failed ({reasons['dynamic']})"
+    return {contender.name: missing for contender in contenders} | reasons
+
+
+def _left_out(context: int | None, reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """As they are stored; no context: at all of them."""
+    rows = [{"context": context, "cache": name, "left_out": reason} for name, reason in reasons.items()]
+    for row in rows:
         print(json.dumps(row), flush=True)
     return rows
-
-
-def _is_available(name: str, model: Any) -> bool:
-    try:
-        check_baselines([name], model)
-    except InputError as error:
-        print(error)
-        return False
-    return True
 
 
 if __name__ == "__main__":

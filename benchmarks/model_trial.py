@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers import logging as transformers_logging
 
 import kvmix_compile
+from benchmarks.errors import one_line
 from benchmarks.toy_models import VOCABULARY, NoToyError, toy_model
 from kvmix_compile.backend import packed_cache
 from kvmix_compile.compiler import apply_plans
@@ -23,7 +24,6 @@ SINKS, RECENT = 4, 32
 ROWS, PROMPT, PADDING, NEW_TOKENS = 2, 150, 5, 16
 CALIBRATION = 96
 LOSSLESS, BUDGET = 16.0, 2.3
-LONGEST_MESSAGE = 240
 FIRST_ORDINARY_ID = 3  # below it are padding, beginning and end
 
 
@@ -107,12 +107,6 @@ def generate(model: PreTrainedModel, prompt: dict[str, Tensor], **options: Any) 
         **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
         return_dict_in_generate=True, output_logits=True, **options,
     )  # type: ignore[operator]  # fmt: skip
-
-
-def one_line(error: BaseException) -> str:
-    """Its type and how its message begins; Dynamo's say little in their first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:LONGEST_MESSAGE]}"
 
 
 def _try_apply(trial: Trial, model: PreTrainedModel, prompt: dict[str, Tensor], expected: Tensor) -> list[Plan]:

@@ -1,6 +1,6 @@
 """Draws what the benchmarks measured: `python -m benchmarks.plots [--output FOLDER]`.
 
-For each device with results: attend's speed-up over PyTorch's attention, and the tokens a second of whole models.
+For each device with results: attend's speed-up over 16-bit attention, and the tokens a second of whole models.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def attention(record: dict[str, Any]) -> Figure:
         axes.set_title(f"{batch} row{'s' * (batch > 1)}, {record['device']}", fontsize="medium")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.supylabel("attend against the fastest SDPA", fontsize="medium")
+    figure.supylabel("attend against the fastest 16-bit attention", fontsize="medium")
     return figure
 
 

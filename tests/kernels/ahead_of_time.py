@@ -129,10 +129,13 @@ def compile_attend(
     return compile_kernel(triton_attend.attend_kernel, chip, types, constants, options)
 
 
-def compile_append(chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str) -> Compiled:
+def compile_append(
+    chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str, windowed: bool
+) -> Compiled:
     elements = dict.fromkeys(("k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     constants = {
+        "WINDOWED": windowed,
         "HEADS": HEADS,
         "KEYS": BlockFormat.parts(key, key_dim, ITEMSIZES[dtype]),
         "KEY_WRITERS": BlockWriter.parts(key, Axis.TOKENS, key_dim),

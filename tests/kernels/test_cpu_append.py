@@ -6,26 +6,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from important_keys import IMPORTANT_BITS, with_important_keys
 
 from kvmix_compile.kernels import cpu, reference
 from kvmix_compile.kernels.cpu_library import library
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.precision import BIT_WIDTHS, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
 
-layouts = st.builds(
-    StateLayout,
-    kv_heads=st.sampled_from([1, 2]),
-    key_dim=st.sampled_from([16, 40]),
-    value_dim=st.sampled_from([16, 24]),
-    key=st.builds(Precision, st.sampled_from([2, 3, 16]), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
-    value=st.builds(Precision, st.sampled_from([1, 8, 16]), st.just(8), st.sampled_from([4, 16])),
-    sinks=st.sampled_from([0, 3, 40]),
-    recent=st.sampled_from([32, 45]),
-    rollback=st.sampled_from([0, 7]),
-    window=st.sampled_from([0, 0, 1, 40, 100]),
+layouts = with_important_keys(
+    st.builds(
+        StateLayout,
+        kv_heads=st.sampled_from([1, 2]),
+        key_dim=st.sampled_from([16, 32, 40]),
+        value_dim=st.sampled_from([16, 24]),
+        key=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
+        value=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.just(8), st.sampled_from([4, 16])),
+        sinks=st.sampled_from([0, 3, 40]),
+        recent=st.sampled_from([32, 45]),
+        rollback=st.sampled_from([0, 7]),
+        window=st.sampled_from([0, 0, 1, 40, 100]),
+    )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -47,6 +50,22 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
             options = layout.key, layout.value, layout.recent, layout.window
             append(k, v, lengths, starts, *state.tensors(), *options)
         lengths = lengths + tokens - starts
+    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale_bits", [4, 16])
+@pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
+def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
+    key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 24, scale_bits)
+    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
+    expected, written = (SiteState.allocate(layout, 1, 3, torch.float32) for _ in range(2))
+    k, v, start = torch.randn(1, 1, 105, 32), torch.randn(1, 1, 105, 24), torch.zeros(1, dtype=torch.int64)
+    for token in range(105):
+        chunk = (k[:, :, token : token + 1], v[:, :, token : token + 1], start + token, start)
+        for append, state in ((reference.append, expected), (cpu.append, written)):
+            append(*chunk, *state.tensors(), layout.key, layout.value, layout.recent)
+    assert written.packed_k.any(-1).all() and written.packed_v.any(-1).all()
     for one, other in zip(expected.tensors(), written.tensors(), strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 

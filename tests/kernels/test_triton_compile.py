@@ -142,14 +142,25 @@ def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
 
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize(
-    ("key_bits", "value_bits", "scale_bits", "dim", "important_bits"),
-    [(2, 3, 4, 128, ()), (4, 16, 16, 80, ()), (2, 2, 4, 128, (4, 4)), (2, 2, 4, 64, (4,))],
+    ("key_bits", "value_bits", "scale_bits", "dim", "important_bits", "windowed"),
+    [
+        (2, 3, 4, 128, (), True),
+        (4, 16, 16, 80, (), False),
+        (2, 2, 4, 128, (4, 4), False),
+        (2, 2, 4, 64, (4,), True),
+    ],
 )
 def test_appending(
-    chip: int, key_bits: int, value_bits: int, scale_bits: int, dim: int, important_bits: tuple[int, ...]
+    chip: int,
+    key_bits: int,
+    value_bits: int,
+    scale_bits: int,
+    dim: int,
+    important_bits: tuple[int, ...],
+    windowed: bool,
 ) -> None:
     key, value = precisions(key_bits, value_bits, scale_bits, dim)
     key = replace(key, important_bits=important_bits)
-    compiled = compile_append(chip, key, value, dim, dim, "bf16")
+    compiled = compile_append(chip, key, value, dim, dim, "bf16", windowed)
     show(chip, f"append {key.quarters}/{value_bits} bits, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]

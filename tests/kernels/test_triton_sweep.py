@@ -80,8 +80,10 @@ def test_attend_compiles(chosen: Combination) -> None:
         check_decoding(chosen["chip"], compiled)
 
 
-@pytest.mark.parametrize("chosen", covering(COMMON, fits), ids=named)
+@pytest.mark.parametrize("chosen", covering(COMMON | {"windowed": (False, True)}, fits), ids=named)
 def test_append_compiles(chosen: Combination) -> None:
-    compiled = compile_append(chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"])
+    compiled = compile_append(
+        chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"], chosen["windowed"]
+    )
     show(chosen["chip"], f"append, {named(chosen)}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chosen["chip"]]
