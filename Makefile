@@ -39,7 +39,7 @@ gpu:
 	@failed=; \
 	step() { echo "$$*"; "$$@" || failed="$$failed\n$$*"; }; \
 	step $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .; \
-	step $(GPU_PYTHON) -m pytest tests/kernels; \
+	step $(GPU_PYTHON) -m pytest tests/kernels tests/test_cuda_graph.py; \
 	for module in $(GPU_BENCHMARKS) plots; do step env PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$module; done; \
 	test -z "$$failed" || { printf "failed:%b\n" "$$failed"; exit 1; }
 

@@ -1,7 +1,8 @@
 """Inductor: the rewritten graph, compiled once for prompts and once for steps of decoding.
 
 Batch, tokens and the room of the cache are symbols in what is compiled, so a growing context compiles nothing anew.
-What is compiled reads the weights that the model had then; they may change in place.
+What is compiled reads the weights that the model had then; they may change in place. On a CUDA device steps
+of decoding are replayed from CUDA graphs.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from kvmix_compile.cuda_graph import Replaying
 from kvmix_compile.errors import CompilationError
 from kvmix_compile.kernels.state import SiteState, StateLayout
 from kvmix_compile.passes.capture import first_line
@@ -32,7 +34,7 @@ TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_SLOTS, TRACED_BLOCKS = 3, 11,
 class _Compiled:
     """One compiled graph, and whether it is right for (batch, tokens, logits, slots, *blocks of each window)."""
 
-    graph: Callable[..., Sequence[Tensor]]
+    graph: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]  # of inputs and state
     holds: Callable[[tuple[int, ...]], bool]
 
 
@@ -68,7 +70,7 @@ class InductorGraph:
         blocks = {layout.window: packed.shape[2] for layout, packed in zip(self.layouts, state[2::6], strict=True)}
         if not compiled.holds((*input_ids.shape, len(logit_positions), slots, *blocks.values())):
             return self.module(*given, *state)
-        (logits,) = compiled.graph(*map(Tensor.contiguous, given), *state)
+        (logits,) = compiled.graph([tensor.contiguous() for tensor in given], state)
         return logits
 
     def _graph(self, decoding: bool) -> _Compiled:
@@ -101,7 +103,9 @@ class InductorGraph:
                 f"Inductor could not compile the model: {first_line(error)}. Call kvmix_compile.apply without "
                 "compile=True"
             ) from error
-        return _Compiled(graph, _holds(mode, (batch, tokens, logits, slots, *blocks.values())))
+        replayed = decoding and self.device.type == "cuda"
+        call = Replaying(graph) if replayed else lambda given, state: graph(*given, *state)
+        return _Compiled(call, _holds(mode, (batch, tokens, logits, slots, *blocks.values())))
 
 
 def symbolic_blocks(mode: FakeTensorMode, layouts: Sequence[StateLayout], traced: int) -> dict[int, Any]:

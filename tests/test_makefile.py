@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STEPS = [
     "-m pip install --quiet --no-deps --no-build-isolation .",
-    "-m pytest tests/kernels",
+    "-m pytest tests/kernels tests/test_cuda_graph.py",
     "-m benchmarks.attention",
     "-m benchmarks.decode",
     "-m benchmarks.plots",
