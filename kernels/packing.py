@@ -22,8 +22,6 @@ of Precision.parts, halves or quarters of the channels. Each is self-contained a
 
 from __future__ import annotations
 
-from math import log
-
 import torch
 from torch import Tensor
 
@@ -154,7 +152,7 @@ def _nibble_metadata(lowest: Tensor, highest: Tensor, precision: Precision) -> T
     zero_point_nibble = _to_nibble(lowest, zero_point_extremes, zero_point_bias)
     zero_point = _from_nibble(zero_point_nibble, zero_point_extremes)
     # The scale makes up for a zero point that was rounded: it reaches from the stored one to the group's highest.
-    log2_scale = ((highest - zero_point) / precision.levels).clamp_min(SMALLEST_SCALE).log2()
+    log2_scale = _precise(((highest - zero_point) / precision.levels).clamp_min(SMALLEST_SCALE)).log2().float()
     floor = log2_scale.amax(-1, keepdim=True) - LOG2_SCALE_RANGE
     log2_scale = log2_scale.maximum(floor)
     log2_scale_extremes = _extremes(log2_scale)
@@ -168,13 +166,19 @@ def _read_metadata(metadata: Tensor, precision: Precision, axis: Axis, head_dim:
     if precision.scale_bits == 4:
         extremes = metadata[..., :BLOCK_EXTREMES_BYTES].view(torch.float16)
         nibbles = metadata[..., BLOCK_EXTREMES_BYTES:]
-        # exp, not exp2: PyTorch's exp2 gives an element one result or another depending on its place in the tensor.
-        scale = _from_nibble(nibbles & NIBBLE_LEVELS, extremes[..., :2]).mul_(log(2)).exp_()
+        scale = _precise(_from_nibble(nibbles & NIBBLE_LEVELS, extremes[..., :2])).exp2().float()
         zero_point = _from_nibble(nibbles >> 4, extremes[..., 2:])
     else:
         scale, zero_point = metadata.view(torch.float16).float().chunk(2, dim=-1)
     shape = (-1, 1, head_dim) if axis == Axis.TOKENS else (BLOCK_TOKENS, -1, 1)
     return scale.unflatten(-1, shape), zero_point.unflatten(-1, shape)
+
+
+def _precise(numbers: Tensor) -> Tensor:
+    """In float64, whose logarithms and powers round to the same float32 whatever library computes them, so that packed
+    bytes are the same on every device. Apple's GPUs have none.
+    """
+    return numbers if numbers.device.type == "mps" else numbers.double()
 
 
 def _extremes(numbers: Tensor) -> Tensor:

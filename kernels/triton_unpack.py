@@ -30,7 +30,6 @@ _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
 _EXTREMES_BYTES = tl.constexpr(BLOCK_EXTREMES_BYTES)
 _NIBBLE_LEVELS = tl.constexpr(15.0)
-_LOG_2 = tl.constexpr(0.6931471805599453)
 _FLOAT16_MAX = tl.constexpr(65504.0)
 
 # The bits of 2**23 in float32: a smaller integer in the mantissa's place makes the float 2**23 + integer. An or and a
@@ -415,7 +414,7 @@ def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, E
     else:
         nibbles = _to_integers(tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
-        scale = exact_exp(log2_scale * _LOG_2) if EXACT else tl.exp2(log2_scale)
+        scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
     return scale, zero_point
 
@@ -468,15 +467,17 @@ def nibble_step(lowest, highest):
 
 
 @triton.jit
-def exact_exp(x):
-    """As PyTorch computes it on the device: tl.exp is an approximation there."""
-    return tl.exp(x) if _INTERPRETED else libdevice.exp(x)
+def exact_exp2(x):
+    """As packing.py computes it, in float64; tl.exp2 is an approximation on the device."""
+    wide = x.to(tl.float64)
+    return (tl.exp2(wide) if _INTERPRETED else libdevice.exp2(wide)).to(tl.float32)
 
 
 @triton.jit
 def exact_log2(x):
-    """As exact_exp."""
-    return tl.log2(x) if _INTERPRETED else libdevice.log2(x)
+    """As exact_exp2."""
+    wide = x.to(tl.float64)
+    return (tl.log2(wide) if _INTERPRETED else libdevice.log2(wide)).to(tl.float32)
 
 
 @triton.jit

@@ -39,5 +39,10 @@ def covering(options: Mapping[str, Sequence[Any]], fits: Callable[[Combination],
     return found
 
 
+def named(combination: Combination) -> str:
+    """For a test's name."""
+    return ", ".join(f"{name} {choice}" for name, choice in combination.items())
+
+
 def _pairs(combination: Combination) -> list[Pair]:
     return [(one, combination[one], other, combination[other]) for one, other in combinations(combination, 2)]

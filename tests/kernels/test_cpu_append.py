@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from covering import Combination, covering, named
+from every_pair import APPENDING, fits, layout_of, start_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS, with_important_keys
@@ -31,6 +33,22 @@ layouts = with_important_keys(
     )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    layout = layout_of(chosen)
+    options = layout.key, layout.value, layout.recent, layout.window
+    expected, written = (SiteState.allocate(layout, 2, layout.required_blocks(111), chosen["dtype"]) for _ in range(2))
+    lengths = torch.zeros(2, dtype=torch.int64)
+    for tokens in chosen["chunks"]:
+        chunk = [torch.randn(2, 2, tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
+        starts = torch.tensor([start_of(chosen, tokens), 0])
+        for append, state in ((reference.append, expected), (cpu.append, written)):
+            append(*chunk, lengths, starts, *state.tensors(), *options)
+        lengths = lengths + tokens - starts
+    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 @settings(max_examples=200)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from attend_cases import TOLERANCE, Case, cases, weighted
+from covering import Combination, covering, named
+from every_pair import ATTENDING, case_of, fits
 from hypothesis import given, settings
 from important_keys import IMPORTANT_BITS
 
@@ -39,6 +41,11 @@ def check(case: Case, weighting: Weighting | None = None) -> None:
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
     torch.testing.assert_close(attended, reference.attend(*case.tensors(), *options), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chosen", covering(ATTENDING, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    check(*case_of(chosen))
 
 
 @settings(max_examples=300)

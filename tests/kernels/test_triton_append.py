@@ -6,6 +6,8 @@ from itertools import product
 
 import pytest
 import torch
+from covering import Combination, covering, named
+from every_pair import APPENDING, fits, layout_of, start_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS, with_important_keys
@@ -70,7 +72,18 @@ class Pair:
             assert torch.equal(written.view(torch.uint8), expected.view(torch.uint8)), name
 
 
-@settings(max_examples=50)
+@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    pair = Pair(layout_of(chosen), 2, chosen["dtype"])
+    for tokens in chosen["chunks"]:
+        k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
+        start = start_of(chosen, tokens)
+        k[0, :, :start] = v[0, :, :start] = torch.nan
+        pair.append(k, v, torch.tensor([start, 0]))
+    pair.check()
+
+
+@settings(max_examples=25)
 @given(with_important_keys(layouts), dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.data())
 def test_it_writes_the_bytes_of_the_reference(
     layout: StateLayout, dtype: torch.dtype, size: float, data: st.DataObject

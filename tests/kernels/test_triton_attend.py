@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from attend_cases import TOLERANCE, Case, cases, weighted
+from covering import Combination, covering, named
+from every_pair import ATTENDING, case_of, fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS
@@ -23,6 +25,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2)}
+
+
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
     layout = case.layout
     options = case.options(weighting)
@@ -35,7 +40,13 @@ def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = No
     torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=80)
+@pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    case, weighting = case_of(chosen)
+    check(case, chosen["splits"], chosen["blocks"], weighting)
+
+
+@settings(max_examples=40)
 @given(weighted(cases()), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
 def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: int) -> None:
     check(case[0], splits, blocks, case[1])

@@ -22,7 +22,7 @@ from ahead_of_time import (  # noqa: E402
     compile_attend,
     show,
 )
-from covering import Combination, covering  # noqa: E402
+from covering import Combination, covering, named  # noqa: E402
 
 from kvmix_compile.kernels.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision  # noqa: E402
 from kvmix_compile.passes.sensitivity import CANDIDATE_QUARTERS  # noqa: E402
@@ -63,10 +63,6 @@ def fits(chosen: Combination) -> bool:
     key, value = precisions(chosen)
     key_dim, value_dim = chosen["dimensions"]
     return key.fits(key_dim, Axis.TOKENS) and value.fits(value_dim, Axis.CHANNELS)
-
-
-def named(chosen: Combination) -> str:
-    return ", ".join(f"{name} {choice}" for name, choice in chosen.items())
 
 
 @pytest.mark.parametrize("chosen", covering(COMMON | ATTENDING, fits), ids=named)

@@ -1,0 +1,90 @@
+"""What attend and append are tried on so that every two choices meet: of bits, groups, scales, sizes, dtypes, places
+and ways of attending.
+
+Hypothesis draws what nobody thought of, and leaves out half of what everybody would; this leaves out none of it.
+"""
+
+from typing import Any
+
+import torch
+from attend_cases import Case
+from covering import Combination
+from important_keys import IMPORTANT_BITS
+
+from kvmix_compile.kernels.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision
+from kvmix_compile.kernels.state import StateLayout
+from kvmix_compile.kernels.weighting import Weighting
+
+Choices = dict[str, tuple[Any, ...]]
+
+STORING: Choices = {
+    "key_bits": (*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS),
+    "key_group": (8, 16, 32),
+    "key_scale_bits": SCALE_BIT_WIDTHS,
+    "value_bits": BIT_WIDTHS,
+    "value_group": (8, 16, 32, 64),
+    "value_scale_bits": SCALE_BIT_WIDTHS,
+    "dimensions": ((16, 16), (40, 24), (64, 64), (80, 80), (96, 64), (64, 128), (128, 128)),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "state": ((0, 32, 0), (3, 45, 7), (40, 32, 7)),  # sinks, recent tokens, rollback
+    "padding": ("none", "part", "all"),  # that leads the first row's chunk
+}
+APPENDING: Choices = STORING | {
+    "window": (0, 1, 40, 100),
+    "chunks": ((110,), (70, 33), (31, 1, 1, 50), (1, 1, 109)),
+}
+ATTENDING: Choices = STORING | {
+    "shared": (1, 2, 3),
+    # Of each row, tokens beyond those that are kept unquantized: around where a block is packed, and around several.
+    "beyond": ((-1000,), (-1, 0), (1, -30), (31, 32), (33, 1), (64, 95), (129,)),
+    "tokens": (1, 2, 9, 33),
+    "limit": (
+        ("none", 0),
+        *(("window", size) for size in (1, 5, 40, 100)),
+        *(("chunk", size) for size in (1, 5, 40, 100)),
+    ),
+    "keeps_all": (True, False),  # or only what can be seen
+    "softcap": (0.0, 2.0),
+    "sink_logits": (False, True),
+    "slopes": (False, True),
+}
+
+
+def precisions(chosen: Combination) -> tuple[Precision, Precision]:
+    """Of keys and of values."""
+    important_bits, bits = chosen["key_bits"]
+    key = Precision(bits, chosen["key_group"], chosen["key_scale_bits"], important_bits)
+    return key, Precision(chosen["value_bits"], chosen["value_group"], chosen["value_scale_bits"])
+
+
+def fits(chosen: Combination) -> bool:
+    (key, value), (key_dim, value_dim) = precisions(chosen), chosen["dimensions"]
+    return key.fits(key_dim, Axis.TOKENS) and value.fits(value_dim, Axis.CHANNELS)
+
+
+def layout_of(chosen: Combination) -> StateLayout:
+    return StateLayout(2, *chosen["dimensions"], *precisions(chosen), *chosen["state"], chosen.get("window", 0))
+
+
+def start_of(chosen: Combination, tokens: int) -> int:
+    """The padding that leads a chunk of so many tokens."""
+    return {"none": 0, "part": tokens // 2, "all": tokens}[chosen["padding"]]
+
+
+def case_of(chosen: Combination) -> tuple[Case, Weighting]:
+    """A case of attend and its weighting, random where nothing is chosen."""
+    layout, tokens = layout_of(chosen), chosen["tokens"]
+    lengths = [max(0, layout.sinks + layout.recent + beyond) for beyond in chosen["beyond"]]
+    starts = [start_of(chosen, tokens), 0][: len(lengths)]
+    case = Case.random(layout, chosen["shared"], lengths, starts, tokens, chosen["dtype"])
+    kind, size = chosen["limit"]
+    by_head = torch.linspace(-2, 2, case.q.shape[1])
+    weighting = Weighting(
+        layout.key_dim**-0.5,
+        softcap=chosen["softcap"],
+        sliding_window=size if kind == "window" else 0,
+        attention_chunk=size if kind == "chunk" else 0,
+        sink_logits=by_head if chosen["sink_logits"] else None,
+        slopes=by_head / 16 if chosen["slopes"] else None,
+    )
+    return (case if chosen["keeps_all"] or not size else case.in_window(size)), weighting
