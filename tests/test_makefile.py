@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STEPS = [
     "-m pip install --quiet --no-deps --no-build-isolation .",
-    "-m pytest tests/kernels tests/test_cuda_graph.py",
+    "-m pytest tests/kernels/test_cuda.py tests/test_cuda_graph.py",
     "-m benchmarks.attention",
     "-m benchmarks.decode",
     "-m benchmarks.plots",
+    "-m pytest -q tests/kernels",
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
