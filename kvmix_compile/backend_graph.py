@@ -146,8 +146,8 @@ class StaticGraph:
                 )
             if site.is_indexed and 0 < planned.window < seen + tokens:
                 raise CacheError(
-                    f"{site.layer}: the plan keeps its last {planned.window} tokens, and this StaticCache all of "
-                    f"{seen + tokens}: make a new plan for this model"
+                    f"{site.layer}: by the plan it attends to its last {planned.window} tokens, and its StaticCache "
+                    f"keeps all {seen + tokens}: use kvmix_compile.apply, or another plan if this is not the model's"
                 )
             if site.whole and seen:
                 raise CacheError(

@@ -146,7 +146,7 @@ def test_a_plan_with_a_shorter_window_than_the_models_is_refused() -> None:
         model(ids(40), past_key_values=static_cache("mistral"))
     model, past = compiled("llama", plan_for("llama").with_windows([WINDOW] * 2)), static_cache("llama")
     assert close(logits(model, past, ids(WINDOW), WINDOW - 1), original("llama")(ids(WINDOW), use_cache=False).logits)
-    with pytest.raises(CacheError, match=r"keeps its last 24 tokens, and this StaticCache all of 25"):
+    with pytest.raises(CacheError, match=r"attends to its last 24 tokens, and its StaticCache keeps all 25"):
         model(ids(1), past_key_values=past)
 
 
