@@ -26,8 +26,23 @@ from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
 
 Length = TypeVar("Length", int, Tensor)
 
+# As recent tokens, more than a row will ever have.
+ENDLESS = 2**30
+
 # A state grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
 GROWTH_SHIFT = 3
+
+
+def is_packed(window: int, recent: int) -> bool:
+    """Whether anything is ever packed where a token sees `window` tokens (0: all): not if these are recent ones all."""
+    return not 0 < window <= recent + 1
+
+
+def unpacked_tokens(window: int, sinks: int, recent: int) -> tuple[int, int]:
+    """The sinks and the recent tokens of a site that sees `window` tokens, where those of the model are `sinks` and
+    `recent`: where nothing is packed its window is kept and nothing else.
+    """
+    return (sinks, recent) if is_packed(window, recent) else (0, ENDLESS)
 
 
 def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
@@ -60,7 +75,8 @@ class StateLayout:
     kv_heads: heads of keys and values, before they are repeated for grouped queries.
     key_dim, value_dim: channels of a head.
     sinks: first tokens of a row that are never quantized (attention sinks, arXiv:2309.17453).
-    recent: the most tokens that wait in the tail to be packed, at least 32.
+    recent: the most tokens that wait in the tail to be packed, at least 32; ENDLESS, where there is a window: none is
+        ever packed.
     rollback: the most tokens by which a row may be shortened again.
     window: the most tokens that one attends to, itself included, such as a sliding window; 0: all before it.
     """
@@ -80,6 +96,8 @@ class StateLayout:
         self.value.check(self.value_dim, Axis.CHANNELS)
         if self.recent < BLOCK_TOKENS:
             raise KVMixError(f"at least {BLOCK_TOKENS} recent tokens must stay unpacked, not {self.recent}")
+        if self.recent == ENDLESS and not self.window:
+            raise KVMixError("only a state of a window can keep all of it unpacked")
         if min(self.sinks, self.rollback, self.window) < 0:
             raise KVMixError(
                 f"sinks ({self.sinks}), rollback ({self.rollback}) and window ({self.window}) cannot be negative"
@@ -88,7 +106,9 @@ class StateLayout:
     @property
     def tail_slots(self) -> int:
         """Tokens the tail has room for."""
-        return self.recent + self.rollback
+        # A window of one token sees none before it; a ring has a slot nevertheless.
+        kept = max(1, self.window - 1) if self.recent == ENDLESS else self.recent
+        return kept + self.rollback
 
     def required_blocks(self, length: int) -> int:
         """Blocks a state must have room for before a row can hold this many tokens."""
@@ -108,14 +128,17 @@ class StateLayout:
     def can_shorten(self, furthest: int, length: int) -> bool:
         """Whether a row that has held `furthest` tokens still has all that one of its first `length` needs."""
         blocks = packed_blocks(length, self.sinks, self.recent)
+        first_seen = max(0, length - self.window + 1) if self.window else 0
+        # What waits to be packed is needed whether it is seen or not: its whole group shares a scale.
+        first_needed = first_seen if self.recent == ENDLESS else self.sinks + BLOCK_TOKENS * blocks
         # Later tokens took the slots of earlier ones in the tail, and later blocks of a window those of earlier blocks.
-        if self.sinks + BLOCK_TOKENS * blocks < min(length, furthest - self.tail_slots):
+        if first_needed < min(length, furthest - self.tail_slots):
             return False
         if not self.window:
             return True
         room = visible_blocks(self.window, self.recent, self.rollback)
         lost = packed_blocks(furthest, self.sinks, self.recent) - room
-        return min(blocks, lost) <= max(0, length - self.window + 1 - self.sinks) // BLOCK_TOKENS
+        return min(blocks, lost) <= max(0, first_seen - self.sinks) // BLOCK_TOKENS
 
     def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
         """What a state of this many rows and blocks occupies."""

@@ -11,7 +11,7 @@ from kvmix_compile.backend_counting import Counter
 from kvmix_compile.backend_padding import MaskReader, padding
 from kvmix_compile.backend_storage import PackedCache, Place, give_back, given_back, place_of
 from kvmix_compile.errors import CacheError
-from kvmix_compile.inductor import own_compiled_code, symbolic_blocks
+from kvmix_compile.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.passes.capture import graph_inputs
@@ -76,7 +76,8 @@ class StaticGraph:
         # Nothing of `lowered` itself is kept: it holds the inputs that were traced with, a cache among them.
         precisions = [(site.key, site.value) for site in plan.sites]
         orders = [site.channel_order for site in plan.sites]
-        rewritten = rewrite_static(lowered, sites, precisions, plan.recent, orders)
+        recents = [layout.recent for layout in plan.layouts()]
+        rewritten = rewrite_static(lowered, sites, precisions, recents, orders)
         self.kept = rewritten.kept
         self.made = {
             output: (index, side)
@@ -92,7 +93,7 @@ class StaticGraph:
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
         mode, layouts = lowered.fake_mode, self.plan.layouts()
-        blocks = symbolic_blocks(mode, layouts, TRACED_BLOCKS)
+        blocks = symbolic_sizes(mode, "blocks", layouts, TRACED_BLOCKS)
         with mode:
             fakes = [torch.empty(batch, dtype=torch.int64, device=self.device) for _ in ("lengths", "starts")]
             for layout, dtype in zip(layouts, self.dtypes, strict=True):
@@ -172,12 +173,12 @@ class StaticGraph:
     def _adopt(self, inputs: Sequence[Any], cache: PackedCache, batch: int, seen: int, starts: Tensor) -> None:
         """Pack what was written to the buffers before any compiled graph saw them: `seen` positions."""
         cache.begin(batch, seen, self.device)
-        for state, planned, site in zip(cache.states, self.plan.sites, self.sites, strict=True):
+        for state, layout, planned, site in zip(cache.states, cache.layouts, self.plan.sites, self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
             if planned.channel_order is not None:
                 key = torch.ops.kvmix.order_channels(key, torch.tensor(planned.channel_order, device=self.device))
-            formats = (planned.key.as_ints(), planned.value.as_ints(), self.plan.recent, planned.window)
+            formats = (planned.key.as_ints(), planned.value.as_ints(), layout.recent, layout.window)
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)
 

@@ -225,9 +225,10 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     plan = plan.with_windows([site.mask.size for site in found.sites])
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
+    recents = [layout.recent for layout in plan.layouts()]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with report.timed("rewrite"):
-        rewritten = rewrite(found.captured, found.sites, precisions, plan.recent, orders)
+        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders)
     program = Program(
         rewritten=rewritten,
         plan=plan,

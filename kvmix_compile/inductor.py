@@ -27,12 +27,12 @@ from kvmix_compile.passes.capture import first_line
 from kvmix_compile.passes.symbols import symbolic_size
 
 # What the graph is traced with; it holds for any sizes, one and none included. All different: see symbolic_size.
-TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_SLOTS, TRACED_BLOCKS = 3, 11, 5, 13, 17
+TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_BLOCKS, TRACED_SLOTS = 3, 11, 5, 17, 101
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """One compiled graph, and whether it is right for (batch, tokens, logits, slots, *blocks of each window)."""
+    """One compiled graph, and whether it is right for (batch, tokens, logits, *blocks and *slots of each window)."""
 
     graph: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]  # of inputs and state
     holds: Callable[[tuple[int, ...]], bool]
@@ -66,9 +66,11 @@ class InductorGraph:
     ) -> Tensor:  # fmt: skip
         given = (input_ids, position_ids, logit_positions, lengths, starts)
         compiled = self._graph(input_ids.shape[1] == len(logit_positions) == 1)
-        slots = state[4].shape[2]  # all sites' tails have the same
-        blocks = {layout.window: packed.shape[2] for layout, packed in zip(self.layouts, state[2::6], strict=True)}
-        if not compiled.holds((*input_ids.shape, len(logit_positions), slots, *blocks.values())):
+        blocks, slots = (
+            {layout.window: kept.shape[2] for layout, kept in zip(self.layouts, state[first::6], strict=True)}
+            for first in (2, 4)  # the packed blocks and the tail of keys
+        )
+        if not compiled.holds((*input_ids.shape, len(logit_positions), *blocks.values(), *slots.values())):
             return self.module(*given, *state)
         (logits,) = compiled.graph([tensor.contiguous() for tensor in given], state)
         return logits
@@ -83,8 +85,8 @@ class InductorGraph:
         batch: Any = symbolic_size(mode, "batch", TRACED_BATCH)
         tokens: Any = 1 if decoding else symbolic_size(mode, "tokens", TRACED_TOKENS)
         logits: Any = 1 if decoding else symbolic_size(mode, "logits", TRACED_LOGITS)
-        blocks = symbolic_blocks(mode, self.layouts, TRACED_BLOCKS)
-        slots: Any = symbolic_size(mode, "slots", TRACED_SLOTS)  # more where tokens can be taken back
+        blocks = symbolic_sizes(mode, "blocks", self.layouts, TRACED_BLOCKS)
+        slots = symbolic_sizes(mode, "slots", self.layouts, TRACED_SLOTS)  # more where tokens can be taken back
         inputs: list[Any] = []
         with mode, torch.no_grad():
             for shape in ((batch, tokens), (batch, tokens), (logits,), (batch,), (batch,)):
@@ -93,7 +95,10 @@ class InductorGraph:
                 *fixed, tail_k, tail_v = SiteState.allocate(
                     layout, batch, blocks[layout.window], dtype, self.device
                 ).tensors()
-                tails = (tail.new_empty(batch, layout.kv_heads, slots, tail.shape[3]) for tail in (tail_k, tail_v))
+                tails = (
+                    tail.new_empty(batch, layout.kv_heads, slots[layout.window], tail.shape[3])
+                    for tail in (tail_k, tail_v)
+                )
                 inputs += [*fixed, *tails]
         try:
             with torch.no_grad(), own_compiled_code():
@@ -105,16 +110,16 @@ class InductorGraph:
             ) from error
         replayed = decoding and self.device.type == "cuda"
         call = Replaying(graph) if replayed else lambda given, state: graph(*given, *state)
-        return _Compiled(call, _holds(mode, (batch, tokens, logits, slots, *blocks.values())))
+        return _Compiled(call, _holds(mode, (batch, tokens, logits, *blocks.values(), *slots.values())))
 
 
-def symbolic_blocks(mode: FakeTensorMode, layouts: Sequence[StateLayout], traced: int) -> dict[int, Any]:
-    """By window the packed blocks of the states that have it, as sizes that hold for any; traced with `traced`, and
-    with one more for each further window.
+def symbolic_sizes(mode: FakeTensorMode, name: str, layouts: Sequence[StateLayout], traced: int) -> dict[int, Any]:
+    """By window a size of the states that have it, as one that holds for any; traced with `traced`, and with one more
+    for each further window.
     """
     windows = dict.fromkeys(layout.window for layout in layouts)
     return {
-        window: symbolic_size(mode, f"blocks_{window}", traced + place) for place, window in enumerate(windows)
+        window: symbolic_size(mode, f"{name}_{window}", traced + place) for place, window in enumerate(windows)
     }  # fmt: skip
 
 

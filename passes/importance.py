@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
+from kvmix_compile.kernels.state import is_packed
 from kvmix_compile.passes.allocate import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture import Captured, graph_inputs
 from kvmix_compile.passes.dataflow import Dataflow
@@ -50,7 +51,12 @@ class Importance:
         self, *, budget: float | None = None, storage_budget: float | None = None, policy: Policy = "fisher"
     ) -> Plan:
         """A plan that spends a budget of bits where they matter; see `passes.allocate.allocate`."""
-        precisions = allocate(self.sites, policy=policy, budget=budget, storage_budget=storage_budget)
+        untouched = Precision(UNQUANTIZED_BITS)
+        precisions = {site.layer: (untouched, untouched) for site in self.sites}
+        quantized = [site for site in self.sites if is_packed(site.window, self.recent)]
+        if quantized:
+            chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget)
+            precisions |= {site.layer: pair for site, pair in zip(quantized, chosen, strict=True)}
         sites = tuple(
             SitePlan(
                 site.layer,
@@ -62,7 +68,8 @@ class Importance:
                 site.channel_quarters if key.important_bits else (),
                 site.window,
             )
-            for site, (key, value) in zip(self.sites, precisions, strict=True)
+            for site in self.sites
+            for key, value in [precisions[site.layer]]
         )
         return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import QUARTERS, Precision
-from kvmix_compile.kernels.state import StateLayout
+from kvmix_compile.kernels.precision import QUARTERS, UNQUANTIZED_BITS, Precision
+from kvmix_compile.kernels.state import StateLayout, is_packed, unpacked_tokens
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
@@ -67,6 +67,11 @@ class SitePlan:
                     f"the quarters 0 to {QUARTERS - 1}, not {quarters!r}"
                 )
 
+    def unquantized(self) -> SitePlan:
+        """The same at 16 bits."""
+        untouched = Precision(UNQUANTIZED_BITS)
+        return replace(self, key=untouched, value=untouched, channel_quarters=())
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(kv_heads, key_dim, value_dim)."""
@@ -114,33 +119,43 @@ class Plan:
             raise PlanError(f"sinks and recent count tokens: {self.sinks} and {self.recent} cannot be negative")
 
     @property
+    def quantized_sites(self) -> tuple[SitePlan, ...]:
+        """Those of which anything is quantized, all but windows of no more than recent tokens; what bits are averaged
+        over.
+        """
+        return tuple(site for site in self.sites if is_packed(site.window, self.recent))
+
+    @property
     def key_bits(self) -> float:
         """Code bits of a cached key element, averaged over all elements."""
-        return _mean([(site.key.mean_bits, site.key_elements) for site in self.sites])
+        return _mean([(site.key.mean_bits, site.key_elements) for site in self.quantized_sites])
 
     @property
     def value_bits(self) -> float:
         """Code bits of a cached value element, averaged over all elements."""
-        return _mean([(site.value.bits, site.value_elements) for site in self.sites])
+        return _mean([(site.value.bits, site.value_elements) for site in self.quantized_sites])
 
     @property
     def code_bits(self) -> float:
         """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts."""
-        keys = [(site.key.mean_bits, site.key_elements) for site in self.sites]
-        return _mean(keys + [(site.value.bits, site.value_elements) for site in self.sites])
+        keys = [(site.key.mean_bits, site.key_elements) for site in self.quantized_sites]
+        return _mean(keys + [(site.value.bits, site.value_elements) for site in self.quantized_sites])
 
     @property
     def storage_bits(self) -> float:
         """Stored bits of a quantized element, scales and zero points included: what `storage_budget` counts."""
-        keys = [(site.key.stored_bits(site.key_dim), site.key_elements) for site in self.sites]
-        return _mean(keys + [(site.value.stored_bits(site.value_dim), site.value_elements) for site in self.sites])
+        keys = [(site.key.stored_bits(site.key_dim), site.key_elements) for site in self.quantized_sites]
+        return _mean(
+            keys + [(site.value.stored_bits(site.value_dim), site.value_elements) for site in self.quantized_sites]
+        )
 
     def layouts(self, rollback: int = 0) -> tuple[StateLayout, ...]:
         """The state of each site; `rollback` is the number of tokens that can be taken back."""
         return tuple(
             StateLayout(
                 *(site.kv_heads, site.key_dim, site.value_dim, site.key, site.value),
-                *(self.sinks, self.recent, rollback, site.window),
+                *unpacked_tokens(site.window, self.sinks, self.recent),
+                *(rollback, site.window),
             )
             for site in self.sites
         )
@@ -154,9 +169,13 @@ class Plan:
         return counters + sum(layout.bytes(batch, layout.capacity_blocks(tokens), dtype) for layout in layouts)
 
     def with_windows(self, windows: Sequence[int]) -> Plan:
-        """The same plan for a model whose sites attend to so many tokens; 0: to all."""
+        """The same plan for a model whose sites attend to so many tokens (0: to all). Those of which nothing is ever
+        quantized have 16 bits.
+        """
         sites = [replace(site, window=window) for site, window in zip(self.sites, windows, strict=True)]
-        return replace(self, sites=tuple(sites))
+        return replace(
+            self, sites=tuple(site if is_packed(site.window, self.recent) else site.unquantized() for site in sites)
+        )
 
     def as_json(self) -> str:
         """What `save` writes: equal for equal plans."""
@@ -207,8 +226,9 @@ class Plan:
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float:
-    """Mean of (number, weight) pairs."""
-    return sum(number * weight for number, weight in weighted) / sum(weight for _, weight in weighted)
+    """Mean of (number, weight) pairs; of none, what an element has that is never quantized."""
+    total = sum(weight for _, weight in weighted)
+    return sum(number * weight for number, weight in weighted) / total if total else float(UNQUANTIZED_BITS)
 
 
 def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None) -> str:

@@ -41,19 +41,20 @@ def rewrite(
     captured: Captured,
     sites: Sequence[AttentionSite],
     precisions: Sequence[tuple[Precision, Precision]],
-    recent: int,
+    recents: Sequence[int],
     channel_orders: Sequence[list[list[int]] | None] = (),
 ) -> Rewritten:
     """A copy of the captured graph in which every site reads and writes a cache.
 
-    `precisions`: for each site that of its keys and of its values. `recent`: tokens kept in full precision, at most.
+    `precisions`: for each site that of its keys and of its values. `recents`: for each the tokens kept in full
+    precision, at most, as of its StateLayout.
     `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
     all, for that of the model.
     """
     graph, copies = _copy(captured.graph)
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (site, formats) in enumerate(zip(sites, precisions, strict=True)):
+    for index, (site, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
         copied = site.mapped(copies)
         order = channel_orders[index] if channel_orders else None
         rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)

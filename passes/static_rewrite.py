@@ -34,7 +34,7 @@ def rewrite_static(
     lowered: Lowered,
     sites: Sequence[CachedSite],
     precisions: Sequence[tuple[Precision, Precision]],
-    recent: int,
+    recents: Sequence[int],
     channel_orders: Sequence[list[list[int]] | None] = (),
 ) -> StaticRewritten:
     """Rewrite the lowered graph, in place. Arguments as of passes.rewrite.rewrite.
@@ -43,7 +43,7 @@ def rewrite_static(
     """
     graph, inputs = lowered.graph, graph_inputs(lowered.graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (cached, formats) in enumerate(zip(sites, precisions, strict=True)):
+    for index, (cached, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
         order = channel_orders[index] if channel_orders else None
         rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order)
     buffers = _drop_outputs(graph, sites)

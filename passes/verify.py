@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.state import SiteState, StateLayout, unpacked_tokens
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.limits import vocabulary_size
@@ -35,7 +35,8 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     Returns the difference (root mean square over the vocabulary) of the worst token, as a share of the logits' standard
     deviation.
     """
-    rewritten = rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), RECENT)
+    recents = [_lossless_layout(site).recent for site in sites]
+    rewritten = rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), recents)
     chunks = list(_chunks(longest_context))
     padding = 0 if rewritten.equal_rows else PADDING
     ids = _probe_ids(captured, sum(chunks))
@@ -102,10 +103,15 @@ def _chunked_logits(rewritten: Rewritten, ids: Tensor, chunks: Sequence[int], pa
     return torch.cat(logits, dim=1)
 
 
-def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
-    layout = StateLayout(
-        *(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16), SINKS, RECENT),
+def _lossless_layout(site: AttentionSite) -> StateLayout:
+    return StateLayout(
+        *(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16)),
+        *unpacked_tokens(site.mask.size, SINKS, RECENT),
         window=site.mask.size,
     )
+
+
+def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
+    layout = _lossless_layout(site)
     blocks = layout.required_blocks(ids.shape[1])
     return SiteState.allocate(layout, ids.shape[0], blocks, site.key.meta["val"].dtype, ids.device)

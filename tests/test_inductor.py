@@ -98,14 +98,15 @@ def test_2000_tokens_compile_two_graphs(graphs: list[Any]) -> None:
 
 
 def test_layers_with_a_window_have_a_room_of_their_own(graphs: list[Any]) -> None:
-    plain = kvmix_compile.apply(tiny("gemma2"), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
-    model = kvmix_compile.apply(tiny("gemma2"), plan=plain.kvmix_plan, verify=False, compile=True)
+    original = tiny("gemma2", sliding_window=60)
+    plain = kvmix_compile.apply(original, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    model = kvmix_compile.apply(original, plan=plain.kvmix_plan, verify=False, compile=True)
     with_window, without = (inputs[index].shape[2] for inputs in graphs[:1] for index in (5 + 2, 5 + 6 + 2))
     assert str(with_window) != str(without)
     text, chunks = ids(2, 150), [30, *[1] * 70, 30, *[1] * 20]
     (found, past), (expected, _) = (read(of, text, chunks) for of in (model, plain))
     assert torch.equal(found, expected)
-    assert [state.blocks for state in past.states] == [1, 4] and len(graphs) == 2
+    assert [state.blocks for state in past.states] == [2, 4] and len(graphs) == 2
 
 
 def test_inductor_itself_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:

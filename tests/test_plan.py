@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,10 +115,21 @@ def test_damaged_windows_in_a_file_are_refused(tmp_path: Path, content: object) 
 
 
 def test_windows_are_those_of_the_model_at_hand() -> None:
-    plan = PLAN.with_windows([24, 300])
-    assert [site.window for site in plan.sites] == [24, 300]
+    plan = PLAN.with_windows([300, 200])
+    assert [site.window for site in plan.sites] == [300, 200]
     assert plan.cache_bytes(1000) == plan.cache_bytes(10**6) < PLAN.cache_bytes(1000)
     assert plan.with_windows([0, 0]) == PLAN
+
+
+def test_a_window_that_recent_tokens_hold_is_kept_as_it_is() -> None:
+    plan = PLAN.with_windows([129, 130])
+    whole, quantized = plan.sites
+    assert whole.key == whole.value == Precision(16) and quantized == replace(PLAN.sites[1], window=130)
+    # 128 keys and values of 2 heads of 64 channels, beside what the other site and the counter of a row take.
+    others = replace(plan, sites=(quantized,)).cache_bytes(10**6)
+    assert plan.cache_bytes(10**6) - others == 2 * 128 * 2 * 64 * torch.bfloat16.itemsize
+    assert plan.code_bits == replace(PLAN, sites=PLAN.sites[1:]).code_bits
+    assert PLAN.with_windows([1, 1]).code_bits == PLAN.with_windows([1, 1]).storage_bits == 16
 
 
 def test_means_are_weighted_by_elements() -> None:

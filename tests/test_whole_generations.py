@@ -35,7 +35,7 @@ from kvmix_compile.kernels.precision import (
     Axis,
     Precision,
 )
-from kvmix_compile.kernels.state import packed_blocks
+from kvmix_compile.kernels.state import ENDLESS, packed_blocks
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture import logits_of
@@ -106,16 +106,16 @@ class Chunk:
 
 def state_of(past: KVMixCache, row: int) -> list[Tensor]:
     """What a row's state holds: the sinks, blocks and recent tokens that are read, in order, of every site."""
-    length, sinks = int(past.lengths[row]), past.plan.sinks
-    blocks = packed_blocks(length, sinks, past.plan.recent)
-    held = []
-    for state, site in zip(past.states, past.plan.sites, strict=True):
-        first_seen = max(0, length - site.window + 1 - sinks) // BLOCK_TOKENS if site.window else 0
-        seen = [block % state.blocks for block in range(first_seen, blocks)]
-        slots = torch.arange(BLOCK_TOKENS * blocks, max(0, length - sinks)) % state.tail_k.shape[2]
+    length, held = int(past.lengths[row]), []
+    for state, layout in zip(past.states, past.layouts, strict=True):
+        sinks, blocks = layout.sinks, packed_blocks(length, layout.sinks, layout.recent)
+        first_seen = max(0, length - layout.window + 1) if layout.window else 0
+        seen = [block % state.blocks for block in range(max(0, first_seen - sinks) // BLOCK_TOKENS, blocks)]
+        first_waiting = first_seen if layout.recent == ENDLESS else sinks + BLOCK_TOKENS * blocks
+        slots = torch.arange(first_waiting - sinks, max(first_waiting, length) - sinks) % layout.tail_slots
         for precision, sink, packed, tail in (
-            (site.key, state.sink_k, state.packed_k, state.tail_k),
-            (site.value, state.sink_v, state.packed_v, state.tail_v),
+            (layout.key, state.sink_k, state.packed_k, state.tail_k),
+            (layout.value, state.sink_v, state.packed_v, state.tail_v),
         ):
             stored = packed[row][:, seen]
             held += [
@@ -254,7 +254,8 @@ def test_whatever_happened_each_row_is_what_it_would_be_alone(name: str, seed: i
             if tensor.dtype == torch.uint8:
                 assert torch.equal(tensor, expected)
             else:
-                torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
+                # Llama 4's experts are weighted in float32, whatever the model's dtype.
+                torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=20)

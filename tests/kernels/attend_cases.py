@@ -40,7 +40,8 @@ class Case:
         k, v = draw(heads, longest, layout.key_dim), draw(heads, longest, layout.value_dim)
         padding = torch.tensor([longest - length for length in lengths])
         reference.append(
-            k, v, torch.zeros_like(padding), padding, *state.tensors(), layout.key, layout.value, layout.recent
+            *(k, v, torch.zeros_like(padding), padding, *state.tensors()),
+            *(layout.key, layout.value, layout.recent, layout.window),
         )
         chunk = draw(heads * shared, tokens, layout.key_dim), draw(heads, tokens, layout.key_dim)
         return cls(

@@ -4,6 +4,7 @@ and ways of attending.
 Hypothesis draws what nobody thought of, and leaves out half of what everybody would; this leaves out none of it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from covering import Combination
 from important_keys import IMPORTANT_BITS
 
 from kvmix_compile.kernels.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision
-from kvmix_compile.kernels.state import StateLayout
+from kvmix_compile.kernels.state import ENDLESS, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 
 Choices = dict[str, tuple[Any, ...]]
@@ -31,6 +32,7 @@ STORING: Choices = {
 }
 APPENDING: Choices = STORING | {
     "window": (0, 1, 40, 100),
+    "keeps": ("seen", "window"),  # blocks that hold what is seen, or of a window the window and nothing else
     "chunks": ((110,), (70, 33), (31, 1, 1, 50), (1, 1, 109)),
 }
 ATTENDING: Choices = STORING | {
@@ -43,7 +45,7 @@ ATTENDING: Choices = STORING | {
         *(("window", size) for size in (1, 5, 40, 100)),
         *(("chunk", size) for size in (1, 5, 40, 100)),
     ),
-    "keeps_all": (True, False),  # or only what can be seen
+    "keeps": ("all", "seen", "window"),  # blocks, as APPENDING; or those of all tokens
     "softcap": (0.0, 2.0),
     "sink_logits": (False, True),
     "slopes": (False, True),
@@ -63,7 +65,9 @@ def fits(chosen: Combination) -> bool:
 
 
 def layout_of(chosen: Combination) -> StateLayout:
-    return StateLayout(2, *chosen["dimensions"], *precisions(chosen), *chosen["state"], chosen.get("window", 0))
+    window = chosen["window"] if "window" in chosen else chosen["limit"][1] if chosen["keeps"] == "window" else 0
+    layout = StateLayout(2, *chosen["dimensions"], *precisions(chosen), *chosen["state"], window)
+    return replace(layout, sinks=0, recent=ENDLESS) if window and chosen["keeps"] == "window" else layout
 
 
 def start_of(chosen: Combination, tokens: int) -> int:
@@ -74,7 +78,8 @@ def start_of(chosen: Combination, tokens: int) -> int:
 def case_of(chosen: Combination) -> tuple[Case, Weighting]:
     """A case of attend and its weighting, random where nothing is chosen."""
     layout, tokens = layout_of(chosen), chosen["tokens"]
-    lengths = [max(0, layout.sinks + layout.recent + beyond) for beyond in chosen["beyond"]]
+    sinks, recent, _ = chosen["state"]
+    lengths = [max(0, sinks + recent + beyond) for beyond in chosen["beyond"]]
     starts = [start_of(chosen, tokens), 0][: len(lengths)]
     case = Case.random(layout, chosen["shared"], lengths, starts, tokens, chosen["dtype"])
     kind, size = chosen["limit"]
@@ -87,4 +92,4 @@ def case_of(chosen: Combination) -> tuple[Case, Weighting]:
         sink_logits=by_head if chosen["sink_logits"] else None,
         slopes=by_head / 16 if chosen["slopes"] else None,
     )
-    return (case if chosen["keeps_all"] or not size else case.in_window(size)), weighting
+    return (case.in_window(size) if size and chosen["keeps"] == "seen" else case), weighting

@@ -13,7 +13,7 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.packing import quantize_block
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.reference import append
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.state import ENDLESS, SiteState, StateLayout
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
@@ -30,6 +30,12 @@ layouts = with_important_keys(
         recent=st.sampled_from([32, 45, 64]),
         rollback=st.sampled_from([0, 7]),
         window=st.sampled_from([0, 0, 1, 40, 100]),
+    )
+)
+# Those of windows also as states that pack nothing and keep the window alone.
+all_layouts = layouts.flatmap(
+    lambda layout: (
+        st.sampled_from([layout, replace(layout, sinks=0, recent=ENDLESS)]) if layout.window else st.just(layout)
     )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -66,7 +72,7 @@ def assert_same_bytes(one: SiteState, other: SiteState) -> None:
 
 
 @settings(max_examples=150)
-@given(layouts, dtypes, st.integers(0, 260), st.data())
+@given(all_layouts, dtypes, st.integers(0, 260), st.data())
 def test_any_chunking_gives_the_same_bytes(
     layout: StateLayout, dtype: torch.dtype, length: int, data: st.DataObject
 ) -> None:
@@ -104,7 +110,7 @@ def test_token_by_token_gives_the_same_bytes(important_bits: tuple[int, ...], bi
 
 
 @settings(max_examples=100)
-@given(layouts, dtypes, st.data())
+@given(all_layouts, dtypes, st.data())
 def test_a_row_of_a_padded_and_reordered_batch_has_the_bytes_it_has_alone(
     layout: StateLayout, dtype: torch.dtype, data: st.DataObject
 ) -> None:

@@ -16,7 +16,7 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.packing import dequantize_block
 from kvmix_compile.kernels.precision import Axis, Precision
 from kvmix_compile.kernels.reference import append, attend
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 
 precisions = st.builds(
@@ -63,7 +63,7 @@ def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
         if place is None:
             return torch.zeros(dim)
         return dequantize_block(packed[row, head, place], precision, axis, dim, sink.dtype)[beyond_sinks % 32]
-    return tail[row, head, beyond_sinks % (layout.recent + layout.rollback)]
+    return tail[row, head, beyond_sinks % layout.tail_slots]
 
 
 def expected(case: Case, weighting: Weighting) -> Tensor:
@@ -121,6 +121,22 @@ def test_attend_is_attention_over_what_is_stored(example: tuple[Case, Weighting]
     output = attended(case, weighting)
     assert output.is_contiguous()
     torch.testing.assert_close(output.double(), expected(case, weighting), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 24, 33])
+@pytest.mark.parametrize("kind", ["sliding_window", "attention_chunk"])
+def test_a_window_alone(window: int, kind: str) -> None:
+    """Of states that pack nothing and keep what is seen."""
+    weighting = Weighting(0.25, **{kind: window})
+    for lengths, tokens, rollback in (([0, 1], 1, 0), ([23, 24], 9, 0), ([25, 80], 1, 5), ([100, 33], 40, 5)):
+        layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), 0, ENDLESS, rollback, window)
+        case = Case.random(layout, 2, lengths, [0, tokens // 2], tokens, torch.float32)
+        assert case.state.tail_k.shape[2] == max(1, window - 1) + rollback
+        for back in (0, rollback):
+            shorter = replace(case, lengths=(case.lengths - back).clamp(min=0))
+            output = attended(shorter, weighting)
+            torch.testing.assert_close(output.double(), expected(shorter, weighting), rtol=1e-4, atol=1e-5)
+            assert torch.equal(output, attended(shorter.poisoned(), weighting))
 
 
 @pytest.mark.parametrize("tokens", [1, 10])

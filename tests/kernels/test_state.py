@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout, packed_blocks, required_blocks, visible_blocks
+from kvmix_compile.kernels.state import (
+    ENDLESS,
+    SiteState,
+    StateLayout,
+    is_packed,
+    packed_blocks,
+    required_blocks,
+    unpacked_tokens,
+    visible_blocks,
+)
 
 LAYOUT = StateLayout(2, 16, 8, Precision(3, 16, 4), Precision(2, 8), sinks=4, recent=32, rollback=5)
 
@@ -49,6 +58,23 @@ def test_of_a_window_there_is_room_for_what_can_be_seen_and_no_more(
         needed = min(packed_blocks(length, sinks, recent), most)
         assert layout.required_blocks(length) == needed
         assert needed <= layout.capacity_blocks(length) <= most
+
+
+@pytest.mark.parametrize(("window", "packed"), [(0, True), (1, False), (129, False), (130, True)])
+def test_a_window_of_recent_tokens_is_kept_alone(window: int, packed: bool) -> None:
+    sinks, recent = unpacked_tokens(window, 64, 128)
+    assert is_packed(window, 128) == packed and (sinks, recent) == ((64, 128) if packed else (0, ENDLESS))
+    layout = replace(LAYOUT, sinks=sinks, recent=recent, window=window, rollback=5)
+    assert layout.tail_slots == (133 if packed else max(1, window - 1) + 5)
+    assert (layout.capacity_blocks(10_000) == 0) != packed
+
+
+def test_a_row_can_be_shortened_while_what_it_needs_is_kept() -> None:
+    alone = replace(LAYOUT, sinks=0, recent=ENDLESS, window=20, rollback=5)
+    assert alone.can_shorten(100, 95) and not alone.can_shorten(100, 94)
+    assert alone.can_shorten(24, 0) and alone.can_shorten(100, 0)
+    packing = replace(LAYOUT, window=60)  # sinks 4, recent 32, rollback 5; of 100 tokens two blocks are packed
+    assert packing.can_shorten(100, 95) and not packing.can_shorten(100, 60)
 
 
 @given(
@@ -92,7 +118,9 @@ def test_rows_are_reordered_repeated_and_dropped() -> None:
         assert as_bytes(new) == as_bytes(old[[2, 0, 2, 2]])
 
 
-@pytest.mark.parametrize("change", [{"recent": 31}, {"sinks": -1}, {"rollback": -1}, {"window": -1}, {"key_dim": 12}])
+@pytest.mark.parametrize(
+    "change", [{"recent": 31}, {"sinks": -1}, {"rollback": -1}, {"window": -1}, {"recent": ENDLESS}, {"key_dim": 12}]
+)
 def test_a_layout_that_cannot_work_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(KVMixError):
         StateLayout(**{**vars(LAYOUT), **change})

@@ -80,7 +80,7 @@ def rewritten(turn: Turn) -> tuple[Rewritten, float]:
     torch.manual_seed(0)
     captured = capture(Decoder(turn).eval())
     sites = find_sites(captured).matched
-    return rewrite(captured, sites, [(Precision(16), Precision(16))], 32), verify(captured, sites, None)
+    return rewrite(captured, sites, [(Precision(16), Precision(16))], [32]), verify(captured, sites, None)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -109,4 +109,4 @@ def test_a_table_limits_the_context() -> None:
 def test_given_positions_are_not_shifted_again(captured) -> None:
     for name in ("llama", "gpt2", "hand_written"):
         sites = find_sites(captured(name)).matched
-        assert not rewrite(captured(name), sites, [(Precision(16), Precision(16))] * 2, 32).equal_rows
+        assert not rewrite(captured(name), sites, [(Precision(16), Precision(16))] * 2, [32] * 2).equal_rows

@@ -22,7 +22,7 @@ REPLACED = {
 
 def rewritten(captured: Captured, key: Precision = KEY, value: Precision = VALUE) -> Rewritten:
     sites = find_sites(captured, 512).matched
-    return rewrite(captured, sites, [(key, value)] * len(sites), RECENT)
+    return rewrite(captured, sites, [(key, value)] * len(sites), [RECENT] * len(sites))
 
 
 def calls(result: Rewritten) -> list[str]:
@@ -133,7 +133,7 @@ def with_orders(captured: Captured, key: Precision) -> Rewritten:
     sites = find_sites(captured, 512).matched
     generator = torch.Generator().manual_seed(0)
     order = [torch.randperm(sites[1].key_dim, generator=generator).tolist() for _ in range(sites[1].kv_heads)]
-    return rewrite(captured, sites, [(key, Precision(16))] * 2, RECENT, [None, order])
+    return rewrite(captured, sites, [(key, Precision(16))] * 2, [RECENT] * 2, [None, order])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "fused_arange"])

@@ -63,7 +63,7 @@ def test_the_graph_before_and_after(capture_toy) -> None:
     captured = capture_toy(ACCEPTED["less the maximum"])
     (site,) = find_sites(captured).matched
     precisions = (Precision(16), Precision(16))
-    graph = rewrite(captured, (site,), [precisions], 32).module.graph
+    graph = rewrite(captured, (site,), [precisions], [32]).module.graph
     names = {operation(node) for node in graph.nodes}
     assert {"attend", "append"} <= names and not {"softmax", "max", "cat", "matmul"} & names
     (attend,) = (node for node in graph.nodes if operation(node) == "attend")

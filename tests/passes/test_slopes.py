@@ -145,7 +145,7 @@ def test_the_graph_before_and_after(capture_toy) -> None:
     names = {operation(node) for node in captured.graph.nodes}
     assert {"matmul", "softmax"} <= names and "baddbmm" not in names
     sites = find_sites(captured).matched
-    module = rewrite(captured, sites, [(Precision(16), Precision(16))], 32).module
+    module = rewrite(captured, sites, [(Precision(16), Precision(16))], [32]).module
     assert not {"matmul", "softmax"} & {operation(node) for node in module.graph.nodes}
     (attend,) = (node for node in module.graph.nodes if operation(node) == "attend")
     slopes = module.get_buffer(str(as_node(attend.kwargs["slopes"]).target))

@@ -206,7 +206,7 @@ def devices_in(module: fx.GraphModule) -> set[torch.device]:
 def test_constants_follow_the_model() -> None:
     model = plain.hand_written()
     captured = capture(model)
-    module = rewrite(captured, find_sites(captured).matched, [(Precision(16), Precision(16))] * 2, 32).module
+    module = rewrite(captured, find_sites(captured).matched, [(Precision(16), Precision(16))] * 2, [32] * 2).module
     meta = torch.device("meta")
     assert torch.device("cpu") in devices_in(captured.module)
     for graph_module in (captured.module, module):

@@ -57,7 +57,7 @@ def model_graphs(name: str, *chunks: int) -> list[tuple[Lowered, tuple[CachedSit
 
 
 def rewritten(graph: Lowered, sites: tuple[CachedSite, ...]) -> StaticRewritten:
-    return rewrite_static(graph, sites, [(KEY, VALUE)] * len(sites), RECENT)
+    return rewrite_static(graph, sites, [(KEY, VALUE)] * len(sites), [RECENT] * len(sites))
 
 
 def operations(graph: Lowered) -> list[str]:
