@@ -15,6 +15,7 @@ One forward and one backward of the captured graph for each calibration row give
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -50,28 +51,23 @@ class Importance:
     def allocate(
         self, *, budget: float | None = None, storage_budget: float | None = None, policy: Policy = "fisher"
     ) -> Plan:
-        """A plan that spends a budget of bits where they matter; see `passes.allocate.allocate`."""
-        untouched = Precision(UNQUANTIZED_BITS)
-        precisions = {site.layer: (untouched, untouched) for site in self.sites}
-        quantized = [site for site in self.sites if is_packed(site.window, self.recent)]
-        if quantized:
-            chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget)
-            precisions |= {site.layer: pair for site, pair in zip(quantized, chosen, strict=True)}
+        """A plan that spends a budget of bits where they matter; see `passes.allocate.allocate`. A site whose window
+        is no longer than the recent tokens has nothing quantized, and is no part of the budget.
+        """
+        packed = [is_packed(site.window, self.recent) for site in self.sites]
+        quantized = list(compress(self.sites, packed))
+        chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget) if quantized else ()
+        untouched, in_order = Precision(UNQUANTIZED_BITS), iter(chosen)
         sites = tuple(
-            SitePlan(
-                site.layer,
-                key,
-                value,
-                site.kv_heads,
-                site.key_dim,
-                site.value_dim,
-                site.channel_quarters if key.important_bits else (),
-                site.window,
-            )
-            for site in self.sites
-            for key, value in [precisions[site.layer]]
+            _site_plan(site, *(next(in_order) if is_quantized else (untouched, untouched)))
+            for site, is_quantized in zip(self.sites, packed, strict=True)
         )
         return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
+
+
+def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
+    quarters = site.channel_quarters if key.important_bits else ()
+    return SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window)
 
 
 def measure(
