@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_llama import unquantized
 from transformers import PreTrainedModel
 
 import kvmix_compile
@@ -42,9 +43,7 @@ def quantized(name: str) -> PreTrainedModel:
 
 @cache
 def lossless(name: str) -> PreTrainedModel:
-    plan = quantized(name).kvmix_plan
-    sites = tuple(replace(site, key=Precision(16), value=Precision(16), channel_quarters=()) for site in plan.sites)
-    return kvmix_compile.apply(original(name), plan=replace(plan, sites=sites), verify=False)
+    return kvmix_compile.apply(original(name), plan=unquantized(quantized(name).kvmix_plan), verify=False)
 
 
 @pytest.mark.parametrize("name", TINY_SPECIAL)

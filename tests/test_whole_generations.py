@@ -13,7 +13,7 @@ logits are also those of the original model on the whole text.
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_llama import unquantized
 
 from kvmix_compile import KVMixCache, Plan
 from kvmix_compile.compiler import Found, build, find
@@ -31,7 +32,6 @@ from kvmix_compile.kernels.precision import (
     BLOCK_TOKENS,
     QUARTERS,
     SCALE_BIT_WIDTHS,
-    UNQUANTIZED_BITS,
     Axis,
     Precision,
 )
@@ -87,12 +87,6 @@ def drawn_plan(draw: Random, sites: Sequence[AttentionSite]) -> Plan:
         of_heads = tuple("".join(draw.sample(quarters, len(quarters))) for _ in range(heads))
         planned.append(SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, of_heads))
     return Plan(tuple(planned), "drawn", "", draw.randint(0, 8), draw.randint(32, 40))
-
-
-def unquantized(plan: Plan) -> Plan:
-    untouched = Precision(UNQUANTIZED_BITS)
-    sites = [replace(site, key=untouched, value=untouched, channel_quarters=()) for site in plan.sites]
-    return replace(plan, sites=tuple(sites))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import Plan
-from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import tiny
 
 # Few, so that short texts are stored in all three ways: as sinks, packed, and in the tail.
@@ -23,9 +22,7 @@ def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
 
 def unquantized(plan: Plan) -> Plan:
     """The plan with everything at 16 bits."""
-    sixteen = Precision(16)
-    sites = tuple(replace(site, key=sixteen, value=sixteen, channel_quarters=()) for site in plan.sites)
-    return replace(plan, sites=sites)
+    return replace(plan, sites=tuple(site.unquantized() for site in plan.sites))
 
 
 @cache

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -15,16 +16,33 @@ triton = pytest.importorskip("triton")
 
 # Triton 3.6's interpreter turns one-element arrays into loop bounds in a way NumPy 2.4 no longer has.
 BROKEN = Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4")
+OPERATIONS = ("append", "attend")
+
+pytestmark = [
+    pytest.mark.skipif(BROKEN, reason="this Triton's interpreter cannot run loops with this NumPy"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests run on the GPU here"),
+]
 
 
-@pytest.mark.skipif(BROKEN, reason="this Triton's interpreter cannot run loops with this NumPy")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests run on the GPU here")
-@pytest.mark.parametrize("operation", ["append", "attend"])
-def test_in_the_interpreter(operation: str) -> None:
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The tests of each operation in a process of their own, all at once: the interpreter uses one core."""
     # Triton decides as it is imported, once for a process.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    tests = Path(__file__).with_name(f"test_triton_{operation}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    processes = {}
+    for operation in OPERATIONS:
+        tests = Path(__file__).with_name(f"test_triton_{operation}.py")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+        processes[operation] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_in_the_interpreter(operation: str, started: dict[str, subprocess.Popen[str]]) -> None:
+    output, _ = started[operation].communicate()
+    assert started[operation].returncode == 0, output[-5000:]
+    assert "passed" in output
