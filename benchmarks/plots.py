@@ -46,7 +46,7 @@ def attention(record: dict[str, Any]) -> Figure:
         axes.set_title(f"{batch} row{'s' * (batch > 1)}, {record['device']}", fontsize="medium")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.supylabel("attend against the fastest 16-bit attention", fontsize="medium")
+    figure.supylabel("attend against the fastest unquantized attention", fontsize="medium")
     return figure
 
 
