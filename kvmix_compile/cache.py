@@ -38,6 +38,8 @@ class KVMixCache(Cache):
         self.dtypes = program.dtypes
         self.device = program.device
         self.layouts = self.plan.layouts(rollback)
+        # Sites of one window differ in their precision, not in how many tokens lie where.
+        self._layout_of_window = {layout.window: layout for layout in self.layouts}
         self.states: list[SiteState] = []
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
@@ -57,7 +59,10 @@ class KVMixCache(Cache):
                 f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
                 "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
             )
-        blocks = [layout.capacity_blocks(self.seen + tokens) for layout in self.layouts]
+        of_window = {
+            window: layout.capacity_blocks(self.seen + tokens) for window, layout in self._layout_of_window.items()
+        }
+        blocks = [of_window[layout.window] for layout in self.layouts]
         if not self.states:
             self._allocate(batch, blocks, device)
             return
@@ -246,7 +251,7 @@ class KVMixCache(Cache):
         # Tokens since taken back overwrote older ones, too.
         taken_back = self._furthest - self.seen
         for held, left in zip(before, after, strict=True):
-            if not all(layout.can_shorten(held + taken_back, left) for layout in set(self.layouts)):
+            if not all(layout.can_shorten(held + taken_back, left) for layout in self._layout_of_window.values()):
                 raise CacheError(
                     f"cannot take back {removed} tokens: of those before them some are kept in quantized form only, or "
                     f"not at all. Make the cache with KVMixCache(model, rollback={removed})"

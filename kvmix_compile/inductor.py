@@ -53,6 +53,9 @@ class InductorGraph:
     ) -> None:
         check_compiler(device)
         self.module, self.layouts, self.dtypes, self.device = module, tuple(layouts), tuple(dtypes), device
+        windows = [layout.window for layout in layouts]
+        # Sites of one window have the same sizes: the first one's are looked at.
+        self._first_sites = [windows.index(window) for window in dict.fromkeys(windows)]
         self._compiled: dict[bool, _Compiled] = {}
 
     def prepare(self) -> None:
@@ -66,11 +69,9 @@ class InductorGraph:
     ) -> Tensor:  # fmt: skip
         given = (input_ids, position_ids, logit_positions, lengths, starts)
         compiled = self._graph(input_ids.shape[1] == len(logit_positions) == 1)
-        blocks, slots = (
-            {layout.window: kept.shape[2] for layout, kept in zip(self.layouts, state[first::6], strict=True)}
-            for first in (2, 4)  # the packed blocks and the tail of keys
-        )
-        if not compiled.holds((*input_ids.shape, len(logit_positions), *blocks.values(), *slots.values())):
+        packed, tails = state[2::6], state[4::6]  # of keys
+        sizes = [kept[site].shape[2] for kept in (packed, tails) for site in self._first_sites]
+        if not compiled.holds((*input_ids.shape, len(logit_positions), *sizes)):
             return self.module(*given, *state)
         (logits,) = compiled.graph([tensor.contiguous() for tensor in given], state)
         return logits

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from append_pair import Pair
 from covering import Combination, covering, named
 from every_pair import APPENDING, fits, layout_of, start_of
 from hypothesis import given, settings
@@ -37,25 +38,17 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 @pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
-    layout = layout_of(chosen)
-    options = layout.key, layout.value, layout.recent, layout.window
-    expected, written = (SiteState.allocate(layout, 2, layout.required_blocks(111), chosen["dtype"]) for _ in range(2))
-    lengths = torch.zeros(2, dtype=torch.int64)
+    pair = Pair(cpu.append, layout_of(chosen), 2, chosen["dtype"])
     for tokens in chosen["chunks"]:
         chunk = [torch.randn(2, 2, tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
-        starts = torch.tensor([start_of(chosen, tokens), 0])
-        for append, state in ((reference.append, expected), (cpu.append, written)):
-            append(*chunk, lengths, starts, *state.tensors(), *options)
-        lengths = lengths + tokens - starts
-    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
+    pair.check()
 
 
 @settings(max_examples=200)
 @given(layouts, dtypes, st.data())
 def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.dtype, data: st.DataObject) -> None:
-    expected, written = (SiteState.allocate(layout, 2, layout.required_blocks(420), dtype) for _ in range(2))
-    lengths = torch.zeros(2, dtype=torch.int64)
+    pair = Pair(cpu.append, layout, 2, dtype)
     for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
         k, v = (
@@ -64,12 +57,8 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
         )
         for row, start in enumerate(starts.tolist()):
             k[row, :, :start] = v[row, :, :start] = torch.nan
-        for append, state in ((reference.append, expected), (cpu.append, written)):
-            options = layout.key, layout.value, layout.recent, layout.window
-            append(k, v, lengths, starts, *state.tensors(), *options)
-        lengths = lengths + tokens - starts
-    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        pair.append(k, v, starts)
+    pair.check()
 
 
 @pytest.mark.parametrize("scale_bits", [4, 16])
@@ -77,15 +66,12 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
 def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
     key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 24, scale_bits)
     layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
-    expected, written = (SiteState.allocate(layout, 1, 3, torch.float32) for _ in range(2))
+    pair = Pair(cpu.append, layout, 1, torch.float32, most_tokens=105)
     k, v, start = torch.randn(1, 1, 105, 32), torch.randn(1, 1, 105, 24), torch.zeros(1, dtype=torch.int64)
     for token in range(105):
-        chunk = (k[:, :, token : token + 1], v[:, :, token : token + 1], start + token, start)
-        for append, state in ((reference.append, expected), (cpu.append, written)):
-            append(*chunk, *state.tensors(), layout.key, layout.value, layout.recent)
-    assert written.packed_k.any(-1).all() and written.packed_v.any(-1).all()
-    for one, other in zip(expected.tensors(), written.tensors(), strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], start)
+    assert pair.written.packed_k.any(-1).all() and pair.written.packed_v.any(-1).all()
+    pair.check()
 
 
 def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

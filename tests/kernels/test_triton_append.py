@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from append_pair import Pair
 from covering import Combination, covering, named
 from every_pair import APPENDING, fits, layout_of, start_of
 from hypothesis import given, settings
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from important_keys import IMPORTANT_BITS, with_important_keys
 from torch import Tensor
 
-from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.precision import BIT_WIDTHS, Axis, Precision
 from kvmix_compile.kernels.state import SiteState, StateLayout
 
@@ -38,7 +38,6 @@ layouts = st.builds(
     window=st.sampled_from([0, 0, 1, 40, 100]),
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-MOST_TOKENS = 400
 
 
 def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtype, size: float) -> list[Tensor]:
@@ -49,32 +48,13 @@ def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtyp
     ]
 
 
-class Pair:
-    """A state that the reference writes, on the CPU, and one that the kernel writes."""
-
-    def __init__(self, layout: StateLayout, batch: int, dtype: torch.dtype) -> None:
-        self.layout = layout
-        blocks = layout.required_blocks(MOST_TOKENS)
-        self.expected = SiteState.allocate(layout, batch, blocks, dtype)
-        self.written = SiteState.allocate(layout, batch, blocks, dtype, DEVICE)
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
-
-    def append(self, k: Tensor, v: Tensor, starts: Tensor) -> None:
-        inputs = (k, v, self.lengths, starts)
-        options = (self.layout.key, self.layout.value, self.layout.recent, self.layout.window)
-        reference.append(*inputs, *self.expected.tensors(), *options)
-        triton_append.append(*(t.to(DEVICE) for t in inputs), *self.written.tensors(), *options)
-        self.lengths = self.lengths + k.shape[2] - starts
-
-    def check(self) -> None:
-        for name, expected in vars(self.expected).items():
-            written = getattr(self.written, name).cpu()
-            assert torch.equal(written.view(torch.uint8), expected.view(torch.uint8)), name
+def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype) -> Pair:
+    return Pair(triton_append.append, layout, batch, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
-    pair = Pair(layout_of(chosen), 2, chosen["dtype"])
+    pair = pair_of(layout_of(chosen), 2, chosen["dtype"])
     for tokens in chosen["chunks"]:
         k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
         start = start_of(chosen, tokens)
@@ -88,7 +68,7 @@ def test_every_two_choices_meet(chosen: Combination) -> None:
 def test_it_writes_the_bytes_of_the_reference(
     layout: StateLayout, dtype: torch.dtype, size: float, data: st.DataObject
 ) -> None:
-    pair = Pair(layout, 2, dtype)
+    pair = pair_of(layout, 2, dtype)
     for tokens in data.draw(st.lists(st.sampled_from([1, 1, 2, 31, 33, 70, 110]), min_size=1, max_size=3)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, 1, tokens // 2, tokens])) for _ in range(2)])
         k, v = random_chunk(layout, 2, tokens, dtype, size)
@@ -102,7 +82,7 @@ def test_it_writes_the_bytes_of_the_reference(
 def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
     layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
-    pair = Pair(layout, 1, torch.float32)
+    pair = pair_of(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 75, torch.float32, 1.0)
     for token in range(75):
         pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], torch.tensor([0]))
@@ -116,7 +96,7 @@ def test_heads_of_real_models(dim: int) -> None:
         if not key.fits(dim, Axis.TOKENS):
             continue
         layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
-        pair = Pair(layout, 1, torch.bfloat16)
+        pair = pair_of(layout, 1, torch.bfloat16)
         pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
         pair.check()
 
@@ -126,7 +106,7 @@ def test_equal_elements(constant: float) -> None:
     for important_bits, scale_bits in product(((), (3, 3), (4,)), (4, 16)):
         key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
         layout = StateLayout(1, 32, 32, key, value, sinks=0, recent=32)
-        pair = Pair(layout, 1, torch.float32)
+        pair = pair_of(layout, 1, torch.float32)
         chunk = torch.full((1, 1, 100, 32), constant)
         pair.append(chunk, chunk, torch.tensor([0]))
         pair.check()

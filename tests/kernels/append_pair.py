@@ -1,0 +1,40 @@
+"""A state that a kernel of append writes beside one that the reference writes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.state import SiteState, StateLayout
+
+
+class Pair:
+    """The reference's state is on the CPU, the kernel's on `device`; rows may have up to `most_tokens`."""
+
+    def __init__(
+        self,
+        kernel: Callable[..., None],
+        layout: StateLayout,
+        batch: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        most_tokens: int = 420,
+    ) -> None:
+        self.kernel, self.layout, self.device = kernel, layout, device
+        blocks = layout.required_blocks(most_tokens)
+        self.expected = SiteState.allocate(layout, batch, blocks, dtype)
+        self.written = SiteState.allocate(layout, batch, blocks, dtype, device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+
+    def append(self, k: Tensor, v: Tensor, starts: Tensor) -> None:
+        inputs = (k, v, self.lengths, starts)
+        options = (self.layout.key, self.layout.value, self.layout.recent, self.layout.window)
+        reference.append(*inputs, *self.expected.tensors(), *options)
+        self.kernel(*(tensor.to(self.device) for tensor in inputs), *self.written.tensors(), *options)
+        self.lengths = self.lengths + k.shape[2] - starts
+
+    def check(self) -> None:
+        for name, expected in vars(self.expected).items():
+            written = getattr(self.written, name).cpu()
+            assert torch.equal(written.view(torch.uint8), expected.view(torch.uint8)), name
