@@ -31,6 +31,7 @@ from kvmix_compile.baselines import QUANTIZED, Quantized, check_baselines, packa
 from kvmix_compile.configurations import Compiled, Configuration
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
+from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.records import circumstances
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,8 +61,8 @@ class Decoder:
     """A model that has read a prompt, and what its steps took."""
 
     def __init__(self, configuration: Configuration, prompt: Tensor) -> None:
-        self.name, self.model, self.cache = configuration.name, configuration.model, configuration.new_cache()
-        self.forward = self.model.forward
+        self.name, self.model = configuration.name, configuration.model
+        self.forward, self.held = self.model.forward, {cache_name(self.model.forward): configuration.new_cache()}
         # A prompt is as good as free to read with any cache, and its logits are the same: the first token is.
         self.next_token = self._step(prompt)
         if isinstance(configuration, Static) and DEVICE.type == "cuda":
@@ -79,7 +80,7 @@ class Decoder:
         return took
 
     def _step(self, ids: Tensor) -> Tensor:
-        output = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.forward(input_ids=ids, use_cache=True, logits_to_keep=1, **self.held)
         return output.logits[:, -1:].argmax(-1).clone()
 
 

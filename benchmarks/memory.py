@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import kvmix_compile
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
+from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.records import circumstances
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -65,7 +66,7 @@ def _cache(kind: str, model: Any) -> Any:
 @torch.no_grad()
 def _read(model: Any, ids: torch.Tensor, cache: Any) -> None:
     for part in ids.split(CHUNK, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(model.forward): cache})
 
 
 def _dynamic_bytes(cache: DynamicCache) -> int:

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from kvmix_compile.backend import packed_cache
 from kvmix_compile.compiler import apply_plans
 from kvmix_compile.errors import KVMixError
 from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.signature import cache_in, parameters_of
 
 # A state so small that most of the prompt is read from storage.
 SINKS, RECENT = 4, 32
@@ -94,7 +94,7 @@ def prompt_for(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two rows of ordinary ids; one begins with padding where the model takes positions."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(FIRST_ORDINARY_ID, VOCABULARY, (ROWS, PROMPT), generator=generator)
-    if "position_ids" not in signature(model.forward).parameters:
+    if "position_ids" not in parameters_of(model.forward):
         return {"input_ids": ids}
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
@@ -141,7 +141,7 @@ def _try_backend(
     chosen = {"plan": plans[0]} if plans else {"budget": LOSSLESS, "calibration": _calibration()}
     try:
         output = _generate_compiled(model, prompt, backend="kvmix", options={"backend": "eager", **chosen})
-        past = output.past_key_values
+        past = cache_in(output)
         if not isinstance(past, StaticCache) or packed_cache(past) is None:
             trial.backend_refusal = "no attention over a StaticCache was found, and the model was left as it is"
         else:

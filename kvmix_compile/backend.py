@@ -64,6 +64,6 @@ def _say_once() -> None:
         _said = True
         warnings.warn(
             "backend 'kvmix' was given a graph with no KV cache in it and left it as it is. It compresses a "
-            "transformers.StaticCache passed as past_key_values, or generate(.., cache_implementation='static')",
+            "transformers.StaticCache that the model is called with, or generate(.., cache_implementation='static')",
             stacklevel=2,
         )

@@ -1,10 +1,8 @@
 """Plan: what `torch.compile(.., backend="kvmix", options=..)` is told, and the plan that follows from it."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +15,8 @@ from kvmix_compile.compiler import DEFAULT_BUDGET, analyze
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.plan import Plan, SitePlan
-from kvmix_compile.passes.sites import AttentionSite
+from kvmix_compile.passes.signature import parameters_of
+from kvmix_compile.passes.sites import AttentionSite, traced_model
 from kvmix_compile.tails import Tail
 
 BROKEN_GRAPH = (
@@ -121,11 +120,9 @@ def _planned(options: Options, node: fx.Node) -> Plan:
 
 
 def _model_behind(node: fx.Node) -> nn.Module:
-    """The model that Dynamo is compiling: the local variable that the path of a node's module begins with."""
-    path = next((path for path, _ in node.meta.get("nn_module_stack", {}).values()), "")
-    root = re.match(r"L\['(\w+)'\]", path)
-    model = InstructionTranslator.current_tx().output.local_scope.get(root.group(1)) if root else None
-    if not isinstance(model, nn.Module) or "input_ids" not in signature(model.forward).parameters:
+    """The model that Dynamo is compiling."""
+    model = traced_model(node, InstructionTranslator.current_tx().output.local_scope)
+    if not isinstance(model, nn.Module) or "input_ids" not in parameters_of(model.forward):
         raise InputError(
             "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
             "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}; if it is the model "

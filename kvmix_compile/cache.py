@@ -204,6 +204,14 @@ class KVMixCache(Cache):
     def is_sliding(self) -> list[bool]:
         return [False] * len(self)
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self)
+
     def activate_past_recording(self) -> None:
         """Nothing to do: what may be taken back is settled by `rollback`."""
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvmix_compile.english import built_in_english
 from kvmix_compile.passes.capture import logits_of
 from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.signature import cache_in, cache_name
 
 CalibrationData = str | Sequence[str] | Tensor | Sequence[Sequence[int] | Tensor]
 
@@ -248,8 +249,8 @@ def _sample(model: nn.Module, vocabulary: int, device: torch.device, length: int
             if cache is None:
                 output = model(ids.to(device), **options)
             else:
-                output = model(ids[:, -1:].to(device), past_key_values=cache, **options)
-            cache = getattr(output, "past_key_values", None)
+                output = model(ids[:, -1:].to(device), **{cache_name(model.forward): cache}, **options)
+            cache = cache_in(output)
             probabilities = logits_of(output)[:, -1].float().softmax(-1).cpu()
             if not probabilities.isfinite().all():
                 raise CalibrationError(f"the model's logits are not finite, so it cannot write its own text: {ADVICE}")

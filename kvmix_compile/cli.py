@@ -106,7 +106,7 @@ def generate(
     cache = KVMixCache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
-        ids, past_key_values=cache, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
+        ids, cache=cache, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
     )  # fmt: skip
     typer.echo(str(CacheSize.of(cache)), err=True)
 

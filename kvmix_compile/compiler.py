@@ -19,6 +19,7 @@ from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
+from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.progress import progress_bar
@@ -240,5 +241,6 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         vocabulary=vocabulary_size(found.captured),
         longest_context=found.longest_context,
         returns_tensor=returns_tensor(model),
+        cache_name=cache_name(model.forward),
     )
     return attach(model, program)  # type: ignore[return-value]

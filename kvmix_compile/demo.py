@@ -20,6 +20,7 @@ from kvmix_compile.compiler import apply
 from kvmix_compile.evaluation import perplexity
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
+from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.picture import plan_picture
 from kvmix_compile.prompts import chat_prompt
 from kvmix_compile.tables import CacheSize, megabytes, times
@@ -117,17 +118,18 @@ def describe(prompt: Prompt, compressed: Any, console: Console) -> None:
 
 def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any, tokens: int) -> None:
     """Read the text into the cache, then the question, and stream the answer to standard output."""
+    held = {cache_name(model.forward): cache}
     with torch.no_grad():
-        model(input_ids=prompt.text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt.text, use_cache=True, logits_to_keep=1, **held)
     ids = torch.cat([prompt.text, prompt.question], dim=1)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         streamer=streamer,
         max_new_tokens=tokens,
         do_sample=False,
+        **held,
     )
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.model import CompiledModel
+from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.progress import progress_bar
 
 # The protocol of the reference numbers: windows of 2048 tokens, read in chunks of 64.
@@ -71,9 +72,8 @@ def read(model: nn.Module, ids: Tensor, cache: Any, **options: Any) -> Tensor:
     `options` go to the model's forward.
     """
     device = next(model.parameters()).device
-    return model(
-        input_ids=ids[None].to(device), past_key_values=cache, use_cache=True, return_dict=True, **options
-    ).logits[0]  # fmt: skip
+    held = {cache_name(model.forward): cache}
+    return model(input_ids=ids[None].to(device), use_cache=True, return_dict=True, **held, **options).logits[0]
 
 
 def new_cache_of(model: nn.Module) -> Any:

@@ -3,10 +3,9 @@ KVMixCache.
 """
 
 import copy
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,20 @@ from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import Rewritten, rebind
+from kvmix_compile.passes.signature import CACHE_NAMES, cache_name, parameters_of
 from kvmix_compile.report import Report
+
+T = TypeVar("T")
 
 # Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
 ASSISTED_ROLLBACK = 64
 
 # What transformers' models take in their **kwargs and answer with more outputs.
 _UNANSWERED = {"inputs_embeds", "output_attentions", "output_hidden_states"}
+
+# By what name a cache goes to transformers' generate, and comes back from a forward.
+_GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
+_RETURNED_CACHE = cache_name(CausalLMOutputWithPast)
 
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
@@ -37,8 +43,8 @@ _BOOKKEEPING = {"cache_position"}
 @dataclass
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
-    fingerprint of those that it was compiled with. `inductor`: the rewritten graph compiled by Inductor, where that was
-    asked for.
+    fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
+    `inductor`: the rewritten graph compiled by Inductor, where that was asked for.
     """
 
     rewritten: Rewritten
@@ -51,6 +57,7 @@ class Program:
     vocabulary: int
     longest_context: int | None
     returns_tensor: bool
+    cache_name: str
     inductor: InductorGraph | None = None
 
     def follow(self, model: nn.Module) -> None:
@@ -118,14 +125,16 @@ class CompiledModel(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: KVMixCache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits of `input_ids`, int64 `[batch, tokens]`, after what `past_key_values` holds.
+        """Logits of `input_ids`, int64 `[batch, tokens]`, after what `cache` holds.
 
         attention_mask: 1 for tokens and 0 for padding, which must lead its row; `[batch, tokens held + tokens]` or
             `[batch, tokens]`.
         position_ids: int64 `[batch, tokens]`; by default each row counts on from the tokens that it holds.
-        past_key_values: a KVMixCache, filled further; by default a new one.
+        cache, or past_key_values, as transformers called it before 5.24: a KVMixCache, filled further; by default a new
+            one.
         labels: as `input_ids`, -100 ignored; the next-token cross-entropy is then returned as `loss`.
         logits_to_keep: how many of the last positions' logits to compute (0: all), or which, int64 `[positions]`.
 
@@ -134,31 +143,31 @@ class CompiledModel(nn.Module):
         """
         program = self.kvmix_program
         program.follow(self)
-        self._check(input_ids, past_key_values, kwargs)
+        given = one_of({"cache": cache, "past_key_values": past_key_values})
+        self._check(input_ids, given, kwargs)
         if labels is not None and (
             isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != input_ids.shape
         ):
             raise InputError(
                 "labels need the logits of every token: leave logits_to_keep out, one label for each token"
             )
-        cache = past_key_values if past_key_values is not None else KVMixCache(self)
-        logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        held = given if given is not None else KVMixCache(self)
+        logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
-        if program.returns_tensor and past_key_values is None and not use_cache and not return_dict and loss is None:
+        if program.returns_tensor and given is None and not use_cache and not return_dict and loss is None:
             return logits
         if use_cache is None:
             use_cache = getattr(getattr(self, "config", None), "use_cache", True)
-        output = CausalLMOutputWithPast(
-            loss=cast(torch.FloatTensor | None, loss),
-            logits=cast(torch.FloatTensor, logits),
-            past_key_values=cache if use_cache else None,
-        )
+        returned: dict[str, Any] = {"loss": loss, "logits": logits, _RETURNED_CACHE: held if use_cache else None}
+        output = CausalLMOutputWithPast(**returned)
         return output.to_tuple() if return_dict is False else output
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `past_key_values`."""
+        """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `cache` or
+        `past_key_values`.
+        """
         if kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None):
             raise InputError(
                 "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
@@ -168,11 +177,14 @@ class CompiledModel(nn.Module):
         if caching is not False:
             # Some models do not cache unless they are asked to.
             kwargs["use_cache"] = True
-        if caching is not False and kwargs.get("past_key_values") is None:
+        given = one_of({name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        if caching is not False and given is None:
             assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
-            kwargs["past_key_values"] = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)
+            given = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)
+        if given is not None:
+            kwargs[_GENERATES_CACHE] = given
         generator = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
-        return generator.generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc, union-attr]
+        return generator.generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[union-attr]
 
     def _run(
         self,
@@ -214,7 +226,7 @@ class CompiledModel(nn.Module):
         if not asked:  # as in every step of decoding, which need not look at signatures
             return
         # What the original takes by name means something to it; what falls into its **kwargs does not.
-        for name in asked & (_UNANSWERED | set(inspect.signature(super().forward).parameters)):
+        for name in asked & (_UNANSWERED | set(parameters_of(super().forward))):
             raise InputError(f"{name} is not available from a compiled model: call the original model for it")
 
     def _check_cache(self, cache: object) -> int:
@@ -224,7 +236,7 @@ class CompiledModel(nn.Module):
         program = self.kvmix_program
         if not isinstance(cache, KVMixCache):
             raise InputError(
-                f"past_key_values is a {type(cache).__name__}; this model keeps its keys and values in a "
+                f"{program.cache_name} is a {type(cache).__name__}; this model keeps its keys and values in a "
                 "kvmix_compile.KVMixCache(model)"
             )
         if (cache.plan, cache.dtypes, cache.device) != (program.plan, program.dtypes, program.device):
@@ -268,6 +280,14 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 
+def one_of(given: Mapping[str, T | None]) -> T | None:
+    """The argument that was given, by whichever name it goes. Raises InputError where two were."""
+    there = {name: value for name, value in given.items() if value is not None}
+    if len(there) > 1:
+        raise InputError(f"{' and '.join(there)} are two names of one argument: pass one of them")
+    return next(iter(there.values()), None)
+
+
 def attach(model: nn.Module, program: Program) -> nn.Module:
     """A twin of `model` that shares its weights and runs `program`. The original is left as it was.
 
@@ -302,17 +322,18 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVMixCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = True,
+        cache: KVMixCache | None = None,
+        past_key_values: KVMixCache | None = None,
     ) -> Any:
         return self.compiled(
-            input_ids, attention_mask, position_ids, past_key_values,
-            use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True,
+            input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep,
+            cache=cache, past_key_values=past_key_values, return_dict=True,
         )  # fmt: skip
 
 
 def returns_tensor(model: nn.Module) -> bool:
     """Whether a model's forward returns its logits alone: it is no transformers model, whose outputs have names."""
-    return not isinstance(model, GenerationMixin) and "return_dict" not in inspect.signature(model.forward).parameters
+    return not isinstance(model, GenerationMixin) and "return_dict" not in parameters_of(model.forward)

@@ -4,8 +4,6 @@ The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Pa
 live model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
 """
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +15,7 @@ from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
+from kvmix_compile.passes.signature import parameters_of
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -60,7 +59,7 @@ class _LogitsOnly(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.parameters_taken = frozenset(inspect.signature(model.forward).parameters)
+        self.parameters_taken = frozenset(parameters_of(model.forward))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_positions: Tensor) -> Tensor:
         options: dict[str, object] = {}
@@ -148,15 +147,11 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder-decoder; kvmix_compile compresses decoder-only causal language "
             "models"
         )
-    if "input_ids" not in _first_parameters(model.forward):
+    if "input_ids" not in parameters_of(model.forward)[:1]:
         raise CaptureError(
             f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids "
             "to logits"
         )
-
-
-def _first_parameters(function: Callable[..., object]) -> list[str]:
-    return list(inspect.signature(function).parameters)[:1]
 
 
 def first_line(error: Exception) -> str:

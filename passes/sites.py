@@ -28,8 +28,9 @@ ATTENTION = "scaled_dot_product_attention"
 # Rows and tokens that layouts are tried on.
 FEW = (2, 3)
 
-# How paths of modules begin: with the wrapper's attribute in export's graphs, with a local variable in Dynamo's.
-_ROOT = re.compile(r"^(model|L\['\w+'\])\.?")
+# How paths of modules begin: with the wrapper's attribute in export's graphs; in Dynamo's with the local variable that
+# holds the model, or, of a forward behind a decorator, the tuple of its arguments.
+_ROOT = re.compile(r"^(model|L\['(?P<variable>\w+)'\](\[(?P<index>\d+)\])?)\.?")
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,26 @@ def named(nodes: Iterable[fx.Node]) -> list[tuple[str, fx.Node]]:
 
 def module_path(node: fx.Node) -> str:
     """The path in the user's model of the innermost module that `node` was traced in, or an empty string."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    stack = _module_stack(node)
     return _ROOT.sub("", stack[-1]) if stack else ""
+
+
+def traced_model(node: fx.Node, variables: Mapping[str, Any]) -> object:
+    """What the path of the outermost module begins with in a graph of Dynamo: one of the traced function's local
+    `variables`, or an item of one; None where there is no such thing.
+    """
+    root = next((match for path in _module_stack(node)[:1] if (match := _ROOT.match(path))), None)
+    if root is None or root["variable"] is None:
+        return None
+    held = variables.get(root["variable"])
+    if root["index"] is None:
+        return held
+    return held[int(root["index"])] if isinstance(held, tuple) else None
+
+
+def _module_stack(node: fx.Node) -> list[str]:
+    """The paths of the modules that `node` was traced in, outermost first."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:

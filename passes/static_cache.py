@@ -315,8 +315,8 @@ class _Finder:
             current = current.all_input_nodes[0]
         raise UnsupportedModelError(
             f"{attention.layer}: its keys and values are returned to a cache that grows, such as DynamicCache: "
-            "generate with cache_implementation='static', pass a transformers.StaticCache as past_key_values, or pass "
-            "use_cache=False; for any other cache use kvmix_compile.apply"
+            "generate with cache_implementation='static', pass a transformers.StaticCache, or pass use_cache=False; "
+            "for any other cache use kvmix_compile.apply"
         )
 
 

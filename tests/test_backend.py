@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import assert_states_agree
+from cache_argument import with_cache
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch.compiler import config as compiler_config
@@ -28,6 +30,7 @@ from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.models_zoo.tiny import WINDOW, tiny
 from kvmix_compile.passes.capture import capture
 from kvmix_compile.passes.plan import SitePlan
+from kvmix_compile.passes.signature import cache_in
 from kvmix_compile.passes.sites import find_sites
 
 LOSSLESS = Precision(16)
@@ -97,7 +100,7 @@ def static_cache(name: str, slots: int = SLOTS) -> StaticCache:
 def logits(model: Any, past: Any, text: Tensor, *chunks: int, **options: Any) -> Tensor:
     """Of the text read in chunks of these sizes, the rest token by token."""
     sizes = [*chunks, *[1] * (text.shape[1] - sum(chunks))]
-    found = [model(input_ids=part, past_key_values=past, **options).logits for part in text.split(sizes, dim=1)]
+    found = [model(input_ids=part, **with_cache(past), **options).logits for part in text.split(sizes, dim=1)]
     return torch.cat(found, dim=1)
 
 
@@ -143,11 +146,11 @@ def with_fingerprint(name: str) -> Plan:
 def test_a_plan_with_a_shorter_window_than_the_models_is_refused() -> None:
     model = compiled("mistral", plan_for("mistral").with_windows([WINDOW - 1] * 2))
     with pytest.raises(PlanError, match=r"keeps the last 23 tokens of model\.layers\.0\.self_attn, .* attends to 24"):
-        model(ids(40), past_key_values=static_cache("mistral"))
+        model(ids(40), **with_cache(static_cache("mistral")))
     model, past = compiled("llama", plan_for("llama").with_windows([WINDOW] * 2)), static_cache("llama")
     assert close(logits(model, past, ids(WINDOW), WINDOW - 1), original("llama")(ids(WINDOW), use_cache=False).logits)
     with pytest.raises(CacheError, match=r"attends to its last 24 tokens, and its StaticCache keeps all 25"):
-        model(ids(1), past_key_values=past)
+        model(ids(1), **with_cache(past))
 
 
 def test_the_same_perplexity_as_apply() -> None:
@@ -222,18 +225,18 @@ def test_what_was_prompted_without_being_compiled_is_packed_on_the_first_step(na
     for _ in range(2):
         answer = model.generate(text, compile_config=config, return_dict_in_generate=True, **options)
         assert torch.equal(answer.sequences, expected)
-        assert held(answer.past_key_values).lengths.tolist() == [length + 29 for length in ADOPTED[name]]
+        assert held(cache_in(answer)).lengths.tolist() == [length + 29 for length in ADOPTED[name]]
 
 
-def test_a_row_that_was_prompted_elsewhere_has_the_bytes_it_would_have_here() -> None:
+def test_a_row_that_was_prompted_elsewhere_holds_what_it_would_hold_here() -> None:
     text, mask = padded(90)
     here, adopted, step = static_cache("llama"), static_cache("llama"), compiled("llama", low("llama"))
     for model, past in ((step, here), (original("llama"), adopted)):
-        model(text, attention_mask=mask, past_key_values=past)
+        model(text, attention_mask=mask, **with_cache(past))
     for past in (here, adopted):
-        step(text[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=past)
-    for one, other in zip(held(here).tensors(), held(adopted).tensors(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        step(text[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), **with_cache(past))
+    for one, other, layout in zip(held(here).states, held(adopted).states, held(here).layouts, strict=True):
+        assert_states_agree(one, other, layout)
 
 
 # What belongs to a cache
@@ -249,7 +252,7 @@ def test_the_16_bit_storage_is_given_back() -> None:
     full = 2 * 2 * 2 * 2 * SLOTS * 32 * 4  # layers, sides, rows, heads, slots, channels, bytes
     model = compiled("llama", low("llama"))
     logits(model, past, ids(41), 40)
-    original("llama")(ids(40), past_key_values=adopted)
+    original("llama")(ids(40), **with_cache(adopted))
     assert storage_of(adopted) == full
     logits(model, adopted, ids(1))
     for one in (past, adopted):
@@ -264,7 +267,7 @@ def test_two_caches_used_in_turn_stay_separate() -> None:
     found: list[list[Tensor]] = [[], []]
     for begin, end in ((0, 60), *((token, token + 1) for token in range(60, 80))):
         for which in (0, 1):
-            found[which].append(model(texts[which][:, begin:end], past_key_values=caches[which]).logits)
+            found[which].append(model(texts[which][:, begin:end], **with_cache(caches[which])).logits)
     for which in (0, 1):
         assert close(torch.cat(found[which], 1), original("llama")(texts[which], use_cache=False).logits)
 
@@ -296,7 +299,7 @@ def test_a_cache_that_was_reset_can_be_used_without_being_compiled() -> None:
     past, text = static_cache("llama"), ids(50)
     logits(compiled("llama"), past, ids(41), 40)
     with pytest.raises(CacheError, match="reset"):
-        original("llama")(text, past_key_values=past)
+        original("llama")(text, **with_cache(past))
     past.reset()
     assert close(logits(original("llama"), past, text, 40), original("llama")(text, use_cache=False).logits)
 
@@ -314,7 +317,7 @@ def test_decoding_2000_tokens_compiles_two_graphs() -> None:
     model = compiled("llama", low("llama"), backend=counting)
     rooms = set()
     for part in ids(2030).split([30, *[1] * 2000], dim=1):
-        model(part, past_key_values=past)
+        model(part, **with_cache(past))
         rooms.add(held(past).states[0].blocks)
     assert len(rooms) >= 8
     assert counting.graphs == 2
@@ -337,8 +340,8 @@ def test_with_only_a_budget_the_model_is_measured_once(monkeypatch: pytest.Monke
     model.compile(
         backend="kvmix", options={"budget": 2.3, "calibration": calibration, "recent": RECENT, "backend": "eager"}
     )
-    model(text, past_key_values=past)
-    model(text[:, :1], past_key_values=past)
+    model(text, **with_cache(past))
+    model(text[:, :1], **with_cache(past))
     plan = held(past).plan
     assert [call["calibration"] is calibration for call in calls] == [True]
     assert plan == kvmix_compile.analyze(tiny("llama"), calibration=calibration, recent=RECENT).allocate(budget=2.3)
@@ -416,7 +419,7 @@ def test_padding_behind_tokens_is_refused() -> None:
     text, mask = ids(20), torch.ones(2, 20, dtype=torch.int64)
     mask[0, -3:] = 0
     with pytest.raises(CacheError, match="model.layers.0.self_attn.*pad on the left"):
-        compiled("llama")(text, attention_mask=mask, past_key_values=static_cache("llama"))
+        compiled("llama")(text, attention_mask=mask, **with_cache(static_cache("llama")))
 
 
 def test_a_mask_that_is_not_causal_is_refused() -> None:
@@ -424,7 +427,7 @@ def test_a_mask_that_is_not_causal_is_refused() -> None:
     everything = torch.zeros(2, 1, 20, SLOTS, dtype=torch.bool)
     everything[..., :20] = True
     with pytest.raises(CacheError, match="neither causal nor the window"):
-        compiled("llama")(text, attention_mask=everything, past_key_values=past)
+        compiled("llama")(text, attention_mask=everything, **with_cache(past))
 
 
 def test_a_cache_that_was_changed_from_outside_is_refused() -> None:
@@ -444,7 +447,7 @@ def test_a_cache_that_grows_is_refused() -> None:
 def test_alibi_is_refused_by_layer() -> None:
     model = torch.compile(tiny("bloom"), backend="kvmix", options={"plan": plan_for("llama"), "backend": "eager"})
     with pytest.raises(UnsupportedModelError, match="transformer.h.0.self_attention: it adds a bias"):
-        model(ids(5), past_key_values=StaticCache(tiny("bloom").config, max_cache_len=32))
+        model(ids(5), **with_cache(StaticCache(tiny("bloom").config, max_cache_len=32)))
 
 
 def test_a_bias_is_refused_as_soon_as_it_shows() -> None:
@@ -458,7 +461,7 @@ def test_a_bias_is_refused_as_soon_as_it_shows() -> None:
 def test_chunks_are_refused_as_soon_as_they_show() -> None:
     model, past = compiled("llama4"), static_cache("llama4")
     with pytest.raises(CacheError, match="attends in chunks or another window use kvmix_compile.apply"):
-        model(ids(2 * WINDOW), past_key_values=past)
+        model(ids(2 * WINDOW), **with_cache(past))
 
 
 def test_a_graph_without_a_cache_passes_through_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

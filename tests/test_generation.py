@@ -15,6 +15,7 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.signature import cache_in
 
 grow = SiteState.grow
 
@@ -185,8 +186,8 @@ def test_a_padded_conversation_goes_on_too() -> None:
 
 def test_what_was_generated_comes_with_its_cache() -> None:
     output = quantized().generate(ids(1, 40), return_dict_in_generate=True, output_logits=True, **GREEDY)
-    assert isinstance(output.past_key_values, KVMixCache)
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert isinstance(cache_in(output), KVMixCache)
+    assert cache_in(output).get_seq_length() == output.sequences.shape[1] - 1
     assert len(output.logits) == 20
 
 

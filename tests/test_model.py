@@ -1,23 +1,26 @@
 """The compiled model: a drop-in for the original, whatever its architecture."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
+from cache_argument import CACHE_ARGUMENT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_llama import RECENT, SINKS, ids, unquantized
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import TINY, tiny
+from kvmix_compile.passes.signature import CACHE_NAMES, cache_in
 
 PLAIN = ("hand_written", "fused_arange")
 NAMES = (*TINY, *PLAIN)
@@ -244,9 +247,9 @@ def test_logits_to_keep() -> None:
 def test_what_forward_returns() -> None:
     model, text = compiled("llama").quantized, ids(2, 30)
     output = model(text)
-    assert isinstance(output.past_key_values, KVMixCache) and output.past_key_values.get_seq_length() == 30
+    assert isinstance(cache_in(output), KVMixCache) and cache_in(output).get_seq_length() == 30
     assert output.loss is None
-    assert model(text, use_cache=False).past_key_values is None
+    assert cache_in(model(text, use_cache=False)) is None
     logits, past = model(text, return_dict=False)
     assert_close(logits, output.logits)
     assert isinstance(past, KVMixCache)
@@ -260,7 +263,7 @@ def test_a_plain_model_returns_its_logits() -> None:
     assert isinstance(logits, Tensor) and logits.shape == (2, 30, 128)
     output = model(text, past_key_values=KVMixCache(model))
     assert_close(output.logits, logits)
-    assert output.past_key_values.get_seq_length() == 30
+    assert cache_in(output).get_seq_length() == 30
 
 
 def test_positions_may_be_given() -> None:
@@ -316,3 +319,29 @@ def test_perplexity_of_a_window_read_at_once_is_refused() -> None:
         kvmix_compile.perplexity(compiled("llama").quantized, ids(1, 300)[0], chunk=128, window=128)
     with pytest.raises(InputError, match="two tokens"):
         kvmix_compile.perplexity(compiled("llama").quantized, torch.tensor([3]))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_either_of_its_names(name: str) -> None:
+    """Whichever transformers is installed, and without a warning."""
+    model, text, past = compiled("llama").quantized, ids(1, 60), KVMixCache(compiled("llama").quantized)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(text, **{name: past})
+        assert past.seen == 60
+        longer = model.generate(ids(1, 63), max_new_tokens=2, eos_token_id=-1, **{name: past})
+    assert longer.shape == (1, 65) and past.seen == 64
+
+
+@pytest.mark.parametrize("call", ["__call__", "generate"])
+def test_two_caches_by_two_names_are_refused(call: str) -> None:
+    model = compiled("llama").quantized
+    both = {name: KVMixCache(model) for name in CACHE_NAMES}
+    with pytest.raises(InputError, match="cache and past_key_values are two names of one argument"):
+        getattr(model, call)(ids(1, 10), **both)
+    assert all(past.seen == 0 for past in both.values())
+
+
+def test_errors_call_a_cache_what_the_model_calls_it() -> None:
+    with pytest.raises(InputError, match=f"^{CACHE_ARGUMENT} is a DynamicCache"):
+        compiled("llama").quantized(ids(1, 10), past_key_values=DynamicCache())

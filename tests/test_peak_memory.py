@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_argument import with_cache
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from toy_llama import RECENT, SINKS, ids
@@ -59,7 +60,7 @@ def test_a_step_makes_nothing_of_the_unpacked_size(tokens: int) -> None:
     past, found, grown = holding(TOKENS), [], []
     for _ in range(STEPS // tokens):
         room, text = past.states[0].blocks, ids(1, tokens)
-        made = largest_allocation(lambda text=text: compiled()(text, past_key_values=past))
+        made = largest_allocation(lambda text=text: compiled()(text, **with_cache(past)))
         (found if past.states[0].blocks == room else grown).append(made)
     assert max(found) < UNPACKED / 20
     assert len(grown) == 1 and grown[0] <= past.states[0].packed_k.nbytes < UNPACKED / 5
@@ -81,7 +82,7 @@ for tokens in (100, TOKENS):
         tensor.zero_()  # every page of it is there
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     for token in range(33):
-        model(ids[:1, token:token + 1], past_key_values=past)
+        model(ids[:1, token:token + 1], **with_cache(past))
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(json.dumps(peaks))
 """
@@ -108,8 +109,8 @@ def test_a_step_through_the_backend_makes_nothing_of_the_unpacked_size() -> None
     with torch.no_grad():
         for _ in range(2):  # Dynamo's own work is over when the second cache comes
             past = StaticCache(model.config, max_cache_len=slots)
-            model(ids(1, slots - 40), past_key_values=past)
-            made = [largest_allocation(lambda past=past: step(ids(1, 1), past_key_values=past)) for _ in range(36)]
+            model(ids(1, slots - 40), **with_cache(past))
+            made = [largest_allocation(lambda past=past: step(ids(1, 1), **with_cache(past))) for _ in range(36)]
     first, *later = made
     packed = packed_cache(past)
     assert packed is not None and packed.nbytes < unpacked / 2

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cache_argument import with_cache
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
@@ -52,7 +53,7 @@ def ids(tokens: int, rows: int = 2) -> Tensor:
 def model_graphs(name: str, *chunks: int) -> list[tuple[Lowered, tuple[CachedSite, ...]]]:
     model = tiny(name)
     cache = StaticCache(model.config, max_cache_len=SLOTS)
-    calls = [((), {"input_ids": ids(chunk), "past_key_values": cache}) for chunk in chunks]
+    calls = [((), {"input_ids": ids(chunk), **with_cache(cache)}) for chunk in chunks]
     return [(graph, find_cached_sites(graph)) for graph in graphs_of(model, calls)]
 
 
@@ -151,7 +152,7 @@ def test_the_count_of_tokens_goes_on() -> None:
 def test_a_prompt_of_another_length_and_another_batch_have_the_same_symbols() -> None:
     model = tiny("llama")
     calls = [
-        ((), {"input_ids": ids(tokens, rows), "past_key_values": StaticCache(model.config, max_cache_len=SLOTS)})
+        ((), {"input_ids": ids(tokens, rows), **with_cache(StaticCache(model.config, max_cache_len=SLOTS))})
         for rows, tokens in ((2, 10), (3, 17))
     ]
     graph = graphs_of(model, calls)[-1]
@@ -355,7 +356,7 @@ def test_a_cache_that_is_read_elsewhere_too_is_refused() -> None:
 
 def test_a_cache_that_grows_is_refused_with_what_to_use_instead() -> None:
     model, cache = tiny("llama"), DynamicCache()
-    calls = [((), {"input_ids": ids(tokens), "past_key_values": cache}) for tokens in (5, 1)]
+    calls = [((), {"input_ids": ids(tokens), **with_cache(cache)}) for tokens in (5, 1)]
     for graph in graphs_of(model, calls):
         with pytest.raises(UnsupportedModelError, match="model.layers.0.self_attn.*cache_implementation='static'"):
             find_cached_sites(graph)
