@@ -2,8 +2,11 @@
 
 import os
 
-# Before transformers is imported anywhere: it reads this once.
+# Before transformers and torch are imported anywhere: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where several processes run tests, each has its share of the cores.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 import pytest
 import torch
