@@ -5,7 +5,7 @@ import os
 
 import torch
 from drawn_decoders import SPELLINGS, VOCABULARY, DrawnDecoder, Spelling
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor, nn
 
 import kvmix_compile
@@ -34,7 +34,12 @@ def assert_same(found: Tensor, expected: Tensor, what: object) -> None:
     assert difference < 1e-3, f"{what}: {difference} standard deviations off"
 
 
-@settings(max_examples=EXAMPLES or 12, derandomize=not EXAMPLES, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES or 12,
+    derandomize=not EXAMPLES,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # what is drawn is small as it is, and each try takes a second
+)
 @given(spelling=SPELLINGS)
 @torch.no_grad()
 def test_a_twin_is_equal_or_refused(spelling: Spelling) -> None:

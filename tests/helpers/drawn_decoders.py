@@ -36,7 +36,7 @@ def remembered_mask(tokens: int) -> Tensor:
 def causal(tokens: int, window: int = 0) -> Tensor:
     """Boolean `[tokens, tokens]`."""
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    return mask & mask.T.logical_not().logical_or(torch.ones_like(mask)).triu(1 - window) if window else mask
+    return mask.triu(1 - window) if window else mask
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,8 @@ class DrawnDecoder(nn.Module):
         extra = key.sum() * 0 if spelling.mixing != "keys again" else key.mean(2).mean(1).repeat(1, self.HEADS)[:, None]
         group = self.HEADS // spelling.kv_heads
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        attended = (
-            self._fused(query, key, value)
-            if spelling.attention.startswith("fused")
-            else self._spelled(query, key, value)
-        )
+        attend = self._fused if spelling.attention.startswith("fused") else self._spelled
+        attended = attend(query, key, value)
         return attended.transpose(1, 2).flatten(2) + extra
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -204,8 +201,7 @@ class DrawnDecoder(nn.Module):
 def rotated(states: Tensor, tokens: int) -> Tensor:
     """Rotary position embedding of `[rows, heads, tokens, head_dim]`."""
     half = states.shape[-1] // 2
-    angles = torch.arange(tokens, dtype=states.dtype)[:, None] * 100.0 ** (
-        -torch.arange(half, dtype=states.dtype) / half
-    )
+    frequencies = 100.0 ** (-torch.arange(half, dtype=states.dtype) / half)
+    angles = torch.arange(tokens, dtype=states.dtype)[:, None] * frequencies
     first, second = states.chunk(2, -1)
     return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1)
