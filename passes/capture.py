@@ -16,6 +16,7 @@ from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
 from kvmix_compile.passes.signature import parameters_of
+from kvmix_compile.passes.source_lines import line_of_bound
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -192,7 +193,10 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
     if (most := _bound(program, batch, "batch")) is not None:
-        raise CaptureError(f"the model's forward takes another path for a batch beyond {most}; it must take any batch")
+        raise CaptureError(
+            f"the model's forward takes another path for a batch beyond {most}, at {line_of_bound(batch)}; it must "
+            "take any batch"
+        )
     has_position_input = "position_ids" in wrapper.parameters_taken
     return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input)
 

@@ -8,6 +8,7 @@ from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.positions import reads_table
+from kvmix_compile.passes.source_lines import line_of_bound
 from kvmix_compile.passes.vocabulary import LAYOUT, argument, as_node, operation, tensor_of
 
 # What numbers tokens.
@@ -30,8 +31,8 @@ def longest_context(captured: Captured) -> int | None:
     configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
     if captured.most_tokens is not None and captured.most_tokens not in {configured, *tables}:
         raise CaptureError(
-            f"the model's forward takes another path for a sequence beyond {captured.most_tokens}; kvmix_compile needs "
-            "one graph that serves every length"
+            f"the model's forward takes another path for a sequence beyond {captured.most_tokens}, at "
+            f"{line_of_bound(captured.tokens)}; kvmix_compile needs one graph that serves every length"
         )
     if isinstance(configured, int):
         return min([configured, *([captured.most_tokens] if captured.most_tokens else [])])

@@ -7,7 +7,7 @@ and minus infinity elsewhere; a bias may be added to it that is linear in the di
 that is an error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ SHORTEST_PROBE = 48
 BLOCKED = -1e4
 # A score that saturates every soft cap in use (30 to 50) at any scale in use, and that float16 can hold.
 SATURATING = 3e4
+SMALLEST_SCORE = 2.0**-6
 # Models that rescale scores by a learned or computed factor do it in float32 at best.
 TOLERANCE = 1e-4
 
@@ -195,8 +196,6 @@ def scale_and_softcap(
     `no_scores` `[.., queries, keys]` wherever it is `allowed`, boolean `[queries, keys]`. `precision`: the rounding of
     what the model computes them in, as a share.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(no_scores.shape, generator=generator).to(no_scores)
     bias = run(no_scores)
     largest_bias = bias.masked_fill(~allowed, 0).abs().max().item()
     # A score is looked at where the bias leaves it the most digits, as late in the text as possible.
@@ -208,20 +207,35 @@ def scale_and_softcap(
 
     # A soft cap is what remains of a score without bounds; without one the function is linear.
     unbounded = at(SATURATING) / SATURATING
-    scale = at(2.0**-6) * 2.0**6
+    scale = at(SMALLEST_SCORE) / SMALLEST_SCORE
     capped = abs(unbounded - scale) > 0.1 * abs(scale)
     softcap = unbounded * SATURATING if capped else 0.0
     scale = scale if capped else at(1.0)
-    expected = noise.float() * scale
-    if capped:
-        expected = softcap * torch.tanh(expected / softcap)
-    error = (run(noise) - bias - expected).masked_fill(~allowed, 0).abs().max().item()
-    largest = expected.abs().max().item()
-    if error > max(TOLERANCE * largest, 8 * precision * max(largest, largest_bias)):
-        raise UnsupportedModelError(
-            f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a mask"
-        )
+    for probe in _probes(no_scores):
+        expected = probe.float() * scale
+        if capped:
+            expected = softcap * torch.tanh(expected / softcap)
+        error = (run(probe) - bias - expected).abs()
+        # Where the largest score is taken from all of them, they are rounded as it is.
+        largest = expected.abs().max()
+        rounding = TOLERANCE * expected.abs().clamp(min=min(1, largest)) + 8 * precision * (largest + largest_bias)
+        if (~(error <= rounding) & allowed).any():
+            raise UnsupportedModelError(
+                f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a "
+                "mask"
+            )
     return scale, softcap
+
+
+def _probes(like: Tensor) -> Iterator[Tensor]:
+    """Random scores: as they usually are, and of either sign from SMALLEST_SCORE to SATURATING, as many of each order
+    of magnitude, so that what is cut off anywhere shows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    yield torch.randn(like.shape, generator=generator).to(like)
+    share, sign = torch.rand(2, *like.shape, generator=generator)
+    size = SMALLEST_SCORE * (SATURATING / SMALLEST_SCORE) ** share
+    yield torch.where(sign < 0.5, -size, size).to(like)
 
 
 def recognise(allowed: Tensor, layer: str) -> Mask:

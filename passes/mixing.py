@@ -15,6 +15,10 @@ from kvmix_compile.passes.vocabulary import CUMULATIVE, TOKEN_MIXING, argument, 
 
 MOST_NAMED = 5
 
+# What cuts a text or moves it along, and the number that stands for its end.
+MOVES = frozenset({"slice", "narrow", "select", "roll", "pad", "constant_pad_nd"})
+LAST_INDEX = 2**31
+
 
 def suspects(captured: Captured) -> str:
     """Why a graph cannot be given a KV cache, in half a sentence: the operations that may mix tokens, and where."""
@@ -44,6 +48,25 @@ def running(captured: Captured) -> Iterator[None]:
             f"the graph that torch.export made of {type(captured.model).__name__} does not run for every length: "
             f"{suspects(captured)} ({first_line(error)})"
         ) from error
+
+
+def constant_reach(graph: fx.Graph, captured: Captured) -> int:
+    """How many tokens a graph reaches back or forth by a constant number, at most: where it cuts or moves the text."""
+    moved = [
+        abs(number)
+        for node in graph.nodes
+        if operation(node) in MOVES and (source := tensor_of(node.args[0])) is not None
+        if any(statically_known_true(size == captured.tokens) for size in source.shape)
+        for number in _whole_numbers(node.args[1:])
+        if abs(number) < LAST_INDEX
+    ]
+    return max(moved, default=0)
+
+
+def _whole_numbers(values: object) -> list[int]:
+    found: list[int] = []
+    fx.node.map_aggregate(values, lambda value: found.append(value) if type(value) is int else None)
+    return found
 
 
 def _may_mix_tokens(node: fx.Node, captured: Captured) -> bool:

@@ -15,6 +15,7 @@ from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kv
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
 from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
+from kvmix_compile.passes.lengths import check_lengths, names_of_sizes
 from kvmix_compile.passes.positions import shift_positions
 from kvmix_compile.passes.sites import AttentionSite
 
@@ -50,6 +51,7 @@ def rewrite(
     precision, at most, as of its StateLayout.
     `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
     all, for that of the model.
+    Raises UnsupportedModelError where what is left of the graph computes with the number of rows or tokens.
     """
     graph, copies = _copy(captured.graph)
     module = bind(captured.module, graph)
@@ -63,6 +65,7 @@ def rewrite(
     shifted = shift_positions(graph, lengths, captured.tokens)
     accept_any_strides(graph)
     clean_up(module)
+    check_lengths(graph, names_of_sizes(captured))
     return Rewritten(module, tuple(sites), shifted)
 
 

