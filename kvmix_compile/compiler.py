@@ -12,16 +12,19 @@ from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
+from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.logits import follow_autocast
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
+from kvmix_compile.passes.weights import check_weights
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
 from kvmix_compile.tails import Tail, unquantized_tokens
@@ -43,6 +46,7 @@ class Found:
     longest_context: int | None
 
 
+@as_captured()
 def apply(
     model: Model,
     *,
@@ -110,6 +114,7 @@ def apply(
     return twin
 
 
+@as_captured()
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
     report = Report(type(model).__name__)
@@ -120,6 +125,7 @@ def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
 
+@as_captured()
 def analyze(
     model: nn.Module,
     *,
@@ -138,6 +144,7 @@ def analyze(
     return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
 
 
+@as_captured()
 def diagnose(model: nn.Module) -> Report:
     """What is found in a model, layer by layer, and why anything is not; never raises KVMixError."""
     from kvmix_compile.errors import KVMixError
@@ -152,6 +159,7 @@ def diagnose(model: nn.Module) -> Report:
 
 def find(model: nn.Module, report: Report) -> Found:
     """Capture a model and find its sites; what is found goes into the report too."""
+    check_weights(model)
     with report.timed("capture"):
         captured = capture(model)
         limit = longest_context(captured)
@@ -242,5 +250,6 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         longest_context=found.longest_context,
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
+        logits_follow_autocast=follow_autocast(found.captured.graph),
     )
     return attach(model, program)  # type: ignore[return-value]

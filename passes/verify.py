@@ -16,6 +16,7 @@ from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.limits import vocabulary_size
 from kvmix_compile.passes.mixing import running, suspects
 from kvmix_compile.passes.rewrite import Rewritten, rewrite
+from kvmix_compile.passes.rounding import coarsest_dtype
 from kvmix_compile.passes.sites import AttentionSite
 
 # A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
@@ -54,7 +55,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     ignored[1, :padding] = True
     difference = (actual - expected).square().mean(-1).sqrt().masked_fill(ignored, 0).max()
     share = (difference / expected[~ignored].std()).item()
-    if not share <= TOLERANCE[next(iter(_floating(captured))).dtype]:
+    if not share <= TOLERANCE[coarsest_dtype(captured.graph)]:
         raise VerifyError(
             f"the model cannot be given a KV cache: {suspects(captured)}; run in chunks with one, its logits differ by "
             f"{share:.2g} standard deviations from those of the whole text"
