@@ -45,7 +45,8 @@ _BOOKKEEPING = {"cache_position"}
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `logits_follow_autocast`: as passes.logits says. `inductor`: the rewritten graph compiled by Inductor, where that was asked for.
+    `logits_follow_autocast`: as of passes.logits. `inductor`: the rewritten graph compiled by Inductor, where that was
+    asked for.
     """
 
     rewritten: Rewritten
