@@ -16,6 +16,7 @@ from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
+from kvmix_compile.passes.exponents import described, with_fitting_exponents
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.logits import follow_autocast
@@ -98,7 +99,7 @@ def apply(
     report = Report(type(model).__name__)
     found = find(model, report)
     if plan is not None:
-        _check_plan(found, plan)
+        plan = _checked_plan(found, plan)
     if verify:
         _verify(found, report)
     if plan is None:
@@ -119,8 +120,7 @@ def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
     report = Report(type(model).__name__)
     found = find(model, report)
-    for plan in plans:
-        _check_plan(found, plan)
+    plans = [_checked_plan(found, plan) for plan in plans]
     _verify(found, report)
     return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
@@ -196,12 +196,14 @@ def _reasons(refused: Sequence[Refusal]) -> str:
     )
 
 
-def _check_plan(found: Found, plan: Plan) -> None:
+def _checked_plan(found: Found, plan: Plan) -> Plan:
+    """The plan, with exponents for what would not fit float16. Raises PlanError where it is another model's."""
     plan.check_fingerprint(
         fingerprint(found.captured, found.sites),
         [site.layer for site in found.sites],
         [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
     )
+    return with_fitting_exponents(plan, found.captured, found.sites, found.longest_context)
 
 
 def _verify(found: Found, report: Report) -> None:
@@ -234,10 +236,12 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     plan = plan.with_windows([site.mask.size for site in found.sites])
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
+    exponents = [(site.key_exponents, site.value_exponents) for site in plan.sites]
     recents = [layout.recent for layout in plan.layouts()]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with report.timed("rewrite"):
-        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders)
+        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders, exponents)
+    report.notes = tuple(described(plan))
     program = Program(
         rewritten=rewritten,
         plan=plan,

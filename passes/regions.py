@@ -5,9 +5,12 @@ autocast (kernels/ambient.py), so that a part for which these are turned off nee
 autocast is on, the conversions that autocast makes are written down.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, fx, ops
 from torch._ops import HigherOrderOperator
+from torch.fx.node import Argument
 
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.vocabulary import LAYOUT, as_node, operation, tensor_of
@@ -39,6 +42,7 @@ def inline_regions(module: fx.GraphModule) -> None:
         before, inputs = node.args[: _BEFORE_REGION[name]], node.args[_BEFORE_REGION[name] + 1 :]
         source = as_node(node.args[_BEFORE_REGION[name]])
         region = module.get_submodule(str(source.target))
+        assert isinstance(region, fx.GraphModule), source
         inline_regions(region)
         if name == AUTOCAST_REGION and before[2]:
             _write_conversions(region.graph)
@@ -47,11 +51,11 @@ def inline_regions(module: fx.GraphModule) -> None:
             module.graph.erase_node(source)
 
 
-def _replace(call: fx.Node, region: fx.Graph, inputs: tuple[object, ...]) -> None:
+def _replace(call: fx.Node, region: fx.Graph, inputs: tuple[Argument, ...]) -> None:
     """Copy the region's nodes in front of its call, which is erased."""
     placeholders = [node for node in region.nodes if node.op == "placeholder"]
-    copies: dict[fx.Node, object] = dict(zip(placeholders, inputs, strict=True))
-    results: tuple[object, ...] = ()
+    copies: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    results: tuple[Any, ...] = ()
     with call.graph.inserting_before(call):
         for node in region.nodes:
             if node.op == "output":
@@ -59,7 +63,7 @@ def _replace(call: fx.Node, region: fx.Graph, inputs: tuple[object, ...]) -> Non
             elif node.op != "placeholder":
                 copies[node] = call.graph.node_copy(node, lambda source: copies[source])
     for taken in list(call.users):
-        taken.replace_all_uses_with(results[taken.args[1]])
+        taken.replace_all_uses_with(results[cast(int, taken.args[1])])
         call.graph.erase_node(taken)
     call.graph.erase_node(call)
 
