@@ -1,7 +1,8 @@
 """The operators a compiled graph calls: torch.ops.kvmix.append, attend and order_channels.
 
 A precision travels through a schema as the integers of Precision.as_ints. Devices without a kernel of their own run the
-reference; one that has its own registers it under the device's dispatch key.
+reference; one that has its own registers it under the device's dispatch key. Whatever autocast is on, a state keeps its
+dtype: queries, keys and values are converted to it, and what is attended comes back in the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def _append_operator(kernel: Callable[..., None]) -> Callable[..., None]:
 
     def operator(*arguments: Any) -> None:
         key, value, *numbers = arguments[10:]
-        kernel(*arguments[:10], _precision(*key), _precision(*value), *numbers)
+        stored = (_stored_as(arguments[4], tensor) for tensor in arguments[:2])
+        kernel(*stored, *arguments[2:10], _precision(*key), _precision(*value), *numbers)
 
-    return operator
+    return _without_autocast(operator)
 
 
 def _attend_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,9 +67,28 @@ def _attend_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weighting = _weighting(*numbers)
         if any(by_head is not None for by_head in arguments[18:]):
             weighting = replace(weighting, **dict(zip(("sink_logits", "slopes"), arguments[18:], strict=False)))
-        return kernel(*arguments[:11], _precision(*key), _precision(*value), recent, weighting)
+        stored = (_stored_as(arguments[5], tensor) for tensor in arguments[:3])
+        attended = kernel(*stored, *arguments[3:11], _precision(*key), _precision(*value), recent, weighting)
+        return _stored_as(arguments[0], attended)
 
-    return operator
+    return _without_autocast(operator)
+
+
+def _stored_as(other: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
+
+
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast is about what a model computes: what a kernel is made of computes in the dtypes that it asks for."""
+
+    def called(*arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return operator(*arguments)
+        with torch.autocast(device, enabled=False):
+            return operator(*arguments)
+
+    return called
 
 
 def _order_channels(x: Tensor, order: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
+from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
 
@@ -156,6 +157,7 @@ class SiteState:
     sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
     packed_k, packed_v: uint8 [B, H, C, bytes of a block].
     tail_k [B, H, slots, key_dim], tail_v [B, H, slots, value_dim]: the model's dtype.
+    None is made in inference mode, whatever mode is on: they are written to in any.
     """
 
     sink_k: Tensor
@@ -166,6 +168,7 @@ class SiteState:
     tail_v: Tensor
 
     @classmethod
+    @ordinary_tensors()
     def allocate(
         cls, layout: StateLayout, batch: int, blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
@@ -202,6 +205,7 @@ class SiteState:
         """What the tensors occupy."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    @ordinary_tensors()
     def grow(self, blocks: int) -> None:
         """Makes room for at least this many blocks in all; what is stored stays, new room is zero.
 
@@ -212,6 +216,7 @@ class SiteState:
             self.packed_k = _lengthened(self.packed_k, missing)
             self.packed_v = _lengthened(self.packed_v, missing)
 
+    @ordinary_tensors()
     def select_rows(self, index: Tensor) -> None:
         """Replaces the rows by those at these places: reorders, repeats or drops them.
 
@@ -219,6 +224,12 @@ class SiteState:
         """
         for name, tensor in vars(self).items():
             setattr(self, name, tensor.index_select(0, index))
+
+    @ordinary_tensors()
+    def make_ordinary(self) -> None:
+        """Replaces what inference mode made, which nothing outside it may write to, by copies."""
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor.clone() if tensor.is_inference() else tensor)
 
 
 def _lengthened(packed: Tensor, missing: int) -> Tensor:

@@ -17,6 +17,7 @@ from kvmix_compile.kernels.state import SiteState
 from kvmix_compile.passes.capture import graph_inputs
 from kvmix_compile.passes.lowering import Lowered
 from kvmix_compile.passes.plan import Plan
+from kvmix_compile.passes.powers import powers_of_two
 from kvmix_compile.passes.sizes import Size, size_reader
 from kvmix_compile.passes.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.static_rewrite import rewrite_static
@@ -77,7 +78,8 @@ class StaticGraph:
         precisions = [(site.key, site.value) for site in plan.sites]
         orders = [site.channel_order for site in plan.sites]
         recents = [layout.recent for layout in plan.layouts()]
-        rewritten = rewrite_static(lowered, sites, precisions, recents, orders)
+        exponents = [(site.key_exponents, site.value_exponents) for site in plan.sites]
+        rewritten = rewrite_static(lowered, sites, precisions, recents, orders, exponents)
         self.kept = rewritten.kept
         self.made = {
             output: (index, side)
@@ -178,6 +180,10 @@ class StaticGraph:
             key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
             if planned.channel_order is not None:
                 key = torch.ops.kvmix.order_channels(key, torch.tensor(planned.channel_order, device=self.device))
+            if planned.key_exponents:
+                key = key * powers_of_two(planned.key_exponents, -1, key)
+            if planned.value_exponents:
+                value = value * powers_of_two(planned.value_exponents, -1, value)
             formats = (planned.key.as_ints(), planned.value.as_ints(), layout.recent, layout.window)
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)

@@ -11,6 +11,7 @@ from transformers import Cache
 from kvmix_compile import cache_file
 from kvmix_compile.cache_file import Header
 from kvmix_compile.errors import CacheError
+from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.state import SiteState
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class KVMixCache(Cache):
             model's dtype. Assisted generation sets it by itself.
     """
 
+    @ordinary_tensors()
     def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
         super().__init__(layers=[])
         program = model.kvmix_program
@@ -67,9 +69,12 @@ class KVMixCache(Cache):
             self._allocate(batch, blocks, device)
             return
         for state, needed in zip(self.states, blocks, strict=True):
+            if state.tail_k.is_inference():  # a copy, or unpickled, that was made in inference mode
+                state.make_ordinary()
             if state.blocks < needed:
                 state.grow(needed)
 
+    @ordinary_tensors()
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
             SiteState.allocate(layout, batch, room, dtype, device)
@@ -81,6 +86,7 @@ class KVMixCache(Cache):
         """The state as the rewritten graph takes it: six tensors a site."""
         return [tensor for state in self.states for tensor in state.tensors()]
 
+    @ordinary_tensors()
     def advance(self, tokens: int, starts: Tensor) -> None:
         """Count `tokens` more positions, of which the first `starts[row]` were padding."""
         self.seen += tokens
@@ -221,6 +227,7 @@ class KVMixCache(Cache):
             "original one"
         )
 
+    @ordinary_tensors()
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.states, self.seen, self._furthest = [], 0, 0
@@ -231,6 +238,7 @@ class KVMixCache(Cache):
         """Row i becomes what row `beam_idx[i]` was: beam search's choice."""
         self.batch_select_indices(beam_idx)
 
+    @ordinary_tensors()
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, int64 `[rows]`, in that order."""
         if not self.states:
@@ -245,6 +253,7 @@ class KVMixCache(Cache):
         rows = torch.arange(self.batch_size, device=self.lengths.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
+    @ordinary_tensors()
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row (a positive number: all beyond that many, as
         older transformers call it).

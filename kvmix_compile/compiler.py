@@ -12,16 +12,20 @@ from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
+from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
+from kvmix_compile.passes.exponents import described, with_fitting_exponents
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.logits import follow_autocast
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
+from kvmix_compile.passes.weights import check_weights
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
 from kvmix_compile.tails import Tail, unquantized_tokens
@@ -43,6 +47,7 @@ class Found:
     longest_context: int | None
 
 
+@as_captured()
 def apply(
     model: Model,
     *,
@@ -94,7 +99,7 @@ def apply(
     report = Report(type(model).__name__)
     found = find(model, report)
     if plan is not None:
-        _check_plan(found, plan)
+        plan = _checked_plan(found, plan)
     if verify:
         _verify(found, report)
     if plan is None:
@@ -110,16 +115,17 @@ def apply(
     return twin
 
 
+@as_captured()
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
     report = Report(type(model).__name__)
     found = find(model, report)
-    for plan in plans:
-        _check_plan(found, plan)
+    plans = [_checked_plan(found, plan) for plan in plans]
     _verify(found, report)
     return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
 
+@as_captured()
 def analyze(
     model: nn.Module,
     *,
@@ -138,6 +144,7 @@ def analyze(
     return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
 
 
+@as_captured()
 def diagnose(model: nn.Module) -> Report:
     """What is found in a model, layer by layer, and why anything is not; never raises KVMixError."""
     from kvmix_compile.errors import KVMixError
@@ -152,6 +159,7 @@ def diagnose(model: nn.Module) -> Report:
 
 def find(model: nn.Module, report: Report) -> Found:
     """Capture a model and find its sites; what is found goes into the report too."""
+    check_weights(model)
     with report.timed("capture"):
         captured = capture(model)
         limit = longest_context(captured)
@@ -188,12 +196,14 @@ def _reasons(refused: Sequence[Refusal]) -> str:
     )
 
 
-def _check_plan(found: Found, plan: Plan) -> None:
+def _checked_plan(found: Found, plan: Plan) -> Plan:
+    """The plan, with exponents for what would not fit float16. Raises PlanError where it is another model's."""
     plan.check_fingerprint(
         fingerprint(found.captured, found.sites),
         [site.layer for site in found.sites],
         [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
     )
+    return with_fitting_exponents(plan, found.captured, found.sites, found.longest_context)
 
 
 def _verify(found: Found, report: Report) -> None:
@@ -226,10 +236,12 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     plan = plan.with_windows([site.mask.size for site in found.sites])
     precisions = [(site.key, site.value) for site in plan.sites]
     orders = [site.channel_order for site in plan.sites]
+    exponents = [(site.key_exponents, site.value_exponents) for site in plan.sites]
     recents = [layout.recent for layout in plan.layouts()]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with report.timed("rewrite"):
-        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders)
+        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders, exponents)
+    report.notes = tuple(described(plan))
     program = Program(
         rewritten=rewritten,
         plan=plan,
@@ -242,5 +254,6 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         longest_context=found.longest_context,
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
+        logits_follow_autocast=follow_autocast(found.captured.graph),
     )
     return attach(model, program)  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.inductor import InductorGraph
+from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.padding import read_padding
 from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
@@ -44,7 +45,8 @@ _BOOKKEEPING = {"cache_position"}
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `inductor`: the rewritten graph compiled by Inductor, where that was asked for.
+    `logits_follow_autocast`: as of passes.logits. `inductor`: the rewritten graph compiled by Inductor, where that was
+    asked for.
     """
 
     rewritten: Rewritten
@@ -58,7 +60,15 @@ class Program:
     longest_context: int | None
     returns_tensor: bool
     cache_name: str
+    logits_follow_autocast: bool
     inductor: InductorGraph | None = None
+
+    def under_autocast(self, logits: Tensor) -> Tensor:
+        """Logits in the dtype that the original gives them in, with autocast on or off."""
+        kind = logits.device.type
+        if not self.logits_follow_autocast or not torch.is_autocast_enabled(kind):
+            return logits
+        return logits.to(torch.get_autocast_dtype(kind))
 
     def follow(self, model: nn.Module) -> None:
         """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not
@@ -140,6 +150,10 @@ class CompiledModel(nn.Module):
 
         Returns what the original's forward returned: transformers' CausalLMOutputWithPast (a tuple without
         `return_dict`), or the logits alone for a plain module that returned them so and was given no cache.
+
+        Under autocast all is computed and kept in the dtypes that the model has, and where the original would have
+        given its logits in autocast's dtype, they are converted to it. A cache may be filled in inference mode, or
+        under autocast, and go on without.
         """
         program = self.kvmix_program
         program.follow(self)
@@ -152,7 +166,9 @@ class CompiledModel(nn.Module):
                 "labels need the logits of every token: leave logits_to_keep out, one label for each token"
             )
         held = given if given is not None else KVMixCache(self)
-        logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep)
+        with as_captured():
+            logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep)
+        logits = program.under_autocast(logits)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
         if program.returns_tensor and given is None and not use_cache and not return_dict and loss is None:
             return logits

@@ -28,6 +28,7 @@ class Report:
     verified: largest difference between the rewritten graph's logits and the captured graph's, as a share of the
         logits' standard deviation; None where it was not checked.
     calibration: what the importance was measured on; None where a plan was given.
+    notes: what is kept otherwise than usual, and why.
     seconds: how long each stage took.
     """
 
@@ -37,6 +38,7 @@ class Report:
     verified: float | None = None
     calibration: str | None = None
     problem: str | None = None
+    notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -60,6 +62,7 @@ class Report:
             lines.append(f"verified: logits agree to {self.verified:.1e} of their standard deviation")
         if self.calibration is not None:
             lines.append(f"calibrated on {self.calibration}")
+        lines += self.notes
         if self.problem is not None:
             lines.append(f"PROBLEM: {self.problem}")
         if self.seconds:

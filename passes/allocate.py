@@ -57,7 +57,7 @@ class SiteImportance:
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
     channel_quarters: the quarters of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
-    window: as in SitePlan.
+    window, key_exponents, value_exponents: as in SitePlan.
     """
 
     layer: str
@@ -70,6 +70,8 @@ class SiteImportance:
     value_sensitivity: Mapping[Precision, float]
     channel_quarters: tuple[str, ...] = ()
     window: int = 0
+    key_exponents: tuple[int, ...] = ()
+    value_exponents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
+from kvmix_compile.passes.randomness import refuse_randomness
+from kvmix_compile.passes.regions import inline_regions
 from kvmix_compile.passes.signature import parameters_of
 from kvmix_compile.passes.source_lines import line_of_bound
 
@@ -92,6 +95,8 @@ def logits_of(output: object) -> Tensor:
 def capture(model: nn.Module) -> Captured:
     """Export `model`, in evaluation mode, as one graph with dynamic batch and sequence.
 
+    Whatever modes are on, it is exported without gradients, outside inference mode and without autocast.
+
     Raises:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
@@ -107,7 +112,7 @@ def capture(model: nn.Module) -> Captured:
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         # Under no_grad the regions that transformers marks with @torch.no_grad() need no subgraph of their own.
-        with torch.no_grad():
+        with as_captured():
             program = torch.export.export(
                 wrapper, example, dynamic_shapes=(dynamic, dynamic, {0: Dim.DYNAMIC}), strict=False
             )
@@ -162,12 +167,21 @@ def first_line(error: Exception) -> str:
 
 
 def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
+    inline_regions(program.graph_module)
+    refuse_randomness(program.graph_module.graph)
     graph, constants = program.graph_module.graph, nn.Module()
     for spec, node in zip(
         program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
     ):
         if spec.kind == InputKind.USER_INPUT:
             continue
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        if spec.kind == InputKind.CUSTOM_OBJ:
+            raise CaptureError(
+                f"the model's forward uses an object that no graph can hold: keep {spec.target} out of it"
+            )
         assert spec.target is not None
         target = spec.target
         if spec.kind == InputKind.CONSTANT_TENSOR:

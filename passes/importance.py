@@ -67,7 +67,10 @@ class Importance:
 
 def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
     quarters = site.channel_quarters if key.important_bits else ()
-    return SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window)
+    return SitePlan(
+        site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window,
+        site.key_exponents if key.is_quantized else (), site.value_exponents if value.is_quantized else (),
+    )  # fmt: skip
 
 
 def measure(
@@ -98,6 +101,11 @@ def measure(
             total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
+    # Elements first: what is wrong with those of one layer is wrong with the gradients of all before it.
+    for check in (Tally.check_elements, Tally.check_losses):
+        for site, key, value in zip(sites, keys, values, strict=True):
+            check(key, "keys", site.layer)
+            check(value, "values", site.layer)
     measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))
     return Importance(
         measured, fingerprint(captured, sites), sinks, recent, sum(row.numel() for row in rows), total_loss / predicted
@@ -122,7 +130,7 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
     return SiteImportance(
         site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
-        key_losses, value.losses(rows), channel_quarters, site.mask.size,
+        key_losses, value.losses(rows), channel_quarters, site.mask.size, key.exponents(), value.exponents(),
     )  # fmt: skip
 
 

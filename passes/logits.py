@@ -5,13 +5,18 @@ each token alone, so it is moved up in front of the vocabulary projection: a lon
 memory.
 """
 
+import torch
 from torch import fx, ops
 
 from kvmix_compile.passes.dataflow import Dataflow
-from kvmix_compile.passes.vocabulary import as_node, operation
+from kvmix_compile.passes.vocabulary import LAYOUT, PROJECTIONS, as_node, operation, tensor_of
 
 # Operations that leave the token dimension alone when their other arguments do not depend on tokens.
 _POINTWISE = frozenset({"linear", "mul", "div", "add", "sub", "tanh", "to", "layer_norm", "rms_norm"})
+
+
+# Operations that give the dtype of their only tensor.
+_KEEPING_DTYPE = LAYOUT - {"to", "index"} | {"mul", "div", "tanh"}
 
 
 def select_early(graph: fx.Graph) -> None:
@@ -32,6 +37,21 @@ def select_early(graph: fx.Graph) -> None:
         selection.replace_all_uses_with(source)
         graph.erase_node(selection)
         selection, source = selected, inner
+
+
+def follow_autocast(graph: fx.Graph) -> bool:
+    """Whether autocast around the model would give its logits in autocast's dtype: they are a linear map's, scaled or
+    capped at most, and not converted.
+    """
+    output = next(node for node in graph.nodes if node.op == "output")
+    node = as_node(output.args[0])
+    logits = tensor_of(node)
+    # Autocast leaves float64 alone.
+    if logits is None or logits.dtype == torch.float64:
+        return False
+    while operation(node) in _KEEPING_DTYPE and sum(source in node.args for source in node.all_input_nodes) == 1:
+        node = as_node(node.args[0])
+    return operation(node) in PROJECTIONS
 
 
 def _commutes(node: fx.Node, token_dependent: frozenset[fx.Node]) -> bool:

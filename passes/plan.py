@@ -19,6 +19,9 @@ from kvmix_compile.passes.files import replacing
 FORMAT = "kvmix-plan"
 VERSION = 4
 
+# Powers of two that float32 and bfloat16 have, and their inverses too.
+MOST_EXPONENT = 120
+
 FieldType = TypeVar("FieldType", str, int, dict, list)
 
 
@@ -38,6 +41,8 @@ class SitePlan:
         the channels, from 0, the most important one, to 3; else empty.
     window: the most tokens that one attends to, itself included, where attention has a sliding window or chunks; no
         more are kept. 0: all.
+    key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
+        (see passes.exponents); empty: by none.
     """
 
     layer: str
@@ -48,6 +53,8 @@ class SitePlan:
     value_dim: int
     channel_quarters: tuple[str, ...] = ()
     window: int = 0
+    key_exponents: tuple[int, ...] = ()
+    value_exponents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
@@ -59,6 +66,12 @@ class SitePlan:
                 f"{self.layer}: important_bits and channel_quarters go together, the latter a string for each head; "
                 f"{self.key} of {self.kv_heads} heads has {len(self.channel_quarters)}"
             )
+        for what, exponents in (("key", self.key_exponents), ("value", self.value_exponents)):
+            if len(exponents) not in (0, self.kv_heads) or max(map(abs, exponents), default=0) > MOST_EXPONENT:
+                raise PlanError(
+                    f"{self.layer}: {what}_exponents must be a number from -{MOST_EXPONENT} to {MOST_EXPONENT} for "
+                    f"each of {self.kv_heads} heads, or none at all, not {list(exponents)}"
+                )
         balanced = sorted(channel * QUARTERS // self.key_dim for channel in range(self.key_dim))
         for quarters in self.channel_quarters:
             if sorted(quarters) != list(map(str, balanced)):
@@ -70,7 +83,7 @@ class SitePlan:
     def unquantized(self) -> SitePlan:
         """The same at 16 bits."""
         untouched = Precision(UNQUANTIZED_BITS)
-        return replace(self, key=untouched, value=untouched, channel_quarters=())
+        return replace(self, key=untouched, value=untouched, channel_quarters=(), key_exponents=(), value_exponents=())
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -271,6 +284,10 @@ def _site_record(site: SitePlan) -> dict[str, object]:
         record["channel_quarters"] = site.channel_quarters
     if site.window:
         record["window"] = site.window
+    if site.key_exponents:
+        record["key_exponents"] = site.key_exponents
+    if site.value_exponents:
+        record["value_exponents"] = site.value_exponents
     return record
 
 
@@ -309,6 +326,8 @@ def _site_plan(record: object, where: str) -> SitePlan:
         value_dim=_field(record, "value_dim", int, where),
         channel_quarters=_channel_quarters(record, where),
         window=_field(record, "window", int, where) if "window" in record else 0,
+        key_exponents=_integers(record, "key_exponents", where),
+        value_exponents=_integers(record, "value_exponents", where),
     )
 
 
@@ -323,20 +342,21 @@ def _channel_quarters(record: dict[str, object], where: str) -> tuple[str, ...]:
 
 def _precision(record: object, where: str) -> Precision:
     bits, group, scale_bits = (_field(record, name, int, where) for name in ("bits", "group", "scale_bits"))
-    important_bits = _important_bits(record, where)
+    important_bits = _integers(record, "important_bits", where)
     try:
         return Precision(bits, group, scale_bits, important_bits)
     except KVMixError as error:
         raise PlanError(f"{where}: {error}") from error
 
 
-def _important_bits(record: object, where: str) -> tuple[int, ...]:
-    if not isinstance(record, dict) or "important_bits" not in record:
+def _integers(record: object, name: str, where: str) -> tuple[int, ...]:
+    """Of a field that may be missing."""
+    if not isinstance(record, dict) or name not in record:
         return ()
-    bits = _field(record, "important_bits", list, where)
-    if not all(type(of_quarter) is int for of_quarter in bits):
-        raise PlanError(f"{where}: important_bits must be a list of numbers; save the plan again")
-    return tuple(bits)
+    numbers = _field(record, name, list, where)
+    if not all(type(number) is int for number in numbers):
+        raise PlanError(f"{where}: {name} must be a list of numbers; save the plan again")
+    return tuple(numbers)
 
 
 def _field(record: object, name: str, kind: type[FieldType], where: str) -> FieldType:

@@ -17,6 +17,7 @@ from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
 from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
 from kvmix_compile.passes.lengths import check_lengths, names_of_sizes
 from kvmix_compile.passes.positions import shift_positions
+from kvmix_compile.passes.powers import NO_EXPONENTS, Exponents, multiply_output, with_divided_inputs
 from kvmix_compile.passes.sites import AttentionSite
 
 # The six tensors of kernels.state.SiteState, in its order.
@@ -44,6 +45,7 @@ def rewrite(
     precisions: Sequence[tuple[Precision, Precision]],
     recents: Sequence[int],
     channel_orders: Sequence[list[list[int]] | None] = (),
+    exponents: Sequence[Exponents] = (),
 ) -> Rewritten:
     """A copy of the captured graph in which every site reads and writes a cache.
 
@@ -51,6 +53,7 @@ def rewrite(
     precision, at most, as of its StateLayout.
     `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
     all, for that of the model.
+    `exponents`: for each site those of its keys and of its values, as of SitePlan; nothing at all: none.
     Raises UnsupportedModelError where what is left of the graph computes with the number of rows or tokens.
     """
     graph, copies = _copy(captured.graph)
@@ -59,7 +62,8 @@ def rewrite(
     for index, (site, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
         copied = site.mapped(copies)
         order = channel_orders[index] if channel_orders else None
-        rewrite_site(module, copied, index, (lengths, starts), formats, recent, order)
+        powers = exponents[index] if exponents else NO_EXPONENTS
+        rewrite_site(module, copied, index, (lengths, starts), formats, recent, order, powers)
     graph.eliminate_dead_code()
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
     shifted = shift_positions(graph, lengths, captured.tokens)
@@ -102,6 +106,7 @@ def rewrite_site(
     precisions: tuple[Precision, Precision],
     recent: int,
     channel_order: list[list[int]] | None,
+    exponents: Exponents,
 ) -> None:
     """Put the operators in the place of `site.output`, and the site's state behind the inputs of the module's graph.
 
@@ -113,10 +118,12 @@ def rewrite_site(
         constant = torch.tensor(channel_order, device=site.key.meta["val"].device)
         module.register_buffer(name, constant, persistent=False)
         site = _with_ordered_channels(module.graph, site, name)
+    site = with_divided_inputs(module, site, index, exponents)
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
-    _attend_and_append(module.graph, site, index, (*counts, *state), precisions, recent)
+    attended = _attend_and_append(module.graph, site, index, (*counts, *state), precisions, recent)
+    multiply_output(module, site, attended, index, exponents)
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
@@ -140,9 +147,9 @@ def _attend_and_append(
     cache: tuple[fx.Node, ...],
     precisions: tuple[Precision, Precision],
     recent: int,
-) -> None:
-    """Put the operators in the place of `site.output`, which is erased. `cache`: lengths, starts and the six tensors of
-    the site's state; `precisions`: of keys and of values.
+) -> fx.Node:
+    """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
+    `cache`: lengths, starts and the six tensors of the site's state; `precisions`: of keys and of values.
     """
     query, key, value, output = site.query, site.key, site.value, site.output
     formats = tuple(list(precision.as_ints()) for precision in precisions)
@@ -159,6 +166,7 @@ def _attend_and_append(
         graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent, function.mask.size))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
+    return attended
 
 
 def _extras(graph: fx.Graph, site: AttentionSite, index: int) -> dict[str, Argument]:

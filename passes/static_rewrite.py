@@ -13,6 +13,7 @@ from kvmix_compile.passes.capture import graph_inputs
 from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.lowering import Lowered
+from kvmix_compile.passes.powers import NO_EXPONENTS, Exponents
 from kvmix_compile.passes.rewrite import add_inputs, rewrite_site
 from kvmix_compile.passes.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.vocabulary import operation
@@ -36,6 +37,7 @@ def rewrite_static(
     precisions: Sequence[tuple[Precision, Precision]],
     recents: Sequence[int],
     channel_orders: Sequence[list[list[int]] | None] = (),
+    exponents: Sequence[Exponents] = (),
 ) -> StaticRewritten:
     """Rewrite the lowered graph, in place. Arguments as of passes.rewrite.rewrite.
 
@@ -45,7 +47,8 @@ def rewrite_static(
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
     for index, (cached, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
         order = channel_orders[index] if channel_orders else None
-        rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order)
+        powers = exponents[index] if exponents else NO_EXPONENTS
+        rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order, powers)
     buffers = _drop_outputs(graph, sites)
     graph.eliminate_dead_code()
     for cached in sites:

@@ -20,6 +20,7 @@ from kvmix_compile.passes.lengths import Assumption, broken_assumptions
 from kvmix_compile.passes.limits import vocabulary_size
 from kvmix_compile.passes.mixing import constant_reach, running, suspects
 from kvmix_compile.passes.rewrite import Rewritten, rewrite
+from kvmix_compile.passes.rounding import coarsest_dtype
 from kvmix_compile.passes.sites import AttentionSite
 
 # A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
@@ -160,7 +161,7 @@ class _Trial:
 
     @property
     def _tolerance(self) -> float:
-        return TOLERANCE[self._parameter.dtype]
+        return TOLERANCE[coarsest_dtype(self.captured.graph)]
 
 
 def _share(actual: Tensor, expected: Tensor) -> float:

@@ -500,3 +500,27 @@ def test_the_backend_is_a_function_too() -> None:
     model = torch.compile(original("llama"), backend=kvmix, options={"plan": low("llama"), "backend": "eager"})
     logits(model, past, ids(5), 5)
     assert held(past).seen == 5
+
+
+def test_it_runs_under_autocast_as_the_original_does() -> None:
+    text = ids(100, 1)
+    with torch.no_grad():
+        exact = logits(original("llama"), static_cache("llama"), text, 60)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = logits(original("llama"), static_cache("llama"), text, 60)
+            found = logits(compiled("llama"), static_cache("llama"), text, 60)
+    assert found.dtype == expected.dtype
+    assert (found - expected).square().mean() <= 1.2 * (expected - exact).square().mean()
+
+
+def test_a_prompt_read_in_inference_mode_is_decoded_outside() -> None:
+    text, past, other = ids(100, 1), static_cache("llama"), static_cache("llama")
+    model = compiled("llama", low("llama"))
+    with torch.no_grad():
+        expected = logits(model, other, text, 60)[:, 60:]
+    with torch.inference_mode():
+        logits(model, past, text[:, :60], 60)
+    with torch.no_grad():
+        found = logits(model, past, text[:, 60:])
+    assert close(found, expected)
+    assert not any(tensor.is_inference() for tensor in held(past).tensors())

@@ -33,6 +33,9 @@ CALLED: dict[str, tuple[str, ...]] = {
     "transformers:QuantizedCache": ("backend", "config", "nbits", "q_group_size", "residual_length"),
     # passes/capture.py and the graphs of the backend.
     "torch.export:export": ("dynamic_shapes", "strict"),
+    "torch.ops:higher_order.wrap_with_autocast": (),
+    "torch.ops:higher_order.wrap_with_set_grad_enabled": (),
+    "torch._ops:HigherOrderOperator": (),
     "torch.fx.experimental.proxy_tensor:make_fx": ("pre_dispatch", "_allow_non_fake_inputs"),
     "torch._subclasses.fake_tensor:FakeTensorMode": ("shape_env", "allow_non_fake_inputs"),
     "torch._subclasses.fake_tensor:FakeTensorMode.from_tensor": (

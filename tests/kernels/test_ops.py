@@ -93,6 +93,30 @@ def test_a_graph_compiles_around_the_operators() -> None:
     assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, key=Precision(16), value=Precision(16))])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_a_state_keeps_its_dtype_under_autocast_and_for_chunks_of_another(
+    autocast: torch.dtype, layout: StateLayout
+) -> None:
+    state, lengths = filled_state(layout)
+    other = SiteState(*(tensor.clone() for tensor in state.tensors()))
+    q, *inputs = (tensor.to(autocast) for tensor in chunk(40))
+    options = (layout.key.as_ints(), layout.value.as_ints(), layout.recent)
+
+    def step(state: SiteState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stored = (k, v, lengths, torch.tensor([0, 2]), *state.tensors(), *options)
+        attended = torch.ops.kvmix.attend.default(q, *stored, 0.25, 5.0, 30)
+        torch.ops.kvmix.append.default(*stored)
+        return attended
+
+    expected = step(other, q.float(), *(tensor.float() for tensor in inputs))
+    with torch.autocast("cpu", dtype=autocast):
+        found = step(state, q, *inputs)
+    assert found.dtype == autocast
+    assert torch.equal(found, expected.to(autocast))
+    assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
+
+
 def test_a_malformed_precision_is_refused() -> None:
     state, lengths = filled_state()
     _, k, v = chunk(1)
