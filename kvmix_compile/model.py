@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
+from kvmix_compile.generating import Request
 from kvmix_compile.inductor import InductorGraph
 from kvmix_compile.padding import read_padding
 from kvmix_compile.passes.capture import MODEL
@@ -25,9 +26,6 @@ from kvmix_compile.passes.signature import CACHE_NAMES, cache_name, parameters_o
 from kvmix_compile.report import Report
 
 T = TypeVar("T")
-
-# Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
-ASSISTED_ROLLBACK = 64
 
 # What transformers' models take in their **kwargs and answer with more outputs.
 _UNANSWERED = {"inputs_embeds", "output_attentions", "output_hidden_states"}
@@ -168,23 +166,21 @@ class CompiledModel(nn.Module):
         """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `cache` or
         `past_key_values`.
         """
-        if kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None):
-            raise InputError(
-                "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
-                "model is a KVMixCache"
-            )
-        caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
-        if caching is not False:
-            # Some models do not cache unless they are asked to.
-            kwargs["use_cache"] = True
         given = one_of({name: kwargs.pop(name, None) for name in CACHE_NAMES})
-        if caching is not False and given is None:
-            assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
-            given = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)
-        if given is not None:
-            kwargs[_GENERATES_CACHE] = given
-        generator = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
-        return generator.generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[union-attr]
+        request = Request(inputs, kwargs, generation_config, getattr(self, "generation_config", None))
+        request.check()
+        generator: Any = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
+        if given is None and not request.caches:
+            return generator.generate(inputs, generation_config=generation_config, **kwargs)
+        cache = request.new_cache(self) if given is None else given
+        self._check_cache(cache)
+        request.check_prompt(cache)
+        if request.caches:
+            generation_config, asked = request.with_cache()
+            kwargs |= asked
+        kwargs[_GENERATES_CACHE] = cache
+        with request.recording(cache):
+            return generator.generate(inputs, generation_config=generation_config, **kwargs)
 
     def _run(
         self,
@@ -203,13 +199,13 @@ class CompiledModel(nn.Module):
                 "this model counts its positions itself, from the beginning of the batch, so its rows cannot be "
                 "padded: pass rows of equal length, one at a time if need be"
             )
-        cache.begin(batch, tokens, input_ids.device)
         every = torch.arange(tokens, device=input_ids.device)
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
+        cache.begin(batch, tokens, input_ids.device, logits=len(logits_to_keep))
         if position_ids is None:
             position_ids = (cache.lengths - starts)[:, None] + every
         position_ids = position_ids.expand(batch, tokens).clamp(min=0)
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
         logits = program.graph(input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors())
         cache.advance(tokens, starts)
         cache.every_row_has_tokens = padding.every_row_has_tokens
