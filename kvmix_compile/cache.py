@@ -32,7 +32,14 @@ class KVMixCache(Cache):
 
     def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
         super().__init__(layers=[])
-        program = model.kvmix_program
+        program = getattr(model, "kvmix_program", None)
+        if program is None:
+            raise CacheError(
+                f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
+                "one of what kvmix_compile.apply(model) returned"
+            )
+        if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+            raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
         self.plan = program.plan
         self.weights = program.weights
         self.rollback = rollback

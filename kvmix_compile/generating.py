@@ -32,7 +32,7 @@ _IGNORED_CACHE = "hybrid"
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `generate`, the configuration passed to it, and the model's own; earlier ones take precedence."""
+    """The arguments of `generate`, the configuration passed to it, and the model's own, the first of which counts."""
 
     inputs: Any
     arguments: Mapping[str, Any]
@@ -62,6 +62,17 @@ class Request:
         asked = self.arguments.get("use_cache", getattr(self.configuration, "use_cache", None))
         return asked is not False
 
+    @property
+    def prompt(self) -> Tensor | None:
+        """Token ids; None where generation begins with the first token. Raises InputError for texts."""
+        ids = self.inputs if self.inputs is not None else self.arguments.get("input_ids")
+        if ids is not None and not isinstance(ids, Tensor):
+            raise InputError(
+                f"the prompt is a {type(ids).__name__}, not a tensor of token ids: pass "
+                "**tokenizer(texts, return_tensors='pt')"
+            )
+        return ids
+
     def check(self) -> None:
         """Raise InputError for a way of decoding that a compiled model has not."""
         self._check_cache_implementation()
@@ -74,8 +85,8 @@ class Request:
         contrastive = (self.setting("penalty_alpha") or 0) > 0 and self.setting("top_k") not in (0, 1)
         if contrastive and self.setting("do_sample") is not True and (self.setting("num_beams") or 1) == 1:
             raise InputError(
-                "penalty_alpha asks for contrastive search, which reads hidden states: a compiled model computes logits "
-                "alone, so leave it out, or generate with the original model"
+                "penalty_alpha asks for contrastive search, which reads hidden states: a compiled model computes "
+                "logits alone, so leave it out, or generate with the original model"
             )
 
     def _check_cache_implementation(self) -> None:
@@ -98,9 +109,9 @@ class Request:
                 f"assisted decoding reads the whole prompt, and the cache that was given holds {cache.seen} tokens "
                 "already: pass none, or an empty kvmix_compile.KVMixCache(model)"
             )
-        ids = self.inputs if self.inputs is not None else self.arguments.get("input_ids")
+        ids = self.prompt
         mask = self.arguments.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
+        if ids is None or ids.dim() != 2:
             return
         is_whole = mask is None or mask.shape == ids.shape  # and not only what is new, with a mask of everything
         if cache.seen and is_whole and ids.shape[1] <= cache.seen:
@@ -111,8 +122,8 @@ class Request:
 
     def with_cache(self) -> tuple[GenerationConfig | None, dict[str, Any]]:
         """The configuration, and arguments beside those given: some models do not cache unless they are asked to."""
-        ids, asked = self.arguments.get("input_ids"), {}
-        if self.is_assistant and isinstance(ids, Tensor) and self.arguments.get("attention_mask") is None:
+        ids, asked = self.prompt, {}
+        if self.is_assistant and ids is not None and self.arguments.get("attention_mask") is None:
             # One row without padding, which is not to be guessed from what was written.
             asked["attention_mask"] = torch.ones_like(ids)
         if self.configuration is None:

@@ -1,4 +1,4 @@
-"""Assisted decoding: whoever proposes tokens, however many and however it is asked for, all that is wrong is taken back."""
+"""Assisted decoding: whoever proposes tokens, and however many: all that is wrong is taken back."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,7 @@ from toy_llama import RECENT, SINKS, ids, lossless, original, quantized, unquant
 from transformers import GenerationConfig, PreTrainedModel
 
 import kvmix_compile
-from kvmix_compile import KVMixCache
+from kvmix_compile import KVMixCache, Plan
 from kvmix_compile.errors import CacheError, InputError
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
@@ -40,18 +40,32 @@ def erring(tokens: int, name: str = "llama", **settings: Any) -> PreTrainedModel
     model, generator = tiny(name, **settings), torch.Generator().manual_seed(0)
     with torch.no_grad():
         head = model.lm_head.weight
-        model.lm_head.weight = torch.nn.Parameter(head + 0.03 * torch.randn(head.shape, generator=generator))
+        model.lm_head.weight = torch.nn.Parameter(head + 0.004 * torch.randn(head.shape, generator=generator))
     return proposing(model, tokens)
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """At 2.3 bits."""
-    return kvmix_compile.apply(model, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT, verify=False)
+    return kvmix_compile.apply(model, plan=plan_for(model.config.model_type), verify=False)
+
+
+def exact_twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """At 16 bits."""
+    return kvmix_compile.apply(model, plan=unquantized(plan_for(model.config.model_type)), verify=False)
+
+
+@cache
+def plan_for(name: str) -> Plan:
+    """At 2.3 bits, of the tiny model of this architecture; with windows, where it has any."""
+    settings = {} if name == "llama" else {"sliding_window": 60}
+    return kvmix_compile.apply(
+        tiny(name, **settings), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT, verify=False
+    ).kvmix_plan
 
 
 def with_settings(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     """A twin at 16 bits whose own configuration says so."""
-    changed = kvmix_compile.apply(model, plan=unquantized(quantized().kvmix_plan), verify=False)
+    changed = exact_twin_of(model)
     changed.generation_config = GenerationConfig(**settings)
     return changed
 
@@ -71,16 +85,17 @@ WAYS: dict[str, Callable[[], Tensor]] = {
     "an assistant and a configuration": lambda: lossless().generate(
         PROMPT, GenerationConfig(**GREEDY), assistant_model=erring(80)
     ),
-    "a compiled assistant": lambda: lossless().generate(PROMPT, assistant_model=twin_of(erring(20)), **GREEDY),
-    "a compiled assistant of 80": lambda: lossless().generate(PROMPT, assistant_model=twin_of(erring(80)), **GREEDY),
+    "a compiled assistant of 80": lambda: lossless().generate(
+        PROMPT, assistant_model=exact_twin_of(erring(80)), **GREEDY
+    ),
     "a compiled assistant of ever more": lambda: lossless().generate(
-        PROMPT, assistant_model=twin_of(proposing(tiny("llama"), 30, "heuristic")), **GREEDY
+        PROMPT, assistant_model=exact_twin_of(proposing(tiny("llama"), 30, "heuristic")), **GREEDY
     ),
     "a compiled assistant of the original": lambda: original().generate(
-        PROMPT, assistant_model=twin_of(erring(80)), **GREEDY
+        PROMPT, assistant_model=exact_twin_of(erring(80)), **GREEDY
     ),
     "a twin of the original as its assistant": lambda: original().generate(
-        PROMPT, assistant_model=twin_of(proposing(tiny("llama"), 70, "heuristic")), **GREEDY
+        PROMPT, assistant_model=exact_twin_of(proposing(tiny("llama"), 70, "heuristic")), **GREEDY
     ),
 }
 
@@ -93,8 +108,7 @@ def test_every_way_to_propose_writes_what_greedy_writes_at_16_bits(way: str) -> 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_windows_take_back_too(name: str) -> None:
     model = tiny(name, sliding_window=60)
-    plan = kvmix_compile.apply(model, calibration=ids(2, 128), sinks=SINKS, recent=RECENT, verify=False).kvmix_plan
-    small = kvmix_compile.apply(model, plan=unquantized(plan), verify=False)
+    small = exact_twin_of(model)
     expected = model.generate(PROMPT, **GREEDY)
     assistant = erring(80, name, sliding_window=60)
     for how in ({"prompt_lookup_num_tokens": 100}, {"assistant_model": assistant}):
@@ -172,7 +186,10 @@ def test_tokens_in_another_tokenizer_are_proposed_too() -> None:
     """Proposals have another length there, and what the assistant takes back has any."""
     tokenizers = {"tokenizer": character_tokenizer(), "assistant_tokenizer": character_tokenizer()}
     prompt, options = ids(1, 40), {**GREEDY, "max_new_tokens": 20}
-    assistant = twin_of(erring(10, vocab_size=130))
+    model = erring(10, vocab_size=130)
+    assistant = kvmix_compile.apply(
+        model, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT, verify=False
+    )
     text = lossless().generate(prompt, assistant_model=assistant, **tokenizers, **options)
     assert torch.equal(text, original().generate(prompt, **options))
 
