@@ -217,6 +217,25 @@ class SiteState:
             self.packed_v = _lengthened(self.packed_v, missing)
 
     @ordinary_tensors()
+    def widen(self, old: StateLayout, new: StateLayout, lengths: Tensor, furthest: Tensor, blocks: int) -> None:
+        """Lay out as `new` what lies here as in `old`, from which it differs in a longer rollback.
+
+        lengths, furthest: int64 [rows], the tokens that each row holds, and the most that it ever held: later ones took
+            the places of earlier ones.
+        blocks: places for blocks, where `new` has a window; those of other states stay as they are.
+        """
+        first, end = furthest - old.sinks - old.tail_slots, (lengths - old.sinks).clamp(min=0)
+        self.tail_k = _in_ring(self.tail_k, first, end, new.tail_slots)
+        self.tail_v = _in_ring(self.tail_v, first, end, new.tail_slots)
+        if new.window:
+            end = packed_blocks(lengths, old.sinks, old.recent)
+            # None is lost before there is room for as many as are seen.
+            room = visible_blocks(old.window, old.recent, old.rollback)
+            first = packed_blocks(furthest, old.sinks, old.recent) - room
+            self.packed_k = _in_ring(self.packed_k, first, end, max(blocks, self.blocks))
+            self.packed_v = _in_ring(self.packed_v, first, end, max(blocks, self.blocks))
+
+    @ordinary_tensors()
     def select_rows(self, index: Tensor) -> None:
         """Replaces the rows by those at these places: reorders, repeats or drops them.
 
@@ -234,3 +253,18 @@ class SiteState:
 
 def _lengthened(packed: Tensor, missing: int) -> Tensor:
     return torch.nn.functional.pad(packed, (0, 0, 0, missing))
+
+
+def _in_ring(ring: Tensor, first: Tensor, end: Tensor, places: int) -> Tensor:
+    """A ring of so many places that holds what `ring` does: entry i in place i modulo the number of places, and zeros
+    where there is none.
+
+    ring [B, H, old places, extent]; first, end: int64 [B], each row's entries that are held, from one up to the other.
+    """
+    place = torch.arange(places, device=ring.device)
+    entry = (end - 1)[:, None] - ((end - 1)[:, None] - place) % places
+    held = entry >= first.clamp(min=0)[:, None]
+    row = torch.arange(len(end), device=ring.device)[:, None]
+    moved = ring.transpose(1, 2)[row, entry % ring.shape[2]] if ring.shape[2] else ring.new_zeros(1, 1, 1, 1)
+    kept = torch.where(held[:, :, None, None], moved, torch.zeros((), dtype=ring.dtype, device=ring.device))
+    return kept.expand(-1, -1, ring.shape[1], ring.shape[3]).transpose(1, 2).contiguous()

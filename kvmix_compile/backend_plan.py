@@ -11,13 +11,14 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 
-from kvmix_compile.compiler import DEFAULT_BUDGET, analyze
+from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_tokenizer, read_plan
+from kvmix_compile.compiler import analyze
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.plan import Plan, SitePlan
 from kvmix_compile.passes.signature import parameters_of
 from kvmix_compile.passes.sites import AttentionSite, traced_model
-from kvmix_compile.tails import Tail
+from kvmix_compile.tails import Tail, unquantized_tokens
 
 BROKEN_GRAPH = (
     "Dynamo broke the model's graph and hands over a part of it: see TORCH_LOGS=graph_breaks; for transformers' models "
@@ -45,13 +46,14 @@ class Options:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> "Options":
-        """Raises InputError for an option that there is not, PlanError for a plan and a budget at once."""
+        """Raises InputError for an option that there is not, and what `kvmix_compile.apply` raises for others."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"backend 'kvmix' has no option {unknown[0]!r}; it takes {', '.join(known)}")
         options = cls(**given)
-        if options.plan is not None and not (options.budget is None and options.storage_budget is None):
-            raise PlanError("give either a plan or a budget: a plan has its own bits")
+        check_bits(options.plan, options.budget, options.storage_budget, options.policy)
+        unquantized_tokens(options.tail, options.sinks, options.recent)
+        check_tokenizer(options.tokenizer)
         if options.budget is None and options.storage_budget is None:
             options = replace(options, budget=DEFAULT_BUDGET)
         return options
@@ -63,11 +65,7 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     Raises PlanError where the plan was made for another model, what kvmix_compile.analyze raises, and InputError where
     there is only a budget and no model to measure.
     """
-    plan = options.plan
-    if plan is None:
-        plan = _planned(options, sites[0].output)
-    elif not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+    plan = read_plan(options.plan) or _planned(options, sites[0].output)
     by_layer = {site.layer: planned for site in sites if (planned := _planned_for(site.layer, plan)) is not None}
     layers = [site.layer for site in sites]
     if not by_layer:

@@ -12,6 +12,7 @@ from kvmix_compile import cache_file
 from kvmix_compile.cache_file import Header
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.ambient import ordinary_tensors
+from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState
 
 if TYPE_CHECKING:
@@ -27,32 +28,49 @@ class KVMixCache(Cache):
     Args:
         model: what `kvmix_compile.apply` returned.
         rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
-            model's dtype. Assisted generation sets it by itself.
+            model's dtype. Assisted generation raises it by itself, as it needs.
     """
 
     @ordinary_tensors()
     def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
         super().__init__(layers=[])
-        program = model.kvmix_program
+        program = getattr(model, "kvmix_program", None)
+        if program is None:
+            raise CacheError(
+                f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
+                "one of what kvmix_compile.apply(model) returned"
+            )
+        if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+            raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
         self.plan = program.plan
         self.weights = program.weights
         self.rollback = rollback
         self.dtypes = program.dtypes
         self.device = program.device
-        self.layouts = self.plan.layouts(rollback)
-        # Sites of one window differ in their precision, not in how many tokens lie where.
-        self._layout_of_window = {layout.window: layout for layout in self.layouts}
+        self._lay_out(rollback)
         self.states: list[SiteState] = []
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
         self._furthest = 0
         # What the host knows of the rows without asking the device: that none consists of padding only.
         self.every_row_has_tokens = False
+        self.records_past = False
+        # While the past is recorded, tokens that may yet be taken back.
+        self._unsettled = 0
+        # Whether whoever fills this cache reads again what it turns out not to hold, as it does an assistant's.
+        self.is_read_again = False
+
+    def _lay_out(self, rollback: int) -> None:
+        self.rollback = rollback
+        self.layouts = self.plan.layouts(rollback)
+        # Sites of one window differ in their precision, not in how many tokens lie where.
+        self._layout_of_window = {layout.window: layout for layout in self.layouts}
 
     # What the model asks of its cache
 
-    def begin(self, batch: int, tokens: int, device: torch.device) -> None:
-        """Make room for `tokens` more tokens in each of `batch` rows.
+    def begin(self, batch: int, tokens: int, device: torch.device, logits: int = 0) -> None:
+        """Make room for `tokens` more tokens in each of `batch` rows. The last `logits` are those that the next tokens
+        are chosen by, and may be taken back where the past is recorded.
 
         Allocates on the first call, grows by an eighth at least later.
         """
@@ -61,6 +79,9 @@ class KVMixCache(Cache):
                 f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
                 "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
             )
+        if self.records_past:
+            self._unsettled += logits
+            self._allow(self._unsettled)
         of_window = {
             window: layout.capacity_blocks(self.seen + tokens) for window, layout in self._layout_of_window.items()
         }
@@ -81,6 +102,22 @@ class KVMixCache(Cache):
             for layout, room, dtype in zip(self.layouts, blocks, self.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def _allow(self, rollback: int) -> None:
+        """See to it that so many of the coming tokens can be taken back, and all that could be before."""
+        if rollback <= self.rollback:
+            return
+        # At least twice as many, so that it seldom happens; and by whole blocks, so that what was lost stays known.
+        more = -(-(max(rollback, 2 * self.rollback) - self.rollback) // BLOCK_TOKENS) * BLOCK_TOKENS
+        before = self.layouts
+        self._lay_out(self.rollback + more)
+        if not self.states:
+            return
+        furthest = self.lengths + (self._furthest - self.seen)
+        for state, old, new in zip(self.states, before, self.layouts, strict=True):
+            state.widen(old, new, self.lengths, furthest, new.capacity_blocks(self.seen))
+        # As if so many more tokens had been held: where there is room for them, the same ones have been overwritten.
+        self._furthest += more
 
     def tensors(self) -> list[Tensor]:
         """The state as the rewritten graph takes it: six tensors a site."""
@@ -204,7 +241,7 @@ class KVMixCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return self.rollback > 0
+        return self.rollback > 0 or self.records_past
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -219,7 +256,13 @@ class KVMixCache(Cache):
         return [False] * len(self)
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: what may be taken back is settled by `rollback`."""
+        """From now on, keep unquantized all tokens whose logits were asked for since `crop` was last called, so that
+        it can take them back. `rollback` grows as needed.
+        """
+        self.records_past = True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return self.records_past
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise CacheError(
@@ -230,7 +273,7 @@ class KVMixCache(Cache):
     @ordinary_tensors()
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        self.states, self.seen, self._furthest = [], 0, 0
+        self.states, self.seen, self._furthest, self._unsettled = [], 0, 0, 0
         self.every_row_has_tokens = False
         self.lengths = self.lengths.new_zeros(0)
 
@@ -259,8 +302,9 @@ class KVMixCache(Cache):
         older transformers call it).
 
         Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback`
-        prevents that.
+        prevents that, or `activate_past_recording`.
         """
+        self._unsettled = 0
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.states:
             return
@@ -269,6 +313,9 @@ class KVMixCache(Cache):
         taken_back = self._furthest - self.seen
         for held, left in zip(before, after, strict=True):
             if not all(layout.can_shorten(held + taken_back, left) for layout in self._layout_of_window.values()):
+                if self.is_read_again:
+                    self.reset()
+                    return
                 raise CacheError(
                     f"cannot take back {removed} tokens: of those before them some are kept in quantized form only, or "
                     f"not at all. Make the cache with KVMixCache(model, rollback={removed})"

@@ -40,6 +40,11 @@ class Calibration:
         return tuple(row for batch in self.batches for row in batch)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(batch.shape[1] for batch in self.batches)
+
+    @property
     def tokens(self) -> int:
         return sum(batch.numel() for batch in self.batches)
 

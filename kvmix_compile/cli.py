@@ -9,14 +9,16 @@ from rich.console import Console
 from transformers import TextStreamer
 from typer.core import TyperGroup
 
+from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits
 from kvmix_compile.cache import KVMixCache
-from kvmix_compile.compiler import DEFAULT_BUDGET, apply, diagnose
+from kvmix_compile.compiler import apply, diagnose
 from kvmix_compile.errors import InputError, KVMixError
 from kvmix_compile.eval_command import evaluate
 from kvmix_compile.loading import load_model, read_text
 from kvmix_compile.options import CalibrationFile, ModelName, analyze_on
 from kvmix_compile.picture import plan_picture
 from kvmix_compile.prompts import chat_prompt
+from kvmix_compile.records import check_writable
 from kvmix_compile.tables import CacheSize, sites_table, times
 
 
@@ -73,9 +75,12 @@ def make_plan(
 ) -> None:
     """Measure what matters in MODEL, spend a budget of bits, and show the plan."""
     start = perf_counter()
-    importance = analyze_on(load_model(name), calibration)
     if budget is None and storage_budget is None:
         budget = DEFAULT_BUDGET
+    check_bits(None, budget, storage_budget, policy)  # type: ignore[arg-type]
+    if output is not None:
+        check_writable(output)
+    importance = analyze_on(load_model(name), calibration)
     plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)  # type: ignore[arg-type]
     console = Console()
     console.print(plan_picture(plan))
@@ -96,13 +101,14 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template, if it has one.")] = True,
 ) -> None:
     """Stream what MODEL writes with a compressed cache, greedily; then, on standard error, the size of that cache."""
+    text = _prompt(prompt, prompt_file)
+    check_bits(plan, budget, None, "fisher")
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
-    text = _prompt(prompt, prompt_file)
-    model: Any = apply(loaded.model, plan=plan, budget=budget, tokenizer=tokenizer, progress=True)
     wrapped = chat and bool(tokenizer.chat_template)  # a template writes its own special tokens
     text = chat_prompt(tokenizer, text) if wrapped else text
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not wrapped)["input_ids"]
+    model: Any = apply(loaded.model, plan=plan, budget=budget, tokenizer=tokenizer, progress=True)
     cache = KVMixCache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
@@ -117,4 +123,7 @@ app.command("eval")(evaluate)
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise InputError("give a prompt: either --prompt with a text, or --prompt-file with a file")
-    return prompt if prompt is not None else read_text(Path(str(prompt_file)))
+    text = prompt if prompt is not None else read_text(Path(str(prompt_file)))
+    if not text.strip():
+        raise InputError("the prompt is empty: give a text to go on from")
+    return text

@@ -8,16 +8,17 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_model, check_tokenizer, read_plan
 from kvmix_compile.cache_file import weights_fingerprint
-from kvmix_compile.calibration import build_calibration
-from kvmix_compile.errors import PlanError, UnsupportedModelError
+from kvmix_compile.calibration import Calibration, build_calibration
+from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
 from kvmix_compile.kernels.ambient import as_captured
-from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
+from kvmix_compile.model import CompiledModel, Program, attach, embedded_tokens, returns_tensor
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.exponents import described, with_fitting_exponents
-from kvmix_compile.passes.importance import Importance, fingerprint, measure
+from kvmix_compile.passes.importance import Importance, check_reachable, check_rows, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.logits import follow_autocast
 from kvmix_compile.passes.plan import Plan
@@ -32,8 +33,6 @@ from kvmix_compile.tails import Tail, unquantized_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
-DEFAULT_BUDGET = 2.3
 # Tokens of a calibration row: enough to reach past the sinks, little enough for a backward on a laptop.
 CALIBRATION_LENGTH = 512
 
@@ -89,23 +88,26 @@ def apply(
         KVMixError: CaptureError, UnsupportedModelError, VerifyError, BudgetError, PlanError, CalibrationError or
             CompilationError; each says what to do.
     """
+    check_model(model)
     sinks, recent = unquantized_tokens(tail, sinks, recent)
+    check_bits(plan, budget, storage_budget, policy)
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
-    if plan is not None and (budget is not None or storage_budget is not None):
-        raise PlanError("give either a plan or a budget: a plan has its own bits")
-    if plan is not None and not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+    plan = read_plan(plan)
     report = Report(type(model).__name__)
+    if plan is None:
+        chosen = _given_calibration(model, report, tokenizer, calibration)
+        if budget is None and storage_budget is None:
+            budget = DEFAULT_BUDGET
     found = find(model, report)
     if plan is not None:
         plan = _checked_plan(found, plan)
+    else:
+        check_reachable(found.sites, recent=recent, budget=budget, storage_budget=storage_budget, policy=policy)
     if verify:
         _verify(found, report)
     if plan is None:
-        importance = _measure(model, found, report, tokenizer, calibration, sinks, recent, progress)
-        if budget is None and storage_budget is None:
-            budget = DEFAULT_BUDGET
+        importance = _measure(model, found, report, chosen, tokenizer, calibration, sinks, recent, progress)
         with report.timed("allocate"):
             plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
     twin = build(model, found, plan, report)
@@ -118,6 +120,7 @@ def apply(
 @as_captured()
 def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     """What `apply(model, plan=...)` gives for each plan, from one capture and one verification."""
+    check_model(model)
     report = Report(type(model).__name__)
     found = find(model, report)
     plans = [_checked_plan(found, plan) for plan in plans]
@@ -139,9 +142,11 @@ def analyze(
     """How much each layer's keys and values matter, measured once; `importance.allocate(budget=...)` makes
     plans of it.
     """
+    check_model(model)
     sinks, recent = unquantized_tokens(tail, sinks, recent)
     report = Report(type(model).__name__)
-    return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
+    chosen = _given_calibration(model, report, tokenizer, calibration)
+    return _measure(model, find(model, report), report, chosen, tokenizer, calibration, sinks, recent, progress)
 
 
 @as_captured()
@@ -151,6 +156,7 @@ def diagnose(model: nn.Module) -> Report:
 
     report = Report(type(model).__name__)
     try:
+        check_model(model)
         _verify(find(model, report), report)
     except KVMixError as error:
         report.problem = str(error)
@@ -211,19 +217,32 @@ def _verify(found: Found, report: Report) -> None:
         report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
 
 
+def _given_calibration(model: nn.Module, report: Report, tokenizer: Any, calibration: Any) -> Calibration | None:
+    """What to measure on, made before anything else so that it is refused then; None where the model is to write it."""
+    check_tokenizer(tokenizer)
+    if tokenizer is None and calibration is None:
+        return None
+    with report.timed("calibration text"):
+        chosen = build_calibration(model, tokenizer, calibration, length=CALIBRATION_LENGTH)
+    check_rows(chosen.rows)
+    return chosen
+
+
 def _measure(
     model: nn.Module,
     found: Found,
     report: Report,
+    chosen: Calibration | None,
     tokenizer: Any,
     calibration: Any,
     sinks: int,
     recent: int,
     progress: bool,
 ) -> Importance:
-    with report.timed("calibration text"):
-        length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
-        chosen = build_calibration(model, tokenizer, calibration, length=length)
+    length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
+    if chosen is None or chosen.longest > length:
+        with report.timed("calibration text"):
+            chosen = build_calibration(model, tokenizer, calibration, length=length)
     report.calibration = chosen.source
     device = next(parameter.device for parameter in model.parameters())
     rows = [row.to(device) for row in chosen.rows]
@@ -255,5 +274,6 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
         logits_follow_autocast=follow_autocast(found.captured.graph),
+        embedded=embedded_tokens(model),
     )
     return attach(model, program)  # type: ignore[return-value]

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kvmix_compile.arguments import DEFAULT_BUDGET
 from kvmix_compile.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.comparison import compare
-from kvmix_compile.compiler import DEFAULT_BUDGET
 from kvmix_compile.configurations import Configuration, compile_plans, make_plans
 from kvmix_compile.evaluation import windowed
 from kvmix_compile.held_out import held_out_english, token_ids
 from kvmix_compile.loading import load_model, read_text
 from kvmix_compile.options import CalibrationFile, ModelName, analyze_on
+from kvmix_compile.passes.allocate import check_policy, limit
 from kvmix_compile.passes.importance import Importance
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
@@ -65,6 +66,10 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: the frontier, and the layers.")] = None,
 ) -> None:
     """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
+    for policy in policies or ():
+        check_policy(policy)
+    for bits in (*(budgets or ()), *(storage_budgets or ())):
+        limit(bits, None)
     loaded, names = load_model(name), baselines or []
     model, tokenizer = loaded.model, loaded.require_tokenizer()
     if json_file is not None:

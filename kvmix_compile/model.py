@@ -5,7 +5,7 @@ KVMixCache.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
+from kvmix_compile.generating import Request
 from kvmix_compile.inductor import InductorGraph
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.padding import read_padding
@@ -23,15 +24,15 @@ from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import Rewritten, rebind
 from kvmix_compile.passes.signature import CACHE_NAMES, cache_name, parameters_of
+from kvmix_compile.pickling import attributes_of_its_own, rebuild
 from kvmix_compile.report import Report
+from kvmix_compile.unavailable import refusals
 
 T = TypeVar("T")
 
-# Assisted generation takes back at most what the assistant proposed in one step, 20 tokens unless asked for more.
-ASSISTED_ROLLBACK = 64
-
 # What transformers' models take in their **kwargs and answer with more outputs.
-_UNANSWERED = {"inputs_embeds", "output_attentions", "output_hidden_states"}
+_CONFIGURED = ("output_attentions", "output_hidden_states")
+_UNANSWERED = {"inputs_embeds", *_CONFIGURED}
 
 # By what name a cache goes to transformers' generate, and comes back from a forward.
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
@@ -45,8 +46,8 @@ _BOOKKEEPING = {"cache_position"}
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `logits_follow_autocast`: as of passes.logits. `inductor`: the rewritten graph compiled by Inductor, where that was
-    asked for.
+    `logits_follow_autocast`: as of passes.logits. `embedded`: as `embedded_tokens` counts them. `inductor`: the
+    rewritten graph compiled by Inductor, where that was asked for.
     """
 
     rewritten: Rewritten
@@ -61,6 +62,7 @@ class Program:
     returns_tensor: bool
     cache_name: str
     logits_follow_autocast: bool
+    embedded: int | None = None
     inductor: InductorGraph | None = None
 
     def under_autocast(self, logits: Tensor) -> Tensor:
@@ -79,6 +81,11 @@ class Program:
             raise InputError(
                 f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: "
                 "convert the original model and call kvmix_compile.apply again"
+            )
+        if self.embedded is not None and embedded_tokens(model) != self.embedded:
+            raise InputError(
+                f"the model was given {embedded_tokens(model)} token embeddings (resize_token_embeddings), and was "
+                f"compiled with {self.embedded}: call kvmix_compile.apply on the original model again"
             )
         if parameter.device != self.device:
             move_constants(self.rewritten.module, parameter.device)
@@ -105,6 +112,11 @@ class CompiledModel(nn.Module):
 
     kvmix_program: Program
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "a compiled model is made of one that there is: load the original model, and call kvmix_compile.apply on it"
+        )
+
     @property
     def kvmix_plan(self) -> Plan:
         """At which precision each site's keys and values are kept."""
@@ -124,10 +136,30 @@ class CompiledModel(nn.Module):
             copied.compile()
         return attach(model, copied)
 
+    def __copy__(self) -> nn.Module:
+        """Another compiled model with the same weights, as copy.copy of any module."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        program = self.kvmix_program
+        original = program.rewritten.module.get_submodule(MODEL)
+        kept = (original, program.plan, program.inductor is not None)
+        return rebuild, kept, attributes_of_its_own(self, original)
+
+    def train(self, mode: bool = True) -> Self:
+        """Only `eval()`, which this model is in from the beginning. Raises InputError for training."""
+        if mode:
+            raise InputError(
+                "a compiled model is not trained: train the original, and call kvmix_compile.apply on it again"
+            )
+        return super().train(mode)
+
     @torch.no_grad()
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KVMixCache | None = None,
@@ -158,7 +190,7 @@ class CompiledModel(nn.Module):
         program = self.kvmix_program
         program.follow(self)
         given = one_of({"cache": cache, "past_key_values": past_key_values})
-        self._check(input_ids, given, kwargs)
+        input_ids = self._check(input_ids, given, kwargs)
         if labels is not None and (
             isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != input_ids.shape
         ):
@@ -184,23 +216,21 @@ class CompiledModel(nn.Module):
         """transformers' `generate`, on a compressed cache: a new one, or the KVMixCache given as `cache` or
         `past_key_values`.
         """
-        if kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None):
-            raise InputError(
-                "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
-                "model is a KVMixCache"
-            )
-        caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
-        if caching is not False:
-            # Some models do not cache unless they are asked to.
-            kwargs["use_cache"] = True
         given = one_of({name: kwargs.pop(name, None) for name in CACHE_NAMES})
-        if caching is not False and given is None:
-            assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
-            given = KVMixCache(self, rollback=ASSISTED_ROLLBACK if assisted else 0)
-        if given is not None:
-            kwargs[_GENERATES_CACHE] = given
-        generator = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
-        return generator.generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[union-attr]
+        request = Request(inputs, kwargs, generation_config, getattr(self, "generation_config", None))
+        request.check()
+        generator: Any = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
+        if given is None and not request.caches:
+            return generator.generate(inputs, generation_config=generation_config, **kwargs)
+        cache = request.new_cache(self) if given is None else given
+        self._check_cache(cache)
+        request.check_prompt(cache)
+        if request.caches:
+            generation_config, asked = request.with_cache()
+            kwargs |= asked
+        kwargs[_GENERATES_CACHE] = cache
+        with request.recording(cache):
+            return generator.generate(inputs, generation_config=generation_config, **kwargs)
 
     def _run(
         self,
@@ -219,25 +249,36 @@ class CompiledModel(nn.Module):
                 "this model counts its positions itself, from the beginning of the batch, so its rows cannot be "
                 "padded: pass rows of equal length, one at a time if need be"
             )
-        cache.begin(batch, tokens, input_ids.device)
         every = torch.arange(tokens, device=input_ids.device)
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
+        cache.begin(batch, tokens, input_ids.device, logits=len(logits_to_keep))
         if position_ids is None:
             position_ids = (cache.lengths - starts)[:, None] + every
         position_ids = position_ids.expand(batch, tokens).clamp(min=0)
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
         logits = program.graph(input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors())
         cache.advance(tokens, starts)
         cache.every_row_has_tokens = padding.every_row_has_tokens
         return logits
 
-    def _check(self, input_ids: Tensor, cache: object, options: dict[str, Any]) -> None:
-        """Raise InputError, before anything is changed, for a call that cannot be answered."""
+    def _check(self, input_ids: object, cache: object, options: dict[str, Any]) -> Tensor:
+        """The token ids. Raises InputError, before anything is changed, for a call that cannot be answered."""
         self._check_options(options)
         seen = self._check_cache(cache)
+        if not isinstance(input_ids, Tensor):
+            given = "missing" if input_ids is None else f"a {type(input_ids).__name__}, not a tensor of token ids"
+            raise InputError(f"input_ids is {given}: pass tokenizer(texts, return_tensors='pt')['input_ids']")
         self._check_ids(input_ids, seen)
+        return input_ids
 
     def _check_options(self, options: dict[str, Any]) -> None:
+        config = getattr(self, "config", None)
+        for name in _CONFIGURED:
+            if getattr(config, name, False) and options.get(name) is None:
+                raise InputError(
+                    f"model.config.{name} asks for what is not available from a compiled model: set it to False, or "
+                    "call the original model for it"
+                )
         asked = {name for name, value in options.items() if value is not None and value is not False} - _BOOKKEEPING
         if not asked:  # as in every step of decoding, which need not look at signatures
             return
@@ -259,6 +300,10 @@ class CompiledModel(nn.Module):
             raise InputError(
                 "this cache was made for a model with another plan, dtype or device; make one with "
                 "kvmix_compile.KVMixCache(model)"
+            )
+        if cache.seen and cache.weights != program.weights:
+            raise InputError(
+                "this cache was filled by a model with other weights: make a new kvmix_compile.KVMixCache(model)"
             )
         return cache.seen
 
@@ -315,7 +360,9 @@ def attach(model: nn.Module, program: Program) -> nn.Module:
     # Parameters and submodules are shared, hooks are not: one registered on the twin must not run on the original.
     twin.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if "_hooks" in name})
     original = type(model)
-    twin.__class__ = type(original.__name__, (CompiledModel, original), {"__module__": original.__module__})
+    twin.__class__ = type(
+        original.__name__, (CompiledModel, original), {"__module__": original.__module__, **refusals(original)}
+    )
     twin.__dict__["kvmix_program"] = program
     return twin
 
@@ -348,6 +395,14 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep,
             cache=cache, past_key_values=past_key_values, return_dict=True,
         )  # fmt: skip
+
+
+def embedded_tokens(model: nn.Module) -> int | None:
+    """For how many tokens a transformers model has embeddings; None where that cannot be told."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def returns_tensor(model: nn.Module) -> bool:

@@ -23,10 +23,13 @@ def unquantized_tokens(tail: Tail, sinks: int | None, recent: int | None) -> tup
 
     Raises PlanError where there is no such tail, or no state that keeps so many.
     """
-    if tail not in TAILS:
+    if not isinstance(tail, str) or tail not in TAILS:
         raise PlanError(f"there is no tail {tail!r}; choose one of {', '.join(get_args(Tail))}")
     usual_sinks, usual_recent = TAILS[tail]
     sinks, recent = usual_sinks if sinks is None else sinks, usual_recent if recent is None else recent
+    for name, tokens in (("sinks", sinks), ("recent", recent)):
+        if isinstance(tokens, bool) or not isinstance(tokens, int):
+            raise PlanError(f"{name} is a whole number of tokens, not {tokens!r}")
     if sinks < 0 or recent < BLOCK_TOKENS:
         raise PlanError(
             f"sinks={sinks} and recent={recent} are not possible: sinks is 0 or more, recent {BLOCK_TOKENS} (one "

@@ -6,10 +6,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, get_args
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
+from kvmix_compile.kernels.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, UNQUANTIZED_BITS, Axis, Precision
 from kvmix_compile.passes.knapsack import choose
 
 Policy = Literal["fisher", "kvmix", "uniform"]
@@ -86,8 +87,18 @@ class Budget:
     unit: Unit
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bits) and self.bits > 0):
-            raise AllocationError(f"{self.unit} must be a positive number of bits an element, not {self.bits}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, Real):
+            raise AllocationError(f"{self.unit} is a number of bits an element, such as 2.3, not {self.bits!r}")
+        if not 0 < self.bits <= UNQUANTIZED_BITS:
+            raise BudgetError(
+                f"{self.unit} must be a positive number of bits an element, {UNQUANTIZED_BITS} (nothing quantized) at "
+                f"most, not {self.bits:g}"
+            )
+
+    @property
+    def meaning(self) -> str:
+        """What the bits are."""
+        return "code bits" if self.unit == "budget" else "stored bits (scales and zero points included)"
 
     def cost(self, precision: Precision, head_dim: int) -> int:
         """Bits that a block of 32 tokens of one head costs in this unit."""
@@ -107,10 +118,9 @@ class Budget:
         elements = _block_elements(sites)
         # Rounded outwards at the low end, so that the number printed is itself reachable.
         low, high = math.ceil(lowest / elements * 1e4 - 1e-6) / 1e4, math.floor(highest / elements * 1e4 + 1e-6) / 1e4
-        meaning = "code bits" if self.unit == "budget" else "stored bits (scales and zero points included)"
         return BudgetError(
-            f"{self.unit}={self.bits:g} cannot be met: {meaning} per cached element can average {low:g} to {high:g} "
-            f"here{advice}"
+            f"{self.unit}={self.bits:g} cannot be met: {self.meaning} per cached element can average {low:g} to "
+            f"{high:g} here{advice}{_unpackable(sites)}"
         )
 
 
@@ -133,20 +143,40 @@ def allocate(
 
     Raises BudgetError where the policy cannot meet the budget, AllocationError on other bad input.
     """
-    if policy not in POLICIES:
-        raise AllocationError(f"there is no policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    if budget is not None and storage_budget is None:
-        limit = Budget(budget, "budget")
-    elif storage_budget is not None and budget is None:
-        limit = Budget(storage_budget, "storage_budget")
-    else:
-        raise AllocationError("give either budget (code bits an element) or storage_budget (all bits stored for one)")
+    check_policy(policy)
+    asked = limit(budget, storage_budget)
     if not sites:
         raise AllocationError("there is no attention site to allocate bits to")
-    allocation = POLICIES[policy](sites, limit)
+    allocation = POLICIES[policy](sites, asked)
     for site, (key, value) in zip(sites, allocation, strict=True):
         _check_storable(site, key, value)
     return allocation
+
+
+def check_policy(policy: object) -> None:
+    """Raise AllocationError unless there is such a policy."""
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise AllocationError(f"there is no policy {policy!r}; choose one of {', '.join(POLICIES)}")
+
+
+def limit(budget: float | None, storage_budget: float | None) -> Budget:
+    """Whichever of the two is given. Raises AllocationError unless one is, BudgetError where it is out of range."""
+    if budget is not None and storage_budget is None:
+        return Budget(budget, "budget")
+    if storage_budget is not None and budget is None:
+        return Budget(storage_budget, "storage_budget")
+    raise AllocationError("give either budget (code bits an element) or storage_budget (all bits stored for one)")
+
+
+def _unpackable(sites: Sequence[SiteImportance]) -> str:
+    """Why a budget is out of reach, where heads are: half a sentence, or nothing."""
+    channels = sorted({dim for site in sites for dim in (site.key_dim, site.value_dim) if dim % CHANNEL_MULTIPLE})
+    if not channels:
+        return ""
+    return (
+        f", as heads of {' and '.join(map(str, channels))} channels stay at {UNQUANTIZED_BITS} bits (only multiples of "
+        f"{CHANNEL_MULTIPLE} can be quantized): budget={UNQUANTIZED_BITS} keeps everything as it is"
+    )
 
 
 def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocation:
@@ -316,7 +346,7 @@ def _check_storable(site: SiteImportance, key: Precision, value: Precision) -> N
         key.check(site.key_dim, Axis.TOKENS)
         value.check(site.value_dim, Axis.CHANNELS)
     except KVMixError as error:
-        raise AllocationError(f"{site.layer}: {error}") from error
+        raise AllocationError(f"{site.layer}: {error}, as policy 'fisher' does where the budget allows it") from error
 
 
 def _cost(precision: Precision, head_dim: int, unit: Unit) -> int:

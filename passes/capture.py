@@ -100,7 +100,7 @@ def capture(model: nn.Module) -> Captured:
     Raises:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
-    _check(model)
+    check_capturable(model)
     wrapper = _LogitsOnly(model).eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     positions = torch.arange(EXAMPLE_TOKENS, device=device)
@@ -141,7 +141,8 @@ def _advice(model: nn.Module) -> str:
     )
 
 
-def _check(model: nn.Module) -> None:
+def check_capturable(model: nn.Module) -> None:
+    """Raise CaptureError for a model that is not captured, for a reason that shows without trying."""
     if model.training:
         raise CaptureError("the model is in training mode: call `model.eval()` first, so that dropout is off")
     devices = {str(parameter.device) for parameter in model.parameters()}

@@ -65,12 +65,42 @@ class Importance:
         return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
 
 
+def check_reachable(
+    sites: Sequence[AttentionSite],
+    *,
+    recent: int,
+    budget: float | None = None,
+    storage_budget: float | None = None,
+    policy: Policy = "fisher",
+) -> None:
+    """Raise BudgetError or AllocationError where no measurement could make a plan of this budget."""
+    unmeasured = tuple(
+        SiteImportance(
+            site.layer, site.kv_heads, site.key_dim, site.value_dim, 0.0, 0.0,
+            dict.fromkeys(candidates_for(site.key_dim, Axis.TOKENS), 0.0),
+            dict.fromkeys(candidates_for(site.value_dim, Axis.CHANNELS), 0.0), (), site.mask.size,
+        )
+        for site in sites
+    )  # fmt: skip
+    importance = Importance(unmeasured, "", sinks=0, recent=recent, tokens=0, loss=0.0)
+    importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
+
+
 def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
     quarters = site.channel_quarters if key.important_bits else ()
     return SitePlan(
         site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window,
         site.key_exponents if key.is_quantized else (), site.value_exponents if value.is_quantized else (),
     )  # fmt: skip
+
+
+def check_rows(rows: Sequence[Tensor]) -> None:
+    """Raise CalibrationError where all rows are too short to measure anything on."""
+    if all(row.numel() < BLOCK_TOKENS for row in rows):
+        raise CalibrationError(
+            f"calibration needs a row of at least {BLOCK_TOKENS} tokens, the block that is quantized together: pass "
+            "longer texts"
+        )
 
 
 def measure(
@@ -86,12 +116,8 @@ def measure(
 
     The model's weights need no gradient and get none. `on_row` is called after each row.
     """
+    check_rows(rows)
     rows = [row for row in rows if row.numel() >= BLOCK_TOKENS]
-    if not rows:
-        raise CalibrationError(
-            f"calibration needs a row of at least {BLOCK_TOKENS} tokens, the block that is quantized together: pass "
-            "longer texts"
-        )
     recorder = _Recorder(captured, sites)
     keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import kvmix_compile
+from kvmix_compile import compiler
 from kvmix_compile.cli import app
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
@@ -126,6 +127,14 @@ def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
         (["doctor", "tiny:nothing"], "the models zoo has smollm2"),
         (["doctor", "no/such/folder"], "cannot load"),
         (["plan", "tiny:llama", "--budget", "0.5"], "cannot be met"),
+        (["plan", "tiny:llama", "--budget", "23"], "16 (nothing quantized) at most, not 23"),
+        (["plan", "tiny:llama", "--budget", "nan"], "positive"),
+        (["plan", "tiny:llama", "--budget", "3", "--storage-budget", "3"], "either budget"),
+        (["plan", "tiny:llama", "--output", "no/such/folder/plan.json"], "a folder that exists"),
+        (["generate", "tiny:llama", "--prompt", " "], "the prompt is empty"),
+        (["generate", "tiny:llama", "--prompt", "x", "--budget", "23"], "at most, not 23"),
+        (["eval", "tiny:llama", "--budget", "23"], "at most, not 23"),
+        (["eval", "tiny:llama", "--policy", "best"], "there is no policy"),
         (["plan", "tiny:llama", "--policy", "best"], "there is no policy"),
         (["plan", "tiny:llama", "--calibration", "missing.txt"], "cannot read missing.txt"),
         (["generate", "tiny:llama"], "give a prompt"),
@@ -138,7 +147,8 @@ def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
         (["eval", "tiny:llama", "--tokens", "64"], "the cache is never read"),
     ],
 )
-def test_bad_input_is_a_message(arguments: list[str], message: str) -> None:
+def test_bad_input_is_a_message(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "capture", lambda model: pytest.fail("this takes long, and cannot be used"))
     result = kvmix(*arguments)
     assert result.exit_code == 1
     assert message in result.stderr

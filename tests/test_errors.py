@@ -2,7 +2,9 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ from torch import Tensor, nn
 from toy_llama import ids, original, quantized
 
 import kvmix_compile
-from kvmix_compile import KVMixCache, KVMixError, Plan
+from kvmix_compile import KVMixCache, KVMixError, Plan, compiler
 from kvmix_compile.errors import (
     BudgetError,
-    CalibrationError,
     CaptureError,
     InputError,
     PlanError,
@@ -25,6 +26,7 @@ from kvmix_compile.errors import (
 )
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.importance import Importance
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:
@@ -46,7 +48,29 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
     "no attention": (lambda: TokenByToken().eval(), UnsupportedModelError, r"no attention"),
     "training": (lambda: tiny("llama").train(), CaptureError, r"model\.eval\(\)"),
     "no token ids": (lambda: nn.Linear(8, 8).eval(), CaptureError, r"input_ids"),
+    "compiled already": (quantized, CaptureError, r"compiled by kvmix_compile already.*original model"),
+    "compiled by torch": (lambda: torch.compile(tiny("llama"), backend="eager"), CaptureError, r"model\._orig_mod"),
+    "in parallel": (lambda: nn.DataParallel(tiny("llama")), CaptureError, r"a DataParallel wraps.*model\.module"),
+    "not in memory": (lambda: tiny("llama").to("meta"), CaptureError, r"offloaded.*onto one device"),
+    "packed weights": (lambda: with_packed_weights(), CaptureError, r"q_proj.*packed for torch\.ao.*before it was"),
+    "no weights": (lambda: Weightless().eval(), CaptureError, r"no floating-point parameter"),
 }
+
+
+def with_packed_weights() -> nn.Module:
+    model = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(torch.ones(8, 8), 0.1, 0, torch.qint8))
+    model.model.layers[0].self_attn.q_proj.packed = packed
+    return model
+
+
+class Weightless(nn.Module):
+    """What is left of a model whose weights are all kept as something else."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.one_hot(input_ids, 128).float()
 
 
 class TokenByToken(nn.Module):
@@ -94,6 +118,81 @@ def test_a_diagnosis_names_the_problem_and_does_not_raise(what: str) -> None:
 def test_analyze_refuses_the_same_models() -> None:
     with pytest.raises(UnsupportedModelError):
         kvmix_compile.analyze(tiny("bert"), calibration=ids(2, 64))
+    with pytest.raises(CaptureError, match="compiled by kvmix_compile already"):
+        kvmix_compile.analyze(quantized(), calibration=ids(2, 64))
+
+
+@pytest.mark.parametrize("what", ["gpt2", None])
+def test_a_name_is_no_model(what: Any) -> None:
+    with pytest.raises(CaptureError, match=f"the model is a {type(what).__name__}: load it first"):
+        kvmix_compile.apply(what)
+
+
+# Arguments: refused before anything long is done
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a budget without its point": ({"budget": 23}, r"budget must be .* 16 \(nothing quantized\) at most, not 23"),
+    "a storage budget without its point": ({"storage_budget": 30}, r"storage_budget must be .* 16 .*at most, not 30"),
+    "a negative budget": ({"budget": -1}, r"positive"),
+    "no budget": ({"budget": 0}, r"positive"),
+    "a budget that is no number": ({"budget": float("nan")}, r"positive"),
+    "an endless budget": ({"storage_budget": float("inf")}, r"16 .*at most"),
+    "a budget in a string": ({"budget": "2.3"}, r"budget is a number of bits an element, such as 2\.3, not '2\.3'"),
+    "a yes for a budget": ({"storage_budget": True}, r"storage_budget is a number .*not True"),
+    "a budget too small": ({"budget": 0.5}, r"budget=0\.5 cannot be met.* can average 2 to 16 at most"),
+    "a storage budget too small": ({"storage_budget": 1}, r"storage_budget=1 cannot be met.* can average 2 to 16"),
+    "a uniform budget too small": ({"budget": 0.5, "policy": "uniform"}, r"can average 1 to 16 at most with policy"),
+    "two budgets": ({"budget": 2.3, "storage_budget": 3}, r"either budget.*or storage_budget"),
+    "an unknown policy": ({"budget": 2.3, "policy": "guess"}, r"no policy 'guess'; choose one of fisher"),
+    "no policy": ({"policy": None}, r"no policy None"),
+    "too few recent tokens": ({"recent": 8}, r"32"),
+    "negative sinks": ({"sinks": -1}, r"sinks"),
+    "sinks in a string": ({"sinks": "4"}, r"sinks is a whole number of tokens, not '4'"),
+    "a part of a token": ({"recent": 64.5}, r"recent is a whole number of tokens, not 64\.5"),
+    "an unknown tail": ({"tail": "short"}, r"no tail 'short'; choose one of window, rpc"),
+    "a plan and a budget": ({"plan": "absent.json", "budget": 3}, r"either a plan or a budget"),
+    "a plan that is not there": ({"plan": "absent.json"}, r"cannot read the plan absent\.json"),
+    "a plan of another kind": ({"plan": {"sites": []}}, r"plan is a dict: pass a kvmix_compile\.Plan"),
+    "a tokenizer's name": ({"tokenizer": "gpt2"}, r"tokenizer is a str.*AutoTokenizer"),
+    "texts without a tokenizer": ({"calibration": ["a text"]}, r"without a tokenizer: pass tokenizer="),
+    "no texts": ({"calibration": []}, r"fewer than 2 tokens"),
+    "few tokens": ({"calibration": [3, 4, 5]}, r"32"),
+    "tokens of another model": ({"calibration": torch.full((1, 64), 500)}, r"500 is outside the model's vocabulary"),
+    "numbers that are no tokens": ({"calibration": torch.rand(1, 64)}, r"integers"),
+    "a number for a text": ({"calibration": 3.5}, r"float"),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_arguments_are_refused_before_anything_is_captured(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "capture", not_reached)
+    options, message = ARGUMENTS[what]
+    before = snapshot(original())
+    with pytest.raises(KVMixError, match=message):
+        kvmix_compile.apply(original(), **{"calibration": ids(2, 64)} | options)
+    assert snapshot(original()) == before
+
+
+def not_reached(*arguments: Any, **options: Any) -> None:
+    raise AssertionError("this takes long, and what was asked for cannot be done")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({}, {"storage_budget": 2.1}, r"storage_budget=2\.1 cannot be met.* can average 2\.\d+ to 16 here"),
+        ({}, {"budget": 8, "policy": "kvmix"}, r"can average 2 to 3\.5 here with policy 'kvmix'"),
+        ({"head_dim": 100}, {"budget": 2.5}, r"16 to 16 here, as heads of 100 channels.*multiples of 8.*budget=16"),
+        ({"head_dim": 100}, {"budget": 2.5, "policy": "uniform"}, r"a head of 100 channels.*multiple of 8"),
+    ],
+)
+def test_what_the_models_shape_rules_out_is_refused_before_anything_is_measured(
+    settings: dict[str, Any], options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("measure", "verify_rewrite"):
+        monkeypatch.setattr(compiler, name, not_reached)
+    with pytest.raises(KVMixError, match=message):
+        kvmix_compile.apply(tiny("llama", **settings), calibration=ids(2, 64), **options)
 
 
 # Budgets and plans
@@ -106,36 +205,28 @@ def test_analyze_refuses_the_same_models() -> None:
         ({"storage_budget": 1.0}, r"storage_budget=1 cannot be met.* can average \S+ to \S+ here"),
         ({"budget": 1.5, "policy": "kvmix"}, r"can average 2 to 3\.5 here with policy 'kvmix'"),
         ({"budget": 8, "policy": "kvmix"}, r"can average 2 to 3\.5 here with policy 'kvmix'"),
-        ({"budget": -1}, r"positive"),
+        ({"budget": 23}, r"budget must be .*16 .*at most, not 23"),
+        ({"storage_budget": "3"}, r"storage_budget is a number"),
         ({"budget": float("nan")}, r"positive"),
-        ({"budget": 2.3, "storage_budget": 3}, r"either budget.*or storage_budget"),
-        ({"budget": 2.3, "policy": "guess"}, r"no policy 'guess'; choose one of fisher"),
-        ({"budget": 2.3, "recent": 8}, r"32"),
-        ({"budget": 2.3, "sinks": -1}, r"sinks"),
-        ({"budget": 2.3, "tail": "short"}, r"no tail 'short'; choose one of window, rpc"),
+        ({}, r"either budget.*or storage_budget"),
     ],
 )
 def test_a_budget_that_cannot_be_met_says_what_can(options: dict[str, Any], message: str) -> None:
-    model = plain.fused_arange()
-    before = snapshot(model)
     with pytest.raises(KVMixError, match=message):
-        kvmix_compile.apply(model, calibration=ids(2, 64), **options)
-    assert snapshot(model) == before
+        measured().allocate(**options)
+
+
+@cache
+def measured() -> Importance:
+    return kvmix_compile.analyze(plain.fused_arange(), calibration=ids(2, 64), sinks=0)
 
 
 def test_the_range_that_is_named_is_reachable() -> None:
-    model = plain.fused_arange()
-    importance = kvmix_compile.analyze(model, calibration=ids(2, 64), sinks=0)
     with pytest.raises(BudgetError) as raised:
-        importance.allocate(budget=0.1)
+        measured().allocate(budget=0.1)
     words = str(raised.value).split()
     low = float(words[words.index("average") + 1])
-    assert importance.allocate(budget=low).code_bits == pytest.approx(low, abs=1e-3)
-
-
-def test_a_plan_and_a_budget_exclude_each_other() -> None:
-    with pytest.raises(PlanError, match="either a plan or a budget"):
-        kvmix_compile.apply(original(), plan=quantized().kvmix_plan, budget=3)
+    assert measured().allocate(budget=low).code_bits == pytest.approx(low, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -177,30 +268,6 @@ def test_a_plan_file_does_what_the_plan_does(tmp_path: Path) -> None:
     assert kvmix_compile.apply(original(), plan=str(tmp_path / "plan.json")).kvmix_plan == quantized().kvmix_plan
 
 
-# Calibration
-
-
-@pytest.mark.parametrize(
-    ("calibration", "message"),
-    [
-        ([], "."),
-        (torch.zeros(0, dtype=torch.int64), "."),
-        ([[]], "."),
-        ([3, 4, 5], "32"),
-        (["a text"], "tokenizer"),
-        (torch.full((1, 64), 500), "500 is outside the model's vocabulary of 128"),
-        (torch.rand(1, 64), "integers"),
-        (3.5, "float"),
-    ],
-)
-def test_calibration_data_that_cannot_be_used_is_refused(calibration: Any, message: str) -> None:
-    model = original()
-    before = snapshot(model)
-    with pytest.raises(CalibrationError, match=message):
-        kvmix_compile.apply(model, budget=2.3, calibration=calibration)
-    assert snapshot(model) == before
-
-
 # Calls of the compiled model
 
 
@@ -230,6 +297,8 @@ CALLS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "labels for some logits": (lambda: {"labels": ids(2, 20), "logits_to_keep": 3}, "leave logits_to_keep out"),
     "labels of another length": (lambda: {"labels": ids(2, 19)}, "one label for each token"),
     "embeddings": (lambda: {"inputs_embeds": torch.zeros(2, 20, 128)}, "inputs_embeds is not available"),
+    "texts": (lambda: {"input_ids": ["some", "texts"]}, "input_ids is a list.*tokenizer"),
+    "nothing": (lambda: {"input_ids": None}, "input_ids is missing"),
     "a prompt too long": (lambda: {"input_ids": ids(2, 513)}, "more than the 512 positions.*shorten"),
 }
 
@@ -286,8 +355,77 @@ def test_a_model_that_counts_its_own_positions_takes_no_padding() -> None:
         model(ids(2, 20), attention_mask=mask)
 
 
-def test_attentions_and_hidden_states_are_not_available() -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        assert quantized()(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
-        with pytest.raises(InputError, match=f"{name} is not available.*original model"):
-            quantized()(ids(1, 9), **{name: True})
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_attentions_and_hidden_states_are_not_available(name: str) -> None:
+    assert quantized()(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
+    with pytest.raises(InputError, match=f"{name} is not available.*original model"):
+        quantized()(ids(1, 9), **{name: True})
+    model = tiny("llama", attn_implementation="eager")
+    small = kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
+    setattr(model.config, name, True)
+    with pytest.raises(InputError, match=rf"model\.config\.{name}.*set it to False"):
+        small(ids(1, 9))
+    assert small(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
+
+
+# What else a user may do
+
+
+def of_other_weights() -> Any:
+    other = kvmix_compile.apply(tiny("llama", seed=5), plan=quantized().kvmix_plan, verify=False)
+    past = KVMixCache(other)
+    other(ids(1, 40), cache=past)
+    return quantized()(ids(1, 9), cache=past)
+
+
+def shorter_than_the_cache() -> Any:
+    past = KVMixCache(quantized())
+    quantized()(ids(1, 40), cache=past)
+    return quantized().generate(ids(1, 40)[:, :5], cache=past)
+
+
+def configured_for_another_cache() -> Any:
+    small = kvmix_compile.apply(tiny("llama"), plan=quantized().kvmix_plan, verify=False)
+    small.generation_config.cache_implementation = "static"
+    return small.generate(ids(1, 9))
+
+
+def resized() -> Any:
+    model = tiny("llama")
+    small = kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
+    model.resize_token_embeddings(140)
+    return small(ids(1, 9))
+
+
+USES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a cache of the original": (lambda: KVMixCache(original()), r"is not compiled.*kvmix_compile\.apply\(model\)"),
+    "a cache that takes back less than nothing": (lambda: KVMixCache(quantized(), rollback=-1), "rollback.*0 or more"),
+    "embeddings alone": (lambda: quantized()(inputs_embeds=torch.zeros(1, 3, 128)), "inputs_embeds is not available"),
+    "texts to go on from": (lambda: quantized().generate(["a text"]), "the prompt is a list.*tokenizer"),
+    "a prompt shorter than its cache": (shorter_than_the_cache, "the prompt has 5 tokens and the cache .* holds 40"),
+    "a cache of other weights": (of_other_weights, "filled by a model with other weights"),
+    "another cache by configuration": (configured_for_another_cache, r"cache_implementation is 'static'.*to None"),
+    "continuous batching": (lambda: quantized().generate_batch([[3, 4]]), "generate_batch.*padded on the left"),
+    "a manager of continuous batching": (lambda: quantized().init_continuous_batching(), "init_continuous_batching"),
+    "paged batches": (lambda: quantized().generate(ids(1, 9), cache_implementation="paged"), "cache_implementation"),
+    "training": (lambda: quantized().train(), "not trained: train the original"),
+    "checkpointed gradients": (lambda: quantized().gradient_checkpointing_enable(), "not trained"),
+    "other embeddings": (lambda: quantized().resize_token_embeddings(140), "resize the original model's"),
+    "other embeddings of the original": (resized, "140 token embeddings .*compiled with 128.*apply"),
+    "a compiled model from a folder": (lambda: type(quantized())(original().config), "load the original model"),
+}
+
+
+@pytest.mark.parametrize("what", USES)
+def test_what_is_not_available_is_said_in_a_sentence(what: str) -> None:
+    use, message = USES[what]
+    before = snapshot(original())
+    with pytest.raises(KVMixError, match=message):
+        use()
+    assert snapshot(original()) == before
+
+
+def test_a_cache_that_models_store_in_vain_is_no_obstacle() -> None:
+    small = kvmix_compile.apply(tiny("llama"), plan=quantized().kvmix_plan, verify=False)
+    small.generation_config.cache_implementation = "hybrid"  # as old models of the Gemma family do
+    assert small.generate(ids(1, 9), max_new_tokens=2, eos_token_id=None, pad_token_id=0).shape == (1, 11)

@@ -53,7 +53,7 @@ CALLED: dict[str, tuple[str, ...]] = {
 # KVMixCache has none.
 LEFT_ALONE = {
     "early_initialization", "get_conv_state", "get_mask_sizes", "get_query_offset", "get_recurrent_state",
-    "has_previous_state", "is_recording_past", "offload", "prefetch", "update_conv_state", "update_indexer",
+    "has_previous_state", "offload", "prefetch", "update_conv_state", "update_indexer",
     "update_recurrent_state",
 }  # fmt: skip
 
