@@ -44,8 +44,10 @@ class KVMixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
         self._furthest = 0
-        # What the host knows of the rows without asking the device: that none consists of padding only.
-        self.every_row_has_tokens = False
+        # What the host knows of the rows without asking the device: that the last place of each is a token, and whether
+        # there may be padding in any.
+        self.every_row_goes_on = False
+        self.padded = False
 
     # What the model asks of its cache
 
@@ -54,11 +56,7 @@ class KVMixCache(Cache):
 
         Allocates on the first call, grows by an eighth at least later.
         """
-        if self.states and batch != self.batch_size:
-            raise CacheError(
-                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
-                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
-            )
+        self.check_batch(batch)
         of_window = {
             window: layout.capacity_blocks(self.seen + tokens) for window, layout in self._layout_of_window.items()
         }
@@ -69,6 +67,19 @@ class KVMixCache(Cache):
         for state, needed in zip(self.states, blocks, strict=True):
             if state.blocks < needed:
                 state.grow(needed)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise CacheError for another number of rows than are held."""
+        if self.states and batch != self.batch_size:
+            raise CacheError(
+                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
+                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
+            )
+
+    def holds_padding(self) -> bool:
+        """Whether any row saw padding. The device is asked where rows that did may have gone."""
+        self.padded = self.padded and bool((self.lengths != self.seen).any())
+        return self.padded
 
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
@@ -82,7 +93,7 @@ class KVMixCache(Cache):
         return [tensor for state in self.states for tensor in state.tensors()]
 
     def advance(self, tokens: int, starts: Tensor) -> None:
-        """Count `tokens` more positions, of which the first `starts[row]` were padding."""
+        """Count `tokens` more positions, of which `starts[row]` were padding."""
         self.seen += tokens
         self._furthest = max(self._furthest, self.seen)
         self.lengths = self.lengths + tokens - starts
@@ -139,6 +150,7 @@ class KVMixCache(Cache):
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
             kept.copy_(saved)
         self.seen, self._furthest = header.seen, header.furthest
+        self.padded = bool((self.lengths != self.seen).any())
 
     def _header(self) -> Header:
         return Header(
@@ -224,7 +236,7 @@ class KVMixCache(Cache):
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.states, self.seen, self._furthest = [], 0, 0
-        self.every_row_has_tokens = False
+        self.every_row_goes_on = self.padded = False
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -266,4 +278,4 @@ class KVMixCache(Cache):
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)
-        self.every_row_has_tokens = min(after) > 0
+        self.every_row_goes_on = not self.padded

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
 from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
+from kvmix_compile.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
-from kvmix_compile.passes.signature import cache_name
+from kvmix_compile.passes.signature import cache_name, parameters_of
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.progress import progress_bar
@@ -243,4 +244,19 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
     )
-    return attach(model, program)  # type: ignore[return-value]
+    twin = attach(model, program)
+    with report.timed("numbering"):
+        program.numbering = _numbering(model, cast(CompiledModel, twin))
+        if "token_type_ids" in parameters_of(model.forward):
+            program.zero_token_types = ignores_zeros(model, "token_type_ids", program.vocabulary)
+    return twin  # type: ignore[return-value]
+
+
+def _numbering(model: nn.Module, twin: CompiledModel) -> Numbering:
+    program = twin.kvmix_program
+
+    def run(numbering: Numbering, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        program.numbering = numbering
+        return twin.without_past(input_ids, attention_mask)
+
+    return find_numbering(model, run, program.vocabulary, program.longest_context)
