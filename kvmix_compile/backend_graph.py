@@ -14,6 +14,7 @@ from kvmix_compile.errors import CacheError
 from kvmix_compile.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.state import SiteState
+from kvmix_compile.padding import reading_waits
 from kvmix_compile.passes.capture import graph_inputs
 from kvmix_compile.passes.lowering import Lowered
 from kvmix_compile.passes.plan import Plan
@@ -116,8 +117,8 @@ class StaticGraph:
         left = [inputs[place] for place in self.kept]
         outputs = list(self.compiled(*left, cache.lengths, starts, *cache.tensors()))
         cache.advance(tokens, starts)
-        if not cache.every_row_has_tokens:
-            cache.every_row_has_tokens = bool((cache.lengths > 0).all())
+        if not cache.every_row_goes_on:
+            cache.every_row_goes_on = bool((cache.lengths > 0).all())
         self.counter.remember(inputs, cache)
         for output, (index, side) in self.made.items():
             place = (self.sites[index].key, self.sites[index].value)[side]
@@ -161,10 +162,10 @@ class StaticGraph:
     def _starts(self, inputs: Sequence[Any], cache: PackedCache, batch: int, tokens: int, seen: int) -> Tensor:
         """The padding that leads each row's new tokens, int64 `[batch]`."""
         known = bool(cache.states)
-        # A row that decodes has its mask looked at once a block, so that the host need not wait for the device. Of a
-        # short text it is each time: a single token does not show whether there is a bias.
-        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0
-        if known and tokens == 1 and not is_looked_at and cache.every_row_has_tokens:
+        # On a GPU a row that decodes has its mask looked at once a block, so that the host need not wait for the
+        # device. Of a short text it is each time: a single token does not show whether there is a bias.
+        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0 or not reading_waits(self.device)
+        if known and tokens == 1 and not is_looked_at and cache.every_row_goes_on:
             return torch.zeros(batch, dtype=torch.int64, device=self.device)
         seen_masks = self.masks.read(inputs)
         padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.device)

@@ -52,8 +52,10 @@ class KVMixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.seen = 0
         self._furthest = 0
-        # What the host knows of the rows without asking the device: that none consists of padding only.
-        self.every_row_has_tokens = False
+        # What the host knows of the rows without asking the device: that the last place of each is a token, and whether
+        # there may be padding in any.
+        self.every_row_goes_on = False
+        self.padded = False
         self.records_past = False
         # While the past is recorded, tokens that may yet be taken back.
         self._unsettled = 0
@@ -74,11 +76,7 @@ class KVMixCache(Cache):
 
         Allocates on the first call, grows by an eighth at least later.
         """
-        if self.states and batch != self.batch_size:
-            raise CacheError(
-                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
-                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
-            )
+        self.check_batch(batch)
         if self.records_past:
             self._unsettled += logits
             self._allow(self._unsettled)
@@ -94,6 +92,19 @@ class KVMixCache(Cache):
                 state.make_ordinary()
             if state.blocks < needed:
                 state.grow(needed)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise CacheError for another number of rows than are held."""
+        if self.states and batch != self.batch_size:
+            raise CacheError(
+                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
+                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
+            )
+
+    def holds_padding(self) -> bool:
+        """Whether any row saw padding. The device is asked where rows that did may have gone."""
+        self.padded = self.padded and bool((self.lengths != self.seen).any())
+        return self.padded
 
     @ordinary_tensors()
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
@@ -125,7 +136,7 @@ class KVMixCache(Cache):
 
     @ordinary_tensors()
     def advance(self, tokens: int, starts: Tensor) -> None:
-        """Count `tokens` more positions, of which the first `starts[row]` were padding."""
+        """Count `tokens` more positions, of which `starts[row]` were padding."""
         self.seen += tokens
         self._furthest = max(self._furthest, self.seen)
         self.lengths = self.lengths + tokens - starts
@@ -182,6 +193,7 @@ class KVMixCache(Cache):
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
             kept.copy_(saved)
         self.seen, self._furthest = header.seen, header.furthest
+        self.padded = bool((self.lengths != self.seen).any())
 
     def _header(self) -> Header:
         return Header(
@@ -274,7 +286,7 @@ class KVMixCache(Cache):
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.states, self.seen, self._furthest, self._unsettled = [], 0, 0, 0
-        self.every_row_has_tokens = False
+        self.every_row_goes_on = self.padded = False
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -322,4 +334,4 @@ class KVMixCache(Cache):
                 )
         self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
         self.seen = max(0, self.seen - removed)
-        self.every_row_has_tokens = min(after) > 0
+        self.every_row_goes_on = not self.padded

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_model, check_tokenizer, read_plan
 from kvmix_compile.cache_file import weights_fingerprint
@@ -15,6 +15,7 @@ from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model import CompiledModel, Program, attach, embedded_tokens, returns_tensor
+from kvmix_compile.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.exponents import described, with_fitting_exponents
@@ -23,7 +24,7 @@ from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.logits import follow_autocast
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
-from kvmix_compile.passes.signature import cache_name
+from kvmix_compile.passes.signature import cache_name, parameters_of
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.passes.weights import check_weights
@@ -276,4 +277,19 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         logits_follow_autocast=follow_autocast(found.captured.graph),
         embedded=embedded_tokens(model),
     )
-    return attach(model, program)  # type: ignore[return-value]
+    twin = attach(model, program)
+    with report.timed("numbering"):
+        program.numbering = _numbering(model, cast(CompiledModel, twin))
+        if "token_type_ids" in parameters_of(model.forward):
+            program.zero_token_types = ignores_zeros(model, "token_type_ids", program.vocabulary)
+    return twin  # type: ignore[return-value]
+
+
+def _numbering(model: nn.Module, twin: CompiledModel) -> Numbering:
+    program = twin.kvmix_program
+
+    def run(numbering: Numbering, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        program.numbering = numbering
+        return twin.without_past(input_ids, attention_mask)
+
+    return find_numbering(model, run, program.vocabulary, program.longest_context)

@@ -17,14 +17,18 @@ from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import InputError
 from kvmix_compile.generating import Request
 from kvmix_compile.inductor import InductorGraph
+from kvmix_compile.interface import with_signature_of
 from kvmix_compile.kernels.ambient import as_captured
-from kvmix_compile.padding import read_padding
+from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.numbering import Numbering
+from kvmix_compile.padding import check_padding, put_back, read_padding, reading_waits
 from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import Rewritten, rebind
 from kvmix_compile.passes.signature import CACHE_NAMES, cache_name, parameters_of
 from kvmix_compile.pickling import attributes_of_its_own, rebuild
+from kvmix_compile.positions import default_positions, given_positions
 from kvmix_compile.report import Report
 from kvmix_compile.unavailable import refusals
 
@@ -41,13 +45,20 @@ _RETURNED_CACHE = cache_name(CausalLMOutputWithPast)
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
 
+# By what a call tells several texts in one row apart, besides positions.
+_SEVERAL_TEXTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+# What tokenizers return of themselves, zero for every token of a single text.
+_TOKEN_TYPES = "token_type_ids"
+
 
 @dataclass
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `logits_follow_autocast`: as of passes.logits. `embedded`: as `embedded_tokens` counts them. `inductor`: the
-    rewritten graph compiled by Inductor, where that was asked for.
+    `logits_follow_autocast`: as of passes.logits. `embedded`: as `embedded_tokens` counts them. `numbering`: what
+    positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing. `inductor`:
+    the rewritten graph compiled by Inductor, where that was asked for.
     """
 
     rewritten: Rewritten
@@ -63,6 +74,8 @@ class Program:
     cache_name: str
     logits_follow_autocast: bool
     embedded: int | None = None
+    numbering: Numbering = Numbering()
+    zero_token_types: bool = False
     inductor: InductorGraph | None = None
 
     def under_autocast(self, logits: Tensor) -> Tensor:
@@ -172,9 +185,9 @@ class CompiledModel(nn.Module):
     ) -> Any:
         """Logits of `input_ids`, int64 `[batch, tokens]`, after what `cache` holds.
 
-        attention_mask: 1 for tokens and 0 for padding, which must lead its row; `[batch, tokens held + tokens]` or
-            `[batch, tokens]`.
-        position_ids: int64 `[batch, tokens]`; by default each row counts on from the tokens that it holds.
+        attention_mask: 1 for tokens and 0 for padding, `[batch, tokens held + tokens]`. Padding is not stored; its
+            logits mean nothing.
+        position_ids: int64 `[batch, tokens]`; by default what the original counts.
         cache, or past_key_values, as transformers called it before 5.24: a KVMixCache, filled further; by default a new
             one.
         labels: as `input_ids`, -100 ignored; the next-token cross-entropy is then returned as `loss`.
@@ -198,15 +211,15 @@ class CompiledModel(nn.Module):
                 "labels need the logits of every token: leave logits_to_keep out, one label for each token"
             )
         held = given if given is not None else KVMixCache(self)
+        apart = attention_mask is None and given is None and not self._caches(use_cache)
         with as_captured():
-            logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep)
+            logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep, apart)
         logits = program.under_autocast(logits)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
         if program.returns_tensor and given is None and not use_cache and not return_dict and loss is None:
             return logits
-        if use_cache is None:
-            use_cache = getattr(getattr(self, "config", None), "use_cache", True)
-        returned: dict[str, Any] = {"loss": loss, "logits": logits, _RETURNED_CACHE: held if use_cache else None}
+        kept = held if self._caches(use_cache) else None
+        returned: dict[str, Any] = {"loss": loss, "logits": logits, _RETURNED_CACHE: kept}
         output = CausalLMOutputWithPast(**returned)
         return output.to_tuple() if return_dict is False else output
 
@@ -239,39 +252,61 @@ class CompiledModel(nn.Module):
         position_ids: Tensor | None,
         cache: KVMixCache,
         logits_to_keep: int | Tensor,
+        tells_texts_apart: bool = False,
     ) -> Tensor:
-        program = self.kvmix_program
+        """`tells_texts_apart`: whether the original would take positions that begin anew for another text."""
+        program, numbering = self.kvmix_program, self.kvmix_program.numbering
         batch, tokens = input_ids.shape
         padding = read_padding(attention_mask, cache, batch, tokens, input_ids.device)
-        starts = padding.starts
-        if program.rewritten.equal_rows and attention_mask is not None and bool((starts > 0).any()):
-            raise InputError(
-                "this model counts its positions itself, from the beginning of the batch, so its rows cannot be "
-                "padded: pass rows of equal length, one at a time if need be"
-            )
-        every = torch.arange(tokens, device=input_ids.device)
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = every[-logits_to_keep:] if logits_to_keep else every
-        cache.begin(batch, tokens, input_ids.device, logits=len(logits_to_keep))
+        if padding.comes or padding.is_enclosed:
+            check_padding(padding, program.rewritten, numbering, isinstance(logits_to_keep, int) and logits_to_keep > 0)
         if position_ids is None:
-            position_ids = (cache.lengths - starts)[:, None] + every
-        position_ids = position_ids.expand(batch, tokens).clamp(min=0)
-        logits = program.graph(input_ids, position_ids, logits_to_keep, cache.lengths, starts, *cache.tensors())
-        cache.advance(tokens, starts)
-        cache.every_row_has_tokens = padding.every_row_has_tokens
-        return logits
+            position_ids = default_positions(numbering, padding, cache, tokens)
+        elif numbering.is_input:
+            must_follow = tells_texts_apart or not numbering.has_mask
+            position_ids = given_positions(position_ids, padding, tokens, program.longest_context, must_follow)
+        else:
+            raise InputError("this model takes no position_ids: it counts its positions itself")
+        places = torch.arange(tokens, device=input_ids.device)
+        if isinstance(logits_to_keep, Tensor):
+            places = places[logits_to_keep.to(places.device)]
+        elif logits_to_keep:
+            places = places[-logits_to_keep:]
+        cache.begin(batch, tokens, input_ids.device, logits=len(places))
+        columns, which = padding.columns(places)
+        logits = program.graph(
+            padding.arrange(input_ids), position_ids, columns, cache.lengths, padding.starts, *cache.tensors()
+        )
+        cache.advance(tokens, padding.starts)
+        cache.every_row_goes_on = not padding.ends_a_row
+        cache.padded = cache.padded or padding.there_is_some
+        return put_back(logits, which)
+
+    def _caches(self, use_cache: bool | None) -> bool:
+        """Whether the original would keep a cache, where a call says so or leaves it out."""
+        if use_cache is not None:
+            return bool(use_cache)
+        config = getattr(self, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config = config.get_text_config(decoder=True)
+        return bool(getattr(config, "use_cache", True))
+
+    def without_past(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The logits of every token, with nothing cached and no more checks than `forward` leaves to be made."""
+        with torch.no_grad():
+            return self._run(input_ids, attention_mask, None, KVMixCache(self), 0)
 
     def _check(self, input_ids: object, cache: object, options: dict[str, Any]) -> Tensor:
         """The token ids. Raises InputError, before anything is changed, for a call that cannot be answered."""
-        self._check_options(options)
         seen = self._check_cache(cache)
+        self._check_options(options, seen)
         if not isinstance(input_ids, Tensor):
             given = "missing" if input_ids is None else f"a {type(input_ids).__name__}, not a tensor of token ids"
             raise InputError(f"input_ids is {given}: pass tokenizer(texts, return_tensors='pt')['input_ids']")
         self._check_ids(input_ids, seen)
         return input_ids
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def _check_options(self, options: dict[str, Any], seen: int) -> None:
         config = getattr(self, "config", None)
         for name in _CONFIGURED:
             if getattr(config, name, False) and options.get(name) is None:
@@ -282,9 +317,23 @@ class CompiledModel(nn.Module):
         asked = {name for name, value in options.items() if value is not None and value is not False} - _BOOKKEEPING
         if not asked:  # as in every step of decoding, which need not look at signatures
             return
+        for name in asked & _SEVERAL_TEXTS:
+            raise InputError(f"{name} puts several texts into a row: pass each as a row of its own, padded on the left")
+        if _TOKEN_TYPES in asked and self._are_zeros(options[_TOKEN_TYPES], seen):
+            asked -= {_TOKEN_TYPES}
         # What the original takes by name means something to it; what falls into its **kwargs does not.
         for name in asked & (_UNANSWERED | set(parameters_of(super().forward))):
             raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+
+    def _are_zeros(self, token_types: Tensor, seen: int) -> bool:
+        """Whether these are what the original takes for granted where it is given none. On a GPU those of a token that
+        is decoded are looked at once in 32 steps, as masks are.
+        """
+        if not self.kvmix_program.zero_token_types:
+            return False
+        if token_types.shape[-1] == 1 and seen % BLOCK_TOKENS and reading_waits(token_types.device):
+            return True
+        return not bool(token_types.any())
 
     def _check_cache(self, cache: object) -> int:
         """The number of positions that the cache has seen."""
@@ -360,9 +409,9 @@ def attach(model: nn.Module, program: Program) -> nn.Module:
     # Parameters and submodules are shared, hooks are not: one registered on the twin must not run on the original.
     twin.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if "_hooks" in name})
     original = type(model)
-    twin.__class__ = type(
-        original.__name__, (CompiledModel, original), {"__module__": original.__module__, **refusals(original)}
-    )
+    forward = with_signature_of(model.forward, CompiledModel.forward)
+    described = {"__module__": original.__module__, "forward": forward, **refusals(original)}
+    twin.__class__ = type(original.__name__, (CompiledModel, original), described)
     twin.__dict__["kvmix_program"] = program
     return twin
 
@@ -391,9 +440,11 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
         cache: KVMixCache | None = None,
         past_key_values: KVMixCache | None = None,
     ) -> Any:
+        if not self.compiled.kvmix_program.numbering.is_input:
+            position_ids = None
         return self.compiled(
-            input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep,
-            cache=cache, past_key_values=past_key_values, return_dict=True,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, cache=cache, past_key_values=past_key_values, return_dict=True,
         )  # fmt: skip
 
 

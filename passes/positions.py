@@ -13,12 +13,11 @@ from kvmix_compile.passes.dataflow import Dataflow
 from kvmix_compile.passes.vocabulary import argument, as_node, operation
 
 
-def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
-    """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the number of tokens in the cache.
-    In place.
+def shift_positions(graph: fx.Graph, counts: fx.Node, tokens: object) -> bool:
+    """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the first number in `counts`, int64
+    `[batch]` or `[batch, tokens]`. In place.
 
-    A single shift serves all rows, so such a model can only be given rows of equal length. Returns whether anything
-    was shifted.
+    A single shift serves all rows: the first position must be the same in each. Returns whether anything was shifted.
     """
     dataflow = Dataflow(graph)
     counters = [node for node in graph.nodes if _counts_tokens(node, tokens)]
@@ -32,7 +31,9 @@ def shift_positions(graph: fx.Graph, lengths: fx.Node, tokens: object) -> bool:
     if not counters and not tables:
         return False
     with graph.inserting_after(graph_inputs(graph)[-1]):
-        past = graph.call_function(ops.aten.select.int, (lengths, 0, 0))
+        flat = graph.call_function(ops.aten.reshape.default, (counts, [-1]))
+    with graph.inserting_after(flat):
+        past = graph.call_function(ops.aten.select.int, (flat, 0, 0))
     for node in counters:
         with graph.inserting_after(node):
             shifted = graph.call_function(ops.aten.add.Tensor, (node, past))

@@ -30,8 +30,8 @@ class Rewritten:
 
     `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts`
     are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six
-    tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, so all
-    rows must be equally long.
+    tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, the same
+    for all rows: on from the first of `position_ids` where it takes none, else from the first of `lengths`.
     """
 
     module: fx.GraphModule
@@ -66,7 +66,8 @@ def rewrite(
         rewrite_site(module, copied, index, (lengths, starts), formats, recent, order, powers)
     graph.eliminate_dead_code()
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
-    shifted = shift_positions(graph, lengths, captured.tokens)
+    counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
+    shifted = shift_positions(graph, counts, captured.tokens)
     accept_any_strides(graph)
     clean_up(module)
     check_lengths(graph, names_of_sizes(captured))

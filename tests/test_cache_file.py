@@ -32,6 +32,12 @@ def prompted(rollback: int = 0) -> KVMixCache:
     return past
 
 
+def going_on(past: KVMixCache, tokens: int, seed: int = 2) -> torch.Tensor:
+    """The logits of a text behind what was prompted."""
+    mask = (torch.arange(past.seen + tokens) >= torch.tensor([[0], [50]])).long()
+    return quantized()(ids(2, tokens, seed), attention_mask=mask, past_key_values=past).logits
+
+
 def same(one: KVMixCache, other: KVMixCache) -> bool:
     counts = [(past.seen, past.rollback, past.nbytes, past.lengths.tolist()) for past in (one, other)]
     pairs = zip(one.tensors(), other.tensors(), strict=True)
@@ -48,10 +54,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     past.save(tmp_path / "prompt.safetensors")
     loaded = KVMixCache.load(tmp_path / "prompt.safetensors", quantized())
     assert same(loaded, past) and loaded.tensors()[0].data_ptr() != past.tensors()[0].data_ptr()
-    following = ids(2, 70, seed=2)
-    assert torch.equal(
-        quantized()(following, past_key_values=loaded).logits, quantized()(following, past_key_values=past).logits
-    )
+    assert torch.equal(going_on(loaded, 70), going_on(past, 70))
     for cache in (loaded, past):
         cache.crop(-ROLLBACK)
     assert same(loaded, past)
@@ -99,11 +102,11 @@ def test_a_bfloat16_cache(tmp_path: Path) -> None:
 def test_a_copy_and_the_original_go_on_differently() -> None:
     past = prompted()
     copied = copy.deepcopy(past)
-    ways = [(past, ids(2, 50, seed=2)), (copied, ids(2, 50, seed=3))]
-    found = [quantized()(following, past_key_values=cache).logits for cache, following in ways]
-    for logits, (cache, following) in zip(found, ways, strict=True):
+    ways = [(past, 2), (copied, 3)]
+    found = [going_on(cache, 50, seed) for cache, seed in ways]
+    for logits, (cache, seed) in zip(found, ways, strict=True):
         alone = prompted()
-        assert torch.equal(logits, quantized()(following, past_key_values=alone).logits)
+        assert torch.equal(logits, going_on(alone, 50, seed))
         assert same(cache, alone)
 
 

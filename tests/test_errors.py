@@ -271,21 +271,7 @@ def test_a_plan_file_does_what_the_plan_does(tmp_path: Path) -> None:
 # Calls of the compiled model
 
 
-def right_padded() -> dict[str, Any]:
-    mask = torch.ones(2, 20, dtype=torch.int64)
-    mask[1, 15:] = 0
-    return {"attention_mask": mask}
-
-
-def with_a_hole() -> dict[str, Any]:
-    mask = torch.ones(2, 20, dtype=torch.int64)
-    mask[1, 5] = 0
-    return {"attention_mask": mask}
-
-
 CALLS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "right padding": (right_padded, "pad on the left"),
-    "a hole in the mask": (with_a_hole, "pad on the left"),
     "a 4-D mask": (lambda: {"attention_mask": torch.zeros(2, 1, 20, 20)}, r"must be \[batch, tokens\]"),
     "a mask of another batch": (lambda: {"attention_mask": torch.ones(3, 20)}, r"must be \[batch, tokens\]"),
     "a mask too short": (lambda: {"attention_mask": torch.ones(2, 9)}, r"must be \[batch, tokens\]"),
@@ -324,16 +310,6 @@ def test_a_continuation_beyond_the_positions_is_refused() -> None:
     with pytest.raises(InputError, match="513 tokens are more than the 512 positions"):
         quantized()(ids(1, 13), past_key_values=past)
     assert quantized()(ids(1, 12), past_key_values=past).logits.shape == (1, 12, 128)
-
-
-def test_padding_after_a_row_has_begun_is_refused() -> None:
-    past = KVMixCache(quantized())
-    quantized()(ids(2, 20), past_key_values=past)
-    mask = torch.ones(2, 25, dtype=torch.int64)
-    mask[0, 20:22] = 0
-    with pytest.raises(KVMixError, match="pad on the left"):
-        quantized()(ids(2, 5), attention_mask=mask, past_key_values=past)
-    assert past.get_seq_length() == 20
 
 
 def test_a_token_that_is_held_cannot_be_masked_later() -> None:
