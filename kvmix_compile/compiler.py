@@ -21,6 +21,7 @@ from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
+from kvmix_compile.passes.untouched import untouched
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
@@ -197,7 +198,7 @@ def _check_plan(found: Found, plan: Plan) -> None:
 
 
 def _verify(found: Found, report: Report) -> None:
-    with report.timed("verify"):
+    with report.timed("verify"), untouched(found.captured.model):
         report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
 
 
@@ -211,7 +212,7 @@ def _measure(
     recent: int,
     progress: bool,
 ) -> Importance:
-    with report.timed("calibration text"):
+    with report.timed("calibration text"), untouched(model):
         length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
         chosen = build_calibration(model, tokenizer, calibration, length=length)
     report.calibration = chosen.source

@@ -4,6 +4,7 @@ The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Pa
 live model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
 from kvmix_compile.passes.signature import parameters_of
+from kvmix_compile.passes.untouched import Written, untouched
+from kvmix_compile.passes.writes import write_to_copies
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -32,7 +35,8 @@ class Captured:
     """A model as a graph, and the graph's symbols.
 
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
-    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`.
+    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `written`:
+    what the model's forward changes itself.
     """
 
     module: fx.GraphModule
@@ -40,6 +44,7 @@ class Captured:
     tokens: torch.SymInt
     most_tokens: int | None
     has_position_input: bool
+    written: Written
 
     @property
     def graph(self) -> fx.Graph:
@@ -95,7 +100,13 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     _check(model)
-    wrapper = _LogitsOnly(model).eval()
+    with untouched(model) as written:
+        wrapper = _LogitsOnly(model).eval()
+        program = _export(model, wrapper)
+    return _captured(program, wrapper, written)
+
+
+def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     positions = torch.arange(EXAMPLE_TOKENS, device=device)
     example = (
@@ -106,8 +117,10 @@ def capture(model: nn.Module) -> Captured:
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         # Under no_grad the regions that transformers marks with @torch.no_grad() need no subgraph of their own.
-        with torch.no_grad():
-            program = torch.export.export(
+        with torch.no_grad(), warnings.catch_warnings():
+            # What the forward assigns is put back.
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            return torch.export.export(
                 wrapper, example, dynamic_shapes=(dynamic, dynamic, {0: Dim.DYNAMIC}), strict=False
             )
     except CaptureError:
@@ -116,7 +129,6 @@ def capture(model: nn.Module) -> Captured:
         raise CaptureError(
             f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model)}"
         ) from error
-    return _captured(program, wrapper)
 
 
 def _advice(model: nn.Module) -> str:
@@ -138,6 +150,9 @@ def _advice(model: nn.Module) -> str:
 def _check(model: nn.Module) -> None:
     if model.training:
         raise CaptureError("the model is in training mode: call `model.eval()` first, so that dropout is off")
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.Dropout) and module.p:
+            raise CaptureError(f"{name} is in training mode: call `model.eval()` first, so that dropout is off")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise CaptureError(f"the model is spread over {', '.join(sorted(devices))}: move it to one device first")
@@ -160,7 +175,7 @@ def first_line(error: Exception) -> str:
     return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
-def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
+def _captured(program: ExportedProgram, wrapper: _LogitsOnly, written: Written) -> Captured:
     graph, constants = program.graph_module.graph, nn.Module()
     for spec, node in zip(
         program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
@@ -185,6 +200,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
         root.register_buffer(name, buffer, persistent=False)
     take_out_additions(graph)
     module = bind(root, graph)
+    write_to_copies(module)
     clean_up(module)
     if "logits_to_keep" not in wrapper.parameters_taken:
         select_early(module.graph)
@@ -194,7 +210,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
     if (most := _bound(program, batch, "batch")) is not None:
         raise CaptureError(f"the model's forward takes another path for a batch beyond {most}; it must take any batch")
     has_position_input = "position_ids" in wrapper.parameters_taken
-    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input)
+    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input, written)
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
