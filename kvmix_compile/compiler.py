@@ -10,6 +10,7 @@ from torch import nn
 
 from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import build_calibration
+from kvmix_compile.changes import Steering
 from kvmix_compile.errors import PlanError, UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
 from kvmix_compile.model import CompiledModel, Program, attach, returns_tensor
@@ -153,6 +154,10 @@ def diagnose(model: nn.Module) -> Report:
 
 def find(model: nn.Module, report: Report) -> Found:
     """Capture a model and find its sites; what is found goes into the report too."""
+    if isinstance(model, CompiledModel):
+        raise UnsupportedModelError(
+            "this is what kvmix_compile.apply made: call it on the original model, as often as you like"
+        )
     with report.timed("capture"):
         captured = capture(model)
         limit = longest_context(captured)
@@ -243,5 +248,6 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         longest_context=found.longest_context,
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
+        steering=Steering.of(model, found.captured.reads, found.captured.written),
     )
     return attach(model, program)  # type: ignore[return-value]

@@ -5,6 +5,7 @@ KVMixCache.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.cache import KVMixCache
+from kvmix_compile.changes import Changes, Steering
 from kvmix_compile.errors import InputError
 from kvmix_compile.inductor import InductorGraph
+from kvmix_compile.module_tree import module_tree
 from kvmix_compile.padding import read_padding
 from kvmix_compile.passes.capture import MODEL
 from kvmix_compile.passes.device import move_constants
@@ -36,6 +39,9 @@ _UNANSWERED = {"inputs_embeds", "output_attentions", "output_hidden_states"}
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
 _RETURNED_CACHE = cache_name(CausalLMOutputWithPast)
 
+# What a twin has its own of, so that what is set there is not set for the original.
+_OWN_SETTINGS = {"config", "generation_config"}
+
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
 
@@ -44,6 +50,7 @@ _BOOKKEEPING = {"cache_position"}
 class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
+    `steering`: what of the original the graph does not follow.
     `inductor`: the rewritten graph compiled by Inductor, where that was asked for.
     """
 
@@ -58,6 +65,7 @@ class Program:
     longest_context: int | None
     returns_tensor: bool
     cache_name: str
+    steering: Steering
     inductor: InductorGraph | None = None
 
     def follow(self, model: nn.Module) -> None:
@@ -94,6 +102,7 @@ class CompiledModel(nn.Module):
     """
 
     kvmix_program: Program
+    kvmix_changes: Changes
 
     @property
     def kvmix_plan(self) -> Plan:
@@ -107,12 +116,17 @@ class CompiledModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A compiled model with weights of its own."""
+        self.kvmix_changes.check()
         program = self.kvmix_program
         model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
         copied = replace(program, rewritten=rebind(program.rewritten, model))
         if program.inductor is not None:
             copied.compile()
-        return attach(model, copied)
+        twin = attach(model, copied)
+        for name in _OWN_SETTINGS & vars(self).keys() & vars(twin).keys():
+            # In place, as submodules hold the same one.
+            vars(vars(twin)[name]).update(copy.deepcopy(vars(vars(self)[name]), memo))
+        return twin
 
     @torch.no_grad()
     def forward(
@@ -173,6 +187,15 @@ class CompiledModel(nn.Module):
                 "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
                 "model is a KVMixCache"
             )
+        own_config = getattr(self, "generation_config", None)
+        if any(
+            getattr(config, "assistant_early_exit", None) is not None
+            for config in (SimpleNamespace(**kwargs), generation_config, own_config)
+        ):
+            raise InputError(
+                "assistant_early_exit drafts with the first layers alone, and the graph of this model runs them all: "
+                "leave it out, or pass prompt_lookup_num_tokens or an assistant_model instead"
+            )
         caching = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
         if caching is not False:
             # Some models do not cache unless they are asked to.
@@ -219,6 +242,8 @@ class CompiledModel(nn.Module):
         """Raise InputError, before anything is changed, for a call that cannot be answered."""
         self._check_options(options)
         seen = self._check_cache(cache)
+        if seen == 0:
+            self.kvmix_changes.check()
         self._check_ids(input_ids, seen)
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -294,13 +319,14 @@ def attach(model: nn.Module, program: Program) -> nn.Module:
     Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the
     class by instance or by name still finds it.
     """
-    twin = copy.copy(model)
+    twin = module_tree(model)
     twin.__dict__.pop("forward", None)
-    # Parameters and submodules are shared, hooks are not: one registered on the twin must not run on the original.
-    twin.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if "_hooks" in name})
+    # Those of the original are in the graph.
+    twin.__dict__.update({name: type(held)() for name, held in vars(model).items() if name.startswith("_forward_")})
     original = type(model)
     twin.__class__ = type(original.__name__, (CompiledModel, original), {"__module__": original.__module__})
     twin.__dict__["kvmix_program"] = program
+    twin.__dict__["kvmix_changes"] = Changes(program.steering, model, twin)
     return twin
 
 

@@ -16,6 +16,7 @@ from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
+from kvmix_compile.passes.reads import Reads, recorded_reads
 from kvmix_compile.passes.signature import parameters_of
 from kvmix_compile.passes.untouched import Written, untouched
 from kvmix_compile.passes.writes import write_to_copies
@@ -35,8 +36,8 @@ class Captured:
     """A model as a graph, and the graph's symbols.
 
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
-    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `written`:
-    what the model's forward changes itself.
+    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads` and
+    `written`: which attributes the model's forward reads, and which it changes.
     """
 
     module: fx.GraphModule
@@ -44,6 +45,7 @@ class Captured:
     tokens: torch.SymInt
     most_tokens: int | None
     has_position_input: bool
+    reads: Reads
     written: Written
 
     @property
@@ -102,8 +104,9 @@ def capture(model: nn.Module) -> Captured:
     _check(model)
     with untouched(model) as written:
         wrapper = _LogitsOnly(model).eval()
-        program = _export(model, wrapper)
-    return _captured(program, wrapper, written)
+        with recorded_reads(model, written) as reads:
+            program = _export(model, wrapper)
+    return _captured(program, wrapper, reads, written)
 
 
 def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
@@ -175,7 +178,7 @@ def first_line(error: Exception) -> str:
     return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
-def _captured(program: ExportedProgram, wrapper: _LogitsOnly, written: Written) -> Captured:
+def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, written: Written) -> Captured:
     graph, constants = program.graph_module.graph, nn.Module()
     for spec, node in zip(
         program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
@@ -210,7 +213,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, written: Written) 
     if (most := _bound(program, batch, "batch")) is not None:
         raise CaptureError(f"the model's forward takes another path for a batch beyond {most}; it must take any batch")
     has_position_input = "position_ids" in wrapper.parameters_taken
-    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input, written)
+    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input, reads, written)
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

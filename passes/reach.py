@@ -114,7 +114,7 @@ class _Walk:
         for owner, names in self.globals.values():
             yield Names(owner, {name: owner.get(name, MISSING) for name in names})
         for owner in self.classes:
-            if not _is_anothers(owner.__module__):
+            if not is_anothers(owner.__module__):
                 yield Names(owner, dict(vars(owner)))
 
     def _visit(self, value: object) -> None:
@@ -124,7 +124,7 @@ class _Walk:
         for kind, visit in self.visitors:
             if isinstance(value, kind):
                 return visit(value)
-        if not _is_anothers(type(value).__module__) or type(value).__module__ in _HOLDS_STATE_OF_OTHERS:
+        if not is_anothers(type(value).__module__) or type(value).__module__ in _HOLDS_STATE_OF_OTHERS:
             self._object(value)
 
     def _tensor(self, tensor: Tensor) -> None:
@@ -148,7 +148,7 @@ class _Walk:
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__:
-            if base is not nn.Module and (issubclass(base, nn.Module) or not _is_anothers(base.__module__)):
+            if base is not nn.Module and (issubclass(base, nn.Module) or not is_anothers(base.__module__)):
                 self.classes.setdefault(base, set())
 
     def _look_up_in_classes(self) -> None:
@@ -177,7 +177,7 @@ class _Walk:
             self.pending.append(content(cell))
         # Decorators of PyTorch's wrap functions that are not.
         self.pending.append(getattr(function, "__wrapped__", None))
-        if not _is_anothers(function.__globals__.get("__name__", "")):
+        if not is_anothers(function.__globals__.get("__name__", "")):
             self.kept["objects"].append(function)
             self.pending.extend(list(vars(function).values()))
             self._globals(function.__globals__, words)
@@ -189,7 +189,7 @@ class _Walk:
         for name in new & namespace.keys():
             value = namespace[name]
             if isinstance(value, ModuleType):
-                if not _is_anothers(value.__name__) and not words <= known_before:
+                if not is_anothers(value.__name__) and not words <= known_before:
                     self._globals(vars(value), words)
             else:
                 self.pending.append(value)
@@ -208,7 +208,7 @@ def loaded_late(value: object) -> bool:
     return isinstance(value, _LOADED_LATE)
 
 
-def _is_anothers(module: str) -> bool:
+def is_anothers(module: str) -> bool:
     """Whether the state of a Python module is not that of a model: `kvmix_compile` except for the models in it."""
     root = module.partition(".")[0]
     return root in _NOT_FOLLOWED and not module.startswith("kvmix_compile.models_zoo")

@@ -6,7 +6,7 @@ not what the user asked for. So every run of a model's own code is within `untou
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType
 from typing import Any
@@ -21,13 +21,19 @@ LARGEST_STATE = 2**20  # bytes
 
 
 class Written:
-    """What was changed and put back, filled when it is: `(id of an object, attribute)` and `(id of a container, "")`."""
+    """Which attributes of objects, and keys of dictionaries, were changed and put back; filled when they are."""
 
     def __init__(self) -> None:
-        self.places: set[tuple[int, str]] = set()
+        self._names: dict[int, set[str]] = {}
 
-    def __contains__(self, place: tuple[int, str]) -> bool:
-        return place in self.places
+    def add(self, owner: object, names: Iterable[str]) -> None:
+        self._names.setdefault(id(owner), set()).update(names)
+
+    def by_owner(self, owner: object) -> frozenset[str]:
+        """The names at an object, or in a container (indices are no names: "" stands for any); empty for one that was
+        not changed.
+        """
+        return frozenset(self._names.get(id(owner), ()))
 
 
 @contextmanager
@@ -75,8 +81,10 @@ def _put_back_attributes(owner: object, saved: dict[str, Any], written: Written)
     now = attributes(owner)
     if now is None or _is_same(now, saved):
         return
-    names = [name for name in now.keys() | saved.keys() if now.get(name, MISSING) is not saved.get(name, MISSING)]
-    written.places |= {(id(owner), name) for name in names}
+    # Export itself puts copies in the place of containers.
+    names = [name for name in now.keys() | saved.keys() if not _alike(now.get(name, MISSING), saved.get(name, MISSING))]
+    if names:
+        written.add(owner, names)
     # In place and past __setattr__, which modules have made their own.
     now.clear()
     now.update(saved)
@@ -95,19 +103,20 @@ def _put_back_items(container: Container, items: Any, written: Written) -> None:
     if isinstance(container, dict):
         if _is_same(container, items):
             return
-        written.places |= {
-            (id(container), str(key))
+        changed = [
+            str(key)
             for key in container.keys() | items.keys()
             if container.get(key, MISSING) is not items.get(key, MISSING)
-        }
+        ]
         container.clear()
         container.update(items)
     elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
+        changed = [""]
         container.clear()
         container.update(items) if isinstance(container, set) else container.extend(items)
     else:
         return
-    written.places.add((id(container), ""))
+    written.add(container, changed)
 
 
 def _put_back_names(names: Names) -> None:
@@ -145,6 +154,17 @@ def _is_same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
         a is b and first is second
         for (a, first), (b, second) in zip(now.items(), saved.items(), strict=True)
     )
+
+
+def _alike(now: Any, saved: Any) -> bool:
+    """Whether two values are one, or containers of what is."""
+    if now is saved:
+        return True
+    if type(now) is not type(saved) or not isinstance(now, dict | list | tuple) or len(now) != len(saved):
+        return False
+    if isinstance(now, dict):
+        return now.keys() == saved.keys() and all(_alike(now[key], saved[key]) for key in now)
+    return all(_alike(a, b) for a, b in zip(now, saved, strict=True))
 
 
 def _version(tensor: Tensor) -> tuple[int, int] | None:
