@@ -36,8 +36,8 @@ class Captured:
     """A model as a graph, and the graph's symbols.
 
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
-    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads` and
-    `written`: which attributes the model's forward reads, and which it changes.
+    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads`
+    and `written`: which attributes the model's forward reads, and which it changes.
     """
 
     module: fx.GraphModule

@@ -22,7 +22,7 @@ Container = dict | list | set | deque
 Memo = type(functools.lru_cache(lambda: None))
 
 _NOT_FOLLOWED = frozenset({"torch", "numpy", "triton", "builtins", "kvmix_compile"}) | sys.stdlib_module_names
-# Parts of these are what others keep their state in.
+# Objects of these are what others keep their state in.
 _HOLDS_STATE_OF_OTHERS = frozenset({"types", "collections", "weakref", "_thread", "argparse"})
 _ROOTS = ("forward", "__call__")
 _LOADED_LATE = (type, ModuleType, FunctionType, BuiltinFunctionType)
@@ -38,9 +38,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Reach:
-    """What was found. `objects`: those with attributes. `slots`: attributes in slots. `words`: every name and identifier in the code of the
-    model's forwards, so that what is called otherwise is not read by them.
-    """
+    """What was found. `objects`: those with attributes. `slots`: attributes that are in slots, by their owner."""
 
     objects: tuple[Any, ...]
     slots: tuple[tuple[Any, str], ...]
@@ -49,7 +47,6 @@ class Reach:
     cells: tuple[CellType, ...]
     memos: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
-    words: frozenset[str]
 
 
 def reach(model: nn.Module) -> Reach:
@@ -65,7 +62,6 @@ def reach(model: nn.Module) -> Reach:
         cells=tuple(kept["cells"]),
         memos=tuple(kept["memos"]),
         tensors=tuple(kept["tensors"]),
-        words=frozenset(walk.words),
     )
 
 
@@ -111,20 +107,20 @@ class _Walk:
             self._look_up_in_classes()
 
     def namespaces(self) -> Iterator[Names]:
-        for owner, names in self.globals.values():
-            yield Names(owner, {name: owner.get(name, MISSING) for name in names})
-        for owner in self.classes:
-            if not is_anothers(owner.__module__):
-                yield Names(owner, dict(vars(owner)))
+        for namespace, names in self.globals.values():
+            yield Names(namespace, {name: namespace.get(name, MISSING) for name in names})
+        for cls in self.classes:
+            if not is_anothers(cls.__module__):
+                yield Names(cls, dict(vars(cls)))
 
     def _visit(self, value: object) -> None:
         if value is None or isinstance(value, str | bytes | int | float | complex) or id(value) in self.seen:
             return
         self.seen[id(value)] = value
-        for kind, visit in self.visitors:
-            if isinstance(value, kind):
-                return visit(value)
-        if not is_anothers(type(value).__module__) or type(value).__module__ in _HOLDS_STATE_OF_OTHERS:
+        visit = next((visit for kind, visit in self.visitors if isinstance(value, kind)), None)
+        if visit is not None:
+            visit(value)
+        elif not is_anothers(type(value).__module__) or type(value).__module__ in _HOLDS_STATE_OF_OTHERS:
             self._object(value)
 
     def _tensor(self, tensor: Tensor) -> None:

@@ -26,7 +26,8 @@ def recorded_reads(model: nn.Module, written: Written) -> Iterator[Reads]:
     """
     reads: Reads = defaultdict(set)
     with ExitStack() as stack:
-        for kind in {nn.Module, *(type(config) for _, config in configs_of(model))}:
+        kinds: set[type] = {nn.Module, *(type(config) for _, config in configs_of(model))}
+        for kind in kinds:
             # The attributes of a class of C cannot be watched.
             if kind is not SimpleNamespace:
                 _record(kind, reads, written, stack)
@@ -49,7 +50,8 @@ def configs_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _record(kind: type, reads: Reads, written: Written, stack: ExitStack) -> None:
     """Have a class say what is read and set, until the stack is left."""
-    read, write = kind.__getattribute__, kind.__setattr__
+    read: Any = kind.__getattribute__
+    write: Any = kind.__setattr__
     # transformers' configs have several names for one attribute.
     aliases = getattr(kind, "attribute_map", {})
 

@@ -5,7 +5,6 @@ A forward may make state when it first runs: attributes, buffers, tables by leng
 not what the user asked for. So every run of a model's own code is within `untouched`.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType
@@ -151,8 +150,7 @@ def _items(container: Container) -> Any:
 def _is_same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
     """Whether two dictionaries hold the same objects by the same keys, in the same order."""
     return len(now) == len(saved) and all(
-        a is b and first is second
-        for (a, first), (b, second) in zip(now.items(), saved.items(), strict=True)
+        a is b and first is second for (a, first), (b, second) in zip(now.items(), saved.items(), strict=True)
     )
 
 
@@ -174,7 +172,7 @@ def _version(tensor: Tensor) -> tuple[int, int] | None:
 
 def _write(tensor: Tensor, values: Tensor) -> None:
     with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-        if tensor.shape == values.shape and tensor.data_ptr():
+        if tensor.shape == values.shape:
             tensor.copy_(values)
         else:
-            tensor.set_(values)
+            tensor.data = values

@@ -40,7 +40,8 @@ def write_to_copies(module: fx.GraphModule) -> None:
         with graph.inserting_after(node):
             copied = graph.call_function(torch.ops.aten.clone.default, (node,))
         copied.meta = dict(node.meta)
-        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        for user in [user for user in node.users if user is not copied]:
+            user.replace_input_with(node, copied)
 
 
 def _aliases(node: fx.Node) -> Iterator[tuple[fx.Node, bool, bool]]:

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 from lora import LoraLinear, put_on, take_off
+from stateful import stateful
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from stateful import stateful
 from toy_llama import ids, lossless
 from transformers import LlamaForCausalLM
 
@@ -73,12 +73,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a patched forward": (
         lambda model: setattr(last(model).mlp, "forward", lambda hidden: hidden), r"mlp\.forward was added"
     ),
-    "a scale": (lambda model: setattr(last(model).self_attn, "scaling", 0.5), r"self_attn\.scaling was changed from .* to 0\.5"),
+    "a scale": (
+        lambda model: setattr(last(model).self_attn, "scaling", 0.5), r"self_attn\.scaling was changed from .* to 0\.5"
+    ),
     "a norm": (lambda model: setattr(model.model.norm, "variance_epsilon", 0.1), r"model\.norm\.variance_epsilon was"),
     "attention": (
         lambda model: model.set_attn_implementation("eager"), r"_attn_implementation.* was changed from sdpa to eager"
     ),
-    "fewer layers": (lambda model: setattr(model.config, "num_hidden_layers", 1), r"config\.num_hidden_layers was changed"),
+    "fewer layers": (
+        lambda model: setattr(model.config, "num_hidden_layers", 1), r"config\.num_hidden_layers was changed"
+    ),
     "training": (lambda model: model.train(), "was put into training mode"),
     "a module in training": (lambda model: last(model).train(), r"model\.layers\.1 was put into training mode"),
     "a parametrization": (

@@ -1,4 +1,4 @@
-"""The original stays as it was: whatever its forward keeps from run to run, after every call of ours and after errors."""
+"""After every call of ours, failed ones too, the original is as it was, whatever its forward keeps from run to run."""
 
 import copy
 import gc
@@ -13,8 +13,6 @@ from toy_llama import ids
 
 import kvmix_compile
 from kvmix_compile import KVMixError
-from kvmix_compile.models_zoo import plain
-from kvmix_compile.models_zoo.tiny import RECIPES, tiny
 from kvmix_compile.passes.capture import logits_of
 
 TEXTS = tuple(ids(2, length) for length in (20, 90))

@@ -246,7 +246,7 @@ class GlobalName(Keeper):
 
 class NewGlobalName(Keeper):
     def forward(self, device: torch.device, tokens: int) -> Tensor:
-        global _NEW_GAIN  # noqa: PLW0604
+        global _NEW_GAIN
         if "_NEW_GAIN" not in globals():
             _NEW_GAIN = gain(device)
         return _NEW_GAIN
@@ -345,6 +345,7 @@ def stateful(kinds: Sequence[type[Keeper]] = KEEPERS) -> Stateful:
     globals().pop("_NEW_GAIN", None)
     for table in (_TABLE, _BEHIND_DECORATOR, _BY_MODEL, ClassTable.shared, vars(_with_attribute)):
         table.clear()
+    DefaultArgument.forward.__defaults__[0].clear()  # type: ignore[index]
     for memo in (_remembered, CachedMethod.gain):
         memo.cache_clear()
     ClassAttribute.shared = None
