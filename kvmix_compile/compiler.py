@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_model, check_tokenizer, read_plan
 from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import Calibration, build_calibration
+from kvmix_compile.changes import Steering
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.inductor import check_compiler
 from kvmix_compile.kernels.ambient import as_captured
@@ -26,6 +27,7 @@ from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name, parameters_of
 from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
+from kvmix_compile.passes.untouched import untouched
 from kvmix_compile.passes.verify import verify as verify_rewrite
 from kvmix_compile.passes.weights import check_weights
 from kvmix_compile.progress import progress_bar
@@ -214,7 +216,7 @@ def _checked_plan(found: Found, plan: Plan) -> Plan:
 
 
 def _verify(found: Found, report: Report) -> None:
-    with report.timed("verify"):
+    with report.timed("verify"), untouched(found.captured.model):
         report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
 
 
@@ -242,7 +244,7 @@ def _measure(
 ) -> Importance:
     length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
     if chosen is None or chosen.longest > length:
-        with report.timed("calibration text"):
+        with report.timed("calibration text"), untouched(model):
             chosen = build_calibration(model, tokenizer, calibration, length=length)
     report.calibration = chosen.source
     device = next(parameter.device for parameter in model.parameters())
@@ -276,6 +278,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         cache_name=cache_name(model.forward),
         logits_follow_autocast=follow_autocast(found.captured.graph),
         embedded=embedded_tokens(model),
+        steering=Steering.of(model, found.captured.reads, found.captured.written),
     )
     twin = attach(model, program)
     with report.timed("numbering"):

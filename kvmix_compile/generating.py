@@ -17,7 +17,7 @@ from kvmix_compile.errors import InputError
 ASSISTED_ROLLBACK = 64
 
 # What asks for assisted generation, beside an assistant model.
-_PROPOSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_PROPOSING = ("assistant_model", "prompt_lookup_num_tokens")
 
 # Ways of decoding that read hidden states, which a compiled model does not compute: a setting, and what it asks for.
 _READING_STATES = {
@@ -76,6 +76,11 @@ class Request:
     def check(self) -> None:
         """Raise InputError for a way of decoding that a compiled model has not."""
         self._check_cache_implementation()
+        if self.setting("assistant_early_exit") is not None:
+            raise InputError(
+                "assistant_early_exit drafts with the first layers alone, and the graph of this model runs them all: "
+                "leave it out, or pass prompt_lookup_num_tokens or an assistant_model instead"
+            )
         for name, meaning in _READING_STATES.items():
             if self.setting(name):
                 raise InputError(

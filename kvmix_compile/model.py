@@ -14,12 +14,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.cache import KVMixCache
+from kvmix_compile.changes import Changes, Steering
 from kvmix_compile.errors import InputError
 from kvmix_compile.generating import Request
 from kvmix_compile.inductor import InductorGraph
 from kvmix_compile.interface import with_signature_of
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.module_tree import module_tree
 from kvmix_compile.numbering import Numbering
 from kvmix_compile.padding import check_padding, put_back, read_padding, reading_waits
 from kvmix_compile.passes.capture import MODEL
@@ -42,6 +44,9 @@ _UNANSWERED = {"inputs_embeds", *_CONFIGURED}
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
 _RETURNED_CACHE = cache_name(CausalLMOutputWithPast)
 
+# What a twin has its own of, so that what is set there is not set for the original.
+_OWN_SETTINGS = {"config", "generation_config"}
+
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
 
@@ -57,8 +62,9 @@ class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
     `logits_follow_autocast`: as of passes.logits. `embedded`: as `embedded_tokens` counts them. `numbering`: what
-    positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing. `inductor`:
-    the rewritten graph compiled by Inductor, where that was asked for.
+    positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing. `steering`:
+    what of the original the graph does not follow. `inductor`: the rewritten graph compiled by Inductor, where that was
+    asked for.
     """
 
     rewritten: Rewritten
@@ -73,6 +79,7 @@ class Program:
     returns_tensor: bool
     cache_name: str
     logits_follow_autocast: bool
+    steering: Steering
     embedded: int | None = None
     numbering: Numbering = Numbering()
     zero_token_types: bool = False
@@ -124,6 +131,7 @@ class CompiledModel(nn.Module):
     """
 
     kvmix_program: Program
+    kvmix_changes: Changes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise InputError(
@@ -142,12 +150,17 @@ class CompiledModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A compiled model with weights of its own."""
+        self.kvmix_changes.check()
         program = self.kvmix_program
         model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
         copied = replace(program, rewritten=rebind(program.rewritten, model))
         if program.inductor is not None:
             copied.compile()
-        return attach(model, copied)
+        twin = attach(model, copied)
+        for name in _OWN_SETTINGS & vars(self).keys() & vars(twin).keys():
+            # In place, as submodules hold the same one.
+            vars(vars(twin)[name]).update(copy.deepcopy(vars(vars(self)[name]), memo))
+        return twin
 
     def __copy__(self) -> nn.Module:
         """Another compiled model with the same weights, as copy.copy of any module."""
@@ -299,6 +312,8 @@ class CompiledModel(nn.Module):
     def _check(self, input_ids: object, cache: object, options: dict[str, Any]) -> Tensor:
         """The token ids. Raises InputError, before anything is changed, for a call that cannot be answered."""
         seen = self._check_cache(cache)
+        if seen == 0:
+            self.kvmix_changes.check()
         self._check_options(options, seen)
         if not isinstance(input_ids, Tensor):
             given = "missing" if input_ids is None else f"a {type(input_ids).__name__}, not a tensor of token ids"
@@ -404,15 +419,16 @@ def attach(model: nn.Module, program: Program) -> nn.Module:
     Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the
     class by instance or by name still finds it.
     """
-    twin = copy.copy(model)
+    twin = module_tree(model)
     twin.__dict__.pop("forward", None)
-    # Parameters and submodules are shared, hooks are not: one registered on the twin must not run on the original.
-    twin.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if "_hooks" in name})
+    # Those of the original are in the graph.
+    twin.__dict__.update({name: type(held)() for name, held in vars(model).items() if name.startswith("_forward_")})
     original = type(model)
     forward = with_signature_of(model.forward, CompiledModel.forward)
     described = {"__module__": original.__module__, "forward": forward, **refusals(original)}
     twin.__class__ = type(original.__name__, (CompiledModel, original), described)
     twin.__dict__["kvmix_program"] = program
+    twin.__dict__["kvmix_changes"] = Changes(program.steering, model, twin)
     return twin
 
 

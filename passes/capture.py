@@ -4,6 +4,7 @@ The graph is made by `torch.export` (non-strict), batch and sequence dynamic. Pa
 live model through `get_attr` nodes, so that nothing is copied and `model.to(device)` is followed.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,12 @@ from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
 from kvmix_compile.passes.randomness import refuse_randomness
+from kvmix_compile.passes.reads import Reads, recorded_reads
 from kvmix_compile.passes.regions import inline_regions
 from kvmix_compile.passes.signature import parameters_of
 from kvmix_compile.passes.source_lines import line_of_bound
+from kvmix_compile.passes.untouched import Written, untouched
+from kvmix_compile.passes.writes import write_to_copies
 
 # Sizes of the example input. Distinct and larger than one, so that no two dimensions are taken for the same
 # and none is specialised as a broadcast.
@@ -36,7 +40,8 @@ class Captured:
     """A model as a graph, and the graph's symbols.
 
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
-    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`.
+    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads`
+    and `written`: which attributes the model's forward reads, and which it changes.
     """
 
     module: fx.GraphModule
@@ -44,6 +49,8 @@ class Captured:
     tokens: torch.SymInt
     most_tokens: int | None
     has_position_input: bool
+    reads: Reads
+    written: Written
 
     @property
     def graph(self) -> fx.Graph:
@@ -101,7 +108,14 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     check_capturable(model)
-    wrapper = _LogitsOnly(model).eval()
+    with untouched(model) as written:
+        wrapper = _LogitsOnly(model).eval()
+        with recorded_reads(model, written) as reads:
+            program = _export(model, wrapper)
+    return _captured(program, wrapper, reads, written)
+
+
+def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     positions = torch.arange(EXAMPLE_TOKENS, device=device)
     example = (
@@ -112,8 +126,10 @@ def capture(model: nn.Module) -> Captured:
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         # Under no_grad the regions that transformers marks with @torch.no_grad() need no subgraph of their own.
-        with as_captured():
-            program = torch.export.export(
+        with as_captured(), warnings.catch_warnings():
+            # What the forward assigns is put back.
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            return torch.export.export(
                 wrapper, example, dynamic_shapes=(dynamic, dynamic, {0: Dim.DYNAMIC}), strict=False
             )
     except CaptureError:
@@ -122,7 +138,6 @@ def capture(model: nn.Module) -> Captured:
         raise CaptureError(
             f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model)}"
         ) from error
-    return _captured(program, wrapper)
 
 
 def _advice(model: nn.Module) -> str:
@@ -145,6 +160,9 @@ def check_capturable(model: nn.Module) -> None:
     """Raise CaptureError for a model that is not captured, for a reason that shows without trying."""
     if model.training:
         raise CaptureError("the model is in training mode: call `model.eval()` first, so that dropout is off")
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.Dropout) and module.p:
+            raise CaptureError(f"{name} is in training mode: call `model.eval()` first, so that dropout is off")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise CaptureError(f"the model is spread over {', '.join(sorted(devices))}: move it to one device first")
@@ -167,7 +185,7 @@ def first_line(error: Exception) -> str:
     return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
-def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
+def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, written: Written) -> Captured:
     inline_regions(program.graph_module)
     refuse_randomness(program.graph_module.graph)
     graph, constants = program.graph_module.graph, nn.Module()
@@ -201,6 +219,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
         root.register_buffer(name, buffer, persistent=False)
     take_out_additions(graph)
     module = bind(root, graph)
+    write_to_copies(module)
     clean_up(module)
     if "logits_to_keep" not in wrapper.parameters_taken:
         select_early(module.graph)
@@ -213,7 +232,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly) -> Captured:
             "take any batch"
         )
     has_position_input = "position_ids" in wrapper.parameters_taken
-    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input)
+    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input, reads, written)
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
