@@ -17,6 +17,7 @@ from kvmix_compile.passes.allocate import Policy
 from kvmix_compile.passes.capture import Captured, capture
 from kvmix_compile.passes.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.one_path import capture_to_measure
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name
@@ -135,7 +136,9 @@ def analyze(
     """
     sinks, recent = unquantized_tokens(tail, sinks, recent)
     report = Report(type(model).__name__)
-    return _measure(model, find(model, report), report, tokenizer, calibration, sinks, recent, progress)
+    with report.timed("capture"):
+        captured = capture_to_measure(model, CALIBRATION_LENGTH)
+    return _measure(model, find_in(captured, report), report, tokenizer, calibration, sinks, recent, progress)
 
 
 def diagnose(model: nn.Module) -> Report:
@@ -154,8 +157,14 @@ def find(model: nn.Module, report: Report) -> Found:
     """Capture a model and find its sites; what is found goes into the report too."""
     with report.timed("capture"):
         captured = capture(model)
-        limit = longest_context(captured)
+    return find_in(captured, report)
+
+
+def find_in(captured: Captured, report: Report) -> Found:
+    """Find a captured model's sites; what is found goes into the report too."""
+    name = type(captured.model).__name__
     with report.timed("find sites"):
+        limit = longest_context(captured)
         sites = find_sites(captured, limit)
     report.sites = tuple(
         SiteReport(
@@ -166,12 +175,10 @@ def find(model: nn.Module, report: Report) -> Found:
     )  # fmt: skip
     report.refused = sites.refused
     if sites.refused:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be given a compressed cache: {_reasons(sites.refused)}"
-        )
+        raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
     if not sites.matched:
         raise UnsupportedModelError(
-            f"no attention was found in {type(model).__name__}, so there is no KV cache to compress; if it was loaded "
+            f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
     return Found(captured, sites.matched, limit)
