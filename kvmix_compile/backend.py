@@ -3,14 +3,15 @@
 Registered with PyTorch by an entry point, so that kvmix_compile need not be imported first.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from kvmix_compile.backend_calls import packs_caches
 from kvmix_compile.backend_graph import StaticGraph
+from kvmix_compile.backend_left import check_left, say_what_is_left
 from kvmix_compile.backend_plan import Options, choose_plan
 from kvmix_compile.backend_storage import packed_cache
 from kvmix_compile.errors import KVMixError
@@ -20,6 +21,7 @@ from kvmix_compile.passes.static_cache import find_cached_sites
 __all__ = ["kvmix", "packed_cache"]
 
 
+@packs_caches
 def kvmix(
     module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -32,16 +34,17 @@ def kvmix(
     options: as of backend_plan.Options; by default {"budget": 2.3}.
     mode: taken, as transformers' CompileConfig passes one, and without effect.
 
-    A graph without a KV cache goes to `options["backend"]` as it is. One that cannot be compiled raises a KVMixError
-    when it is called, so that Dynamo neither wraps nor suppresses it.
+    A graph without a KV cache goes to `options["backend"]` as it is, which is said once of a model that attends. One
+    that cannot be compiled raises a KVMixError when it is called, so that Dynamo neither wraps nor suppresses it.
     """
     try:
         chosen = Options.parse(options or {})
         compiler: Any = lookup_backend(chosen.backend)
         lowered = lower(module, inputs)
         sites = find_cached_sites(lowered)
+        check_left(lowered, sites)
         if not sites:
-            _say_once()
+            say_what_is_left(lowered)
             return compiler(module, inputs)
         return StaticGraph(lowered, sites, choose_plan(chosen, [cached.site for cached in sites]), compiler)
     except KVMixError as error:
@@ -53,17 +56,3 @@ def _refuse(error: KVMixError) -> Callable[..., NoReturn]:
         raise error
 
     return refuse
-
-
-_said = False
-
-
-def _say_once() -> None:
-    global _said
-    if not _said:
-        _said = True
-        warnings.warn(
-            "backend 'kvmix' was given a graph with no KV cache in it and left it as it is. It compresses a "
-            "transformers.StaticCache that the model is called with, or generate(.., cache_implementation='static')",
-            stacklevel=2,
-        )

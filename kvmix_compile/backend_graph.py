@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from kvmix_compile.backend_counting import Counter
+from kvmix_compile.backend_layers import buffer_behind
 from kvmix_compile.backend_padding import MaskReader, padding
-from kvmix_compile.backend_storage import PackedCache, Place, give_back, given_back, place_of
+from kvmix_compile.backend_storage import PackedCache, Place, belongs_to, give_back, given_back, place_of
 from kvmix_compile.errors import CacheError
 from kvmix_compile.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.kernels.precision import BLOCK_TOKENS
@@ -74,6 +75,8 @@ class StaticGraph:
         self.plan, self.dtypes, self.device = plan, tuple(key.dtype for key in keys), keys[0].device
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
         self.sites = [_SitePlace.of(cached, lowered) for cached in sites]
+        places = [place.source for site in self.sites for place in (site.key, site.value)]
+        self.sources = [source for source in places if source is not None]
         self.masks, self.counter = MaskReader(lowered, sites), Counter(lowered, sites)
         # Nothing of `lowered` itself is kept: it holds the inputs that were traced with, a cache among them.
         precisions = [(site.key, site.value) for site in plan.sites]
@@ -104,7 +107,10 @@ class StaticGraph:
         return fakes
 
     @torch.no_grad()
-    def __call__(self, *inputs: Any) -> list[Any]:
+    def __call__(self, *given: Any) -> list[Any]:
+        inputs = list(given)
+        for source in self.sources:
+            inputs[source] = buffer_behind(given[source])
         batch, tokens = self.batch(inputs), self.tokens(inputs)
         cache = self._cache_of(inputs)
         seen = self.counter.seen(inputs, cache)
@@ -112,7 +118,7 @@ class StaticGraph:
         if seen == 0:
             cache.reset()
         starts = self._starts(inputs, cache, batch, tokens, seen)
-        self._give_back(inputs, cache)
+        self._give_back(given, inputs, cache)
         cache.begin(batch, tokens, self.device)
         left = [inputs[place] for place in self.kept]
         outputs = list(self.compiled(*left, cache.lengths, starts, *cache.tensors()))
@@ -189,11 +195,13 @@ class StaticGraph:
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)
 
-    def _give_back(self, inputs: Sequence[Any], cache: PackedCache) -> None:
+    def _give_back(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:
+        """Of the inputs that were given, some stand in for the buffers among `inputs`."""
         for index, site in enumerate(self.sites):
-            for place in (site.key, site.value):
-                if place.source is not None and place_of(inputs[place.source]) is None:
-                    give_back(inputs[place.source], Place(cache, index))
+            for source in (site.key.source, site.value.source):
+                if source is not None and place_of(inputs[source]) is None:
+                    give_back(inputs[source], Place(cache, index))
+                    belongs_to(given[source], Place(cache, index))
 
 
 def _history(buffer: Tensor, seen: int) -> Tensor:

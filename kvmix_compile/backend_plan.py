@@ -12,6 +12,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 
 from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_tokenizer, read_plan
+from kvmix_compile.backend_calls import compiled_call
+from kvmix_compile.backend_equality import same
 from kvmix_compile.compiler import analyze
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate import Policy
@@ -100,7 +102,7 @@ _plans: WeakKeyDictionary[nn.Module, list[tuple[Options, Plan]]] = WeakKeyDictio
 def _planned(options: Options, node: fx.Node) -> Plan:
     model = _model_behind(node)
     for known, plan in _plans.setdefault(model, []):
-        if all(getattr(known, field.name) is getattr(options, field.name) for field in fields(Options)):
+        if all(same(getattr(known, field.name), getattr(options, field.name)) for field in fields(Options)):
             return plan
     # The model is measured as it is, outside the compilation that is going on.
     with torch.compiler.set_stance("force_eager"), tracing(None), torch.no_grad():
@@ -118,12 +120,16 @@ def _planned(options: Options, node: fx.Node) -> Plan:
 
 
 def _model_behind(node: fx.Node) -> nn.Module:
-    """The model that Dynamo is compiling."""
-    model = traced_model(node, InstructionTranslator.current_tx().output.local_scope)
-    if not isinstance(model, nn.Module) or "input_ids" not in parameters_of(model.forward):
-        raise InputError(
-            "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
-            "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}; if it is the model "
-            f"itself, {BROKEN_GRAPH}"
-        )
-    return model
+    """The model that Dynamo is compiling: what was compiled, even where this graph is a part of it, or what that
+    calls.
+    """
+    call = compiled_call()
+    traced = traced_model(node, InstructionTranslator.current_tx().output.local_scope)
+    for model in (None if call is None else call.called, traced):
+        if isinstance(model, nn.Module) and "input_ids" in parameters_of(model.forward):
+            return model
+    raise InputError(
+        "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
+        "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}; if it is the model "
+        f"itself, {BROKEN_GRAPH}"
+    )

@@ -1,21 +1,17 @@
 """Storage: a StaticCache's buffers are given back, and a packed cache belongs to them instead.
 
-A buffer that was given back is the same tensor object with the same shape, over a few elements that are not numbers
-and that all buffers share, so that Dynamo's guards hold and whoever reads it by mistake sees it. The packed cache lives
-as long as the buffers do.
+A buffer that was given back has the same shape, over a few elements that are not numbers and that all buffers share, so
+that whoever reads it by mistake sees it. The packed cache lives as long as the buffers do.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from kvmix_compile.cache import KVMixCache
 from kvmix_compile.errors import CacheError
@@ -96,10 +92,25 @@ def is_given_back(buffer: object) -> bool:
 
 def given_back(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, place: Place) -> Tensor:
     """A new buffer that never had a storage of its own."""
-    # No view: autograd would not let one be written to that was made without gradients.
-    buffer = torch.empty(0, dtype=dtype, device=device).set_(_few_elements(shape, dtype, device), 0, shape, _STRIDES)
+    buffer = _without_storage(shape, dtype, device)
     _places[buffer] = place
     return buffer
+
+
+def without_storage(like: Tensor) -> Tensor:
+    """What a buffer looks like when it was given back."""
+    return _without_storage(tuple(like.shape), like.dtype, like.device)
+
+
+@torch.no_grad()
+def _without_storage(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # No view: autograd would not let one be written to that was made without gradients.
+    return torch.empty(0, dtype=dtype, device=device).set_(_few_elements(shape, dtype, device), 0, shape, _STRIDES)
+
+
+def belongs_to(buffer: Tensor, place: Place) -> None:
+    """What the buffer held is kept there from now on."""
+    _places[buffer] = place
 
 
 @torch.no_grad()
@@ -128,46 +139,3 @@ def packed_cache(cache: Cache) -> PackedCache | None:
 def _few_elements(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.UntypedStorage:
     """One for all buffers of a shape, as nobody writes to it."""
     return torch.full((sum(shape) - len(shape) + 1,), torch.nan, dtype=dtype, device=device).untyped_storage()
-
-
-# transformers itself reads and writes a layer's buffers in three ways. For one that was given back they are replaced.
-
-_reset, _reorder_cache = StaticLayer.reset, StaticLayer.reorder_cache
-
-
-def _reset_packed(layer: StaticLayer) -> None:
-    """A layer that was given back is as good as new: the next tokens make its buffers again."""
-    if is_given_back(layer.keys):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
-    _reset(layer)
-
-
-def _reorder_packed(layer: StaticLayer, beam_idx: torch.LongTensor) -> None:
-    place = place_of(layer.keys) if isinstance(layer.keys, Tensor) else None
-    if place is None:
-        _reorder_cache(layer, beam_idx)
-    else:
-        place.cache.reorder_site(place.site, beam_idx)
-
-
-def _unless_packed(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Without the compiled graphs nobody can write to a layer that was given back."""
-
-    @wraps(update)
-    def checked(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and is_given_back(layer.keys):
-            raise CacheError(
-                "this StaticCache is kept packed by a model compiled with backend 'kvmix', and the model was now "
-                "called without being compiled. Call the compiled model, or the cache's reset() first; if Dynamo gave "
-                "up after torch._dynamo.config.recompile_limit recompilations, raise that limit"
-            )
-        return update(layer, *args, **kwargs)
-
-    return checked
-
-
-StaticLayer.reset = _reset_packed  # type: ignore[assignment, method-assign]
-StaticLayer.reorder_cache = _reorder_packed  # type: ignore[assignment, method-assign]
-for _layer in (StaticLayer, StaticSlidingWindowLayer):
-    _layer.update = _unless_packed(_layer.update)  # type: ignore[method-assign]

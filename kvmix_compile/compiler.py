@@ -23,6 +23,7 @@ from kvmix_compile.passes.exponents import described, with_fitting_exponents
 from kvmix_compile.passes.importance import Importance, check_reachable, check_rows, fingerprint, measure
 from kvmix_compile.passes.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.logits import follow_autocast
+from kvmix_compile.passes.one_path import capture_to_measure
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import rewrite
 from kvmix_compile.passes.signature import cache_name, parameters_of
@@ -149,7 +150,10 @@ def analyze(
     sinks, recent = unquantized_tokens(tail, sinks, recent)
     report = Report(type(model).__name__)
     chosen = _given_calibration(model, report, tokenizer, calibration)
-    return _measure(model, find(model, report), report, chosen, tokenizer, calibration, sinks, recent, progress)
+    check_weights(model)
+    with report.timed("capture"):
+        captured = capture_to_measure(model, CALIBRATION_LENGTH)
+    return _measure(model, find_in(captured, report), report, chosen, tokenizer, calibration, sinks, recent, progress)
 
 
 @as_captured()
@@ -171,8 +175,14 @@ def find(model: nn.Module, report: Report) -> Found:
     check_weights(model)
     with report.timed("capture"):
         captured = capture(model)
-        limit = longest_context(captured)
+    return find_in(captured, report)
+
+
+def find_in(captured: Captured, report: Report) -> Found:
+    """Find a captured model's sites; what is found goes into the report too."""
+    name = type(captured.model).__name__
     with report.timed("find sites"):
+        limit = longest_context(captured)
         sites = find_sites(captured, limit)
     report.sites = tuple(
         SiteReport(
@@ -183,12 +193,10 @@ def find(model: nn.Module, report: Report) -> Found:
     )  # fmt: skip
     report.refused = sites.refused
     if sites.refused:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be given a compressed cache: {_reasons(sites.refused)}"
-        )
+        raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
     if not sites.matched:
         raise UnsupportedModelError(
-            f"no attention was found in {type(model).__name__}, so there is no KV cache to compress; if it was loaded "
+            f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
     return Found(captured, sites.matched, limit)

@@ -6,7 +6,6 @@ from torch import nn
 
 from kvmix_compile.passes.plan import Plan
 
-
 # What a compiled model gets anew: what `apply` gives it, and its own tree of modules.
 _MADE_ANEW = frozenset({"kvmix_program", "kvmix_changes", "_modules", "_parameters", "_buffers"})
 

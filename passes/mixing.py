@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
@@ -56,17 +57,23 @@ def constant_reach(graph: fx.Graph, captured: Captured) -> int:
         abs(number)
         for node in graph.nodes
         if operation(node) in MOVES and (source := tensor_of(node.args[0])) is not None
-        if any(statically_known_true(size == captured.tokens) for size in source.shape)
-        for number in _whole_numbers(node.args[1:])
-        if abs(number) < LAST_INDEX
+        for axis, number in _moves(node, source.dim())
+        if abs(number) < LAST_INDEX and statically_known_true(source.shape[axis] == captured.tokens)
     ]
     return max(moved, default=0)
 
 
-def _whole_numbers(values: object) -> list[int]:
-    found: list[int] = []
-    fx.node.map_aggregate(values, lambda value: found.append(value) if type(value) is int else None)
-    return found
+def _moves(node: fx.Node, rank: int) -> Iterator[tuple[int, int]]:
+    """By how much a tensor of this rank is moved or cut, or where, along each of its axes, as far as it is constant."""
+    if operation(node) in ("slice", "narrow", "select"):
+        axis, numbers = argument(node, 1, "dim", 0), node.args[2:]
+        yield from ((axis, number) for number in numbers if type(number) is int)  # type: ignore[misc]
+    elif operation(node) == "roll":
+        shifts, axes = (argument(node, place, name, ()) for place, name in ((1, "shifts"), (2, "dims")))
+        yield from ((axis, shift) for shift, axis in zip(shifts, axes, strict=False) if type(shift) is int)  # type: ignore[call-overload]
+    else:  # padding is listed in pairs, the last axis first
+        widths: Any = argument(node, 1, "pad", ())
+        yield from ((rank - 1 - place // 2, width) for place, width in enumerate(widths) if type(width) is int)
 
 
 def _may_mix_tokens(node: fx.Node, captured: Captured) -> bool:

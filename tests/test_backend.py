@@ -464,14 +464,11 @@ def test_chunks_are_refused_as_soon_as_they_show() -> None:
         model(ids(2 * WINDOW), **with_cache(past))
 
 
-def test_a_graph_without_a_cache_passes_through_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import kvmix_compile.backend as backend_module
-
-    monkeypatch.setattr(backend_module, "_said", False)
-    counting = Counting()
-    model = compiled("llama", backend=counting)
-    with pytest.warns(UserWarning, match="no KV cache") as caught:
-        found = [model(ids(tokens), use_cache=False).logits for tokens in (5, 6, 7)]
+def test_a_graph_without_a_cache_passes_through_and_says_so_once() -> None:
+    counting, model = Counting(), tiny("llama")
+    step = torch.compile(model, backend="kvmix", options={"plan": plan_for("llama"), "backend": counting})
+    with pytest.warns(UserWarning, match="LlamaForCausalLM .* no KV cache") as caught:
+        found = [step(ids(tokens), use_cache=False).logits for tokens in (5, 6, 7)]
     assert close(found[0], original("llama")(ids(5), use_cache=False).logits)
     assert len([warning for warning in caught if "no KV cache" in str(warning.message)]) == 1
     assert counting.graphs == 2

@@ -23,8 +23,9 @@ CALLED: dict[str, tuple[str, ...]] = {
     "transformers:GenerationMixin.generate": ("inputs", "generation_config"),
     "transformers:GenerationMixin.prepare_inputs_for_generation": ("input_ids", "attention_mask"),
     "transformers.modeling_outputs:CausalLMOutputWithPast": ("loss", "logits"),
-    # kvmix_compile/backend_storage.py replaces these methods, and Cache keeps its layers.
+    # kvmix_compile/backend_layers.py replaces these methods, and Cache keeps its layers.
     "transformers.cache_utils:Cache.__init__": ("layers",),
+    "transformers.cache_utils:StaticLayer.lazy_initialization": ("key_states", "value_states"),
     "transformers.cache_utils:StaticLayer.reset": (),
     "transformers.cache_utils:StaticLayer.reorder_cache": ("beam_idx",),
     "transformers.cache_utils:StaticLayer.update": ("key_states", "value_states"),
@@ -43,11 +44,26 @@ CALLED: dict[str, tuple[str, ...]] = {
     ),
     "torch._dynamo.backends.registry:lookup_backend": (),
     "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx": (),
+    # kvmix_compile/backend_equality.py replaces how these are compared.
+    "torch:_TorchCompileWrapper.__init__": ("options", "dynamic"),
+    "transformers:CompileConfig": ("backend", "options"),
     "torch._guards:tracing": (),
     "torch._guards:TracingContext.get": (),
     "torch._inductor:compile": (),
     "torch.fx.experimental.symbolic_shapes:statically_known_true": (),
 }  # fmt: skip
+
+
+def test_a_call_of_something_compiled_is_found_on_the_stack() -> None:
+    from kvmix_compile.backend_calls import COMPILED_CALL
+
+    assert COMPILED_CALL is not None, f"{RELEASES}: a compiled function is not called through fn and callback any more"
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_an_export_can_follow_one_path() -> None:
+    assert not torch._functorch.config.fake_tensor_propagate_real_tensors
+
 
 # What Cache has and KVMixCache leaves as it is: states of other kinds of layers, and what works on `layers`, of which a
 # KVMixCache has none.
