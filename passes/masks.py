@@ -217,8 +217,8 @@ def scale_and_softcap(
             expected = softcap * torch.tanh(expected / softcap)
         error = (run(probe) - bias - expected).abs()
         # Where the largest score is taken from all of them, they are rounded as it is.
-        largest = expected.abs().max()
-        rounding = TOLERANCE * expected.abs().clamp(min=min(1, largest)) + 8 * precision * (largest + largest_bias)
+        largest = expected.abs().max().item()
+        rounding = TOLERANCE * expected.abs().clamp(min=min(1.0, largest)) + 8 * precision * (largest + largest_bias)
         if (~(error <= rounding) & allowed).any():
             raise UnsupportedModelError(
                 f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a "

@@ -99,18 +99,18 @@ class _Trial:
         """
         padding = 0 if self.rewritten.equal_rows else min(PADDING, chunks[0] - 1)
         ids, model = self._ids(2, sum(chunks)), self.captured.model
-        rows = [original.in_chunks(model, ids[:1], chunks), original.whole(model, ids[1:, padding:])]
-        if rows[0] is None:
-            rows[0] = original.whole(model, ids[:1])
+        first, second = original.in_chunks(model, ids[:1], chunks), original.whole(model, ids[1:, padding:])
+        if first is None:
+            first = original.whole(model, ids[:1])
         try:
             actual = self._run(ids, chunks, padding)
         except (RuntimeError, IndexError) as error:  # shapes or positions that no longer go together
             raise VerifyError(
                 f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, it fails"
             ) from error
-        share = max(_share(actual[:1], rows[0]), _share(actual[1:, padding:], rows[1]))
+        share = max(_share(actual[:1], first), _share(actual[1:, padding:], second))
         if not share <= self._tolerance:
-            share = self._share_of_caches(actual, rows[0], ids, [chunks[0] - padding, *chunks[1:]], padding)
+            share = self._share_of_caches(actual, first, ids, [chunks[0] - padding, *chunks[1:]], padding)
         if not share <= self._tolerance:
             raise VerifyError(
                 f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, its logits "
