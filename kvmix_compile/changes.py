@@ -80,7 +80,7 @@ class Changes:
         own = list(_places(model))
         # A twin has the original's parameters and buffers; its own hooks run when it is called, around its graph.
         twins = [it for it in _places(twin) if it.kind not in _TENSORS and (it.path or it.kind not in _HOOKS)]
-        self.values = tuple((place, *entry) for place in (*own, *twins) for entry in self._entries(place))
+        self.values = tuple(entry for place in (*own, *twins) for entry in self._entries(place))
         self.sizes = tuple((place, place.held, len(place.held)) for place in (*own, *twins) if place.kind)
         self.twins = frozenset(map(id, twins))
 
@@ -92,8 +92,8 @@ class Changes:
         for kind, forward in self.forwards:
             if kind.forward is not forward:
                 raise _error(f"the forward of {kind.__name__} was replaced")
-        for place, held, name, see, then in self.values:
-            now = held.get(name, MISSING)
+        for place, held, name, otherwise, see, then in self.values:
+            now = held.get(name, otherwise)
             if now is then:  # as nearly all are; what can be written to is never seen as itself
                 continue
             now = see(now)
@@ -103,15 +103,18 @@ class Changes:
             if len(held) != size:
                 self._check_added(place)
 
-    def _entries(self, place: _Place) -> Iterator[tuple[dict[str, Any], str, Callable[[Any], Any], Any]]:
-        """What is watched at a place: where, by which name, how it is looked at, and what is seen now."""
+    def _entries(self, place: _Place) -> Iterator[tuple[_Place, dict[str, Any], str, Any, Callable[[Any], Any], Any]]:
+        """What is watched at a place: by which name, what its class has by that name, how it is looked at, and what is
+        seen now.
+        """
         see = _SEEN_AS.get(place.kind, _frozen)
         for name in list(place.held) if place.kind else sorted(self.steering.read.get(place.path, ())):
             if place.of(name) not in self.steering.own:
-                yield place.held, name, see, see(place.held.get(name, MISSING))
+                otherwise = MISSING if place.kind else getattr(type(place.owner), name, MISSING)
+                yield place, place.held, name, otherwise, see, see(place.held.get(name, otherwise))
 
     def _check_added(self, place: _Place) -> None:
-        known = {name for other, _, name, _, _ in self.values if other is place}
+        known = {name for other, _, name, *_ in self.values if other is place}
         for name in place.held.keys() - known:
             is_read = place.kind not in _TENSORS or name in self.steering.read[place.path]
             if is_read and place.of(name) not in self.steering.own:
@@ -186,6 +189,8 @@ def _described(place: _Place, name: str, now: Any, then: Any) -> str:
         return f"a forward hook of {owner} was {'registered' if then is MISSING else 'removed'}"
     if name == "training":
         return f"{owner} was put into training mode"
+    if name == "forward":
+        return f"{path} was replaced"
     if now is MISSING or then is MISSING:
         return f"{path} was {'removed' if now is MISSING else 'added'}"
     if isinstance(then, nn.Module):

@@ -144,7 +144,8 @@ def _put_back_content(cell: CellType, value: Any) -> None:
 
 
 def _items(container: Container) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
+    # A dictionary of a class of its own may do more than look up where it is asked for a key.
+    return dict(container.items()) if isinstance(container, dict) else list(container)
 
 
 def _is_same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
@@ -161,7 +162,7 @@ def _alike(now: Any, saved: Any) -> bool:
     if type(now) is not type(saved) or not isinstance(now, dict | list | tuple) or len(now) != len(saved):
         return False
     if isinstance(now, dict):
-        return now.keys() == saved.keys() and all(_alike(now[key], saved[key]) for key in now)
+        return now.keys() == saved.keys() and all(_alike(now.get(key), saved.get(key)) for key in now)
     return all(_alike(a, b) for a, b in zip(now, saved, strict=True))
 
 

@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda model: last(model).mlp.register_forward_pre_hook(lambda *given: None), r"layers\.1\.mlp was registered"
     ),
     "a patched forward": (
-        lambda model: setattr(last(model).mlp, "forward", lambda hidden: hidden), r"mlp\.forward was added"
+        lambda model: setattr(last(model).mlp, "forward", lambda hidden: hidden), r"mlp\.forward was replaced"
     ),
     "a scale": (
         lambda model: setattr(last(model).self_attn, "scaling", 0.5), r"self_attn\.scaling was changed from .* to 0\.5"
@@ -162,6 +162,7 @@ FOLLOWED: dict[str, Change] = {
     "running": lambda model: logits(model),
     "moving": lambda model: model.to("cpu"),
     "evaluation mode": lambda model: model.eval(),
+    "a default made explicit": lambda model: setattr(last(model), "gradient_checkpointing", False),
     "frozen weights": lambda model: model.requires_grad_(False),
 }
 
