@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from kvmix_compile.errors import CacheError
+from kvmix_compile.padding import ADVICE
 from kvmix_compile.passes.lowering import Lowered
 from kvmix_compile.passes.masks import unbiased
 from kvmix_compile.passes.sizes import size_reader
@@ -120,6 +121,6 @@ def _padded(allowed: Tensor, visible: Tensor, query: Tensor, slot: Tensor, seen:
 def _not_understood(layer: str, where: str) -> CacheError:
     return CacheError(
         f"{layer}: the attention mask ({where}) is neither causal nor the window that its StaticCache keeps, over a "
-        "row that padding leads: pad on the left, keep the mask of earlier calls and pass no other, and where the "
-        "model itself attends in chunks or another window use kvmix_compile.apply"
+        "row that padding leads: keep the mask of earlier calls and pass no other, where the model itself attends in "
+        f"chunks or another window use kvmix_compile.apply, and {ADVICE}"
     )

@@ -137,9 +137,10 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
     """
     shared = rewritten.equal_rows and (numbering.is_input or padding.order is not None or padding.is_enclosed)
     if shared or (numbering.padded is None and not numbering.is_input):
+        left = "" if numbering.is_input or numbering.padded is None else "pad on the left, or "
         raise InputError(
             "this model counts its positions itself, from the beginning of the batch, so its rows cannot be padded so: "
-            "pass rows of equal length, one at a time if need be"
+            f"{left}pass rows of equal length, one at a time if need be"
         )
     functions = [site.score_function for site in rewritten.sites]
     measured = [function for function in functions if function.mask.kind != "causal" or function.slopes]

@@ -54,13 +54,16 @@ def original_logits(name: str, text: Tensor, **options: object) -> Tensor:
 
 
 def in_chunks(model: nn.Module, text: Tensor, chunks: Sequence[int], mask: Tensor | None = None) -> Tensor:
-    """The logits of a text that was given in chunks, through one cache."""
+    """The logits of a text that was given in chunks, through one cache; with a mask, tokens alone are counted."""
     past, seen, logits = KVMixCache(model), 0, []
     for chunk in chunks:
         part = text[:, seen : seen + chunk]
         seen += chunk
-        given_mask = None if mask is None else mask[:, :seen]
-        logits.append(model(part, attention_mask=given_mask, past_key_values=past).logits)
+        options = {}
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, seen - chunk : seen]
+            options = {"attention_mask": mask[:, :seen], "position_ids": positions}
+        logits.append(model(part, past_key_values=past, **options).logits)
     assert past.get_seq_length() == text.shape[1]
     return torch.cat(logits, dim=1)
 

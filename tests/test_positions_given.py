@@ -320,6 +320,21 @@ def test_a_numbering_that_is_not_understood_has_to_be_given() -> None:
         twin(ids(3, TOKENS), left())
 
 
+def test_a_model_that_counts_every_place_itself_is_padded_on_the_left() -> None:
+    config = AutoConfig.for_model(
+        "bart", vocab_size=128, d_model=64, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64,
+        max_position_embeddings=128, init_std=0.3, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    with seeded(0):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    twin, text = kvmix_compile.apply(model, budget=16, calibration=ids(1, 64)), ids(3, TOKENS)
+    expected = run(model, DynamicCache(config=config), text, attention_mask=left())[left().bool()]
+    assert_close(run(twin, KVMixCache(twin), text, attention_mask=left())[left().bool()], expected)
+    for mask in (right(), enclosed()):
+        with pytest.raises(InputError, match="pad on the left, or pass rows of equal length"):
+            twin(text, attention_mask=mask)
+
+
 # A twin's forward is called as the original's is
 
 

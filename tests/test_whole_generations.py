@@ -155,8 +155,12 @@ class Life:
         text = torch.randint(3, 128, (len(self.rows), tokens), generator=self.text)
         seen = self.past.seen + tokens
         mask = torch.arange(seen) >= torch.tensor(self.padding)[:, None]
-        given_mask = mask.long() if any(self.padding) else None
-        logits = self.model(text, attention_mask=given_mask, past_key_values=self.past, use_cache=True).logits
+        options: dict[str, Tensor] = {}
+        if any(self.padding):
+            options["attention_mask"] = mask.long()
+            if self.model.kvmix_program.numbering.is_input:
+                options["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+        logits = self.model(text, past_key_values=self.past, use_cache=True, **options).logits
         self.furthest = max(self.furthest, seen)
         for row, chunks in enumerate(self.rows):
             new = mask[row, -tokens:]
