@@ -111,6 +111,8 @@ class Changes:
         for name in list(place.held) if place.kind else sorted(self.steering.read.get(place.path, ())):
             if place.of(name) not in self.steering.own:
                 otherwise = MISSING if place.kind else getattr(type(place.owner), name, MISSING)
+                if isinstance(otherwise, (*_CONTAINERS, Tensor)):  # state, which instances share
+                    otherwise = MISSING
                 yield place, place.held, name, otherwise, see, see(place.held.get(name, otherwise))
 
     def _check_added(self, place: _Place) -> None:
