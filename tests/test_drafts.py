@@ -18,7 +18,7 @@ from kvmix_compile.models_zoo.tiny import tiny
 
 # The prompt repeats itself, so that a lookup finds much to propose.
 PROMPT = ids(1, 23).repeat(1, 5)
-GREEDY: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
 
 @cache
