@@ -96,7 +96,9 @@ class Request:
 
     def _check_cache_implementation(self) -> None:
         own = getattr(self.own, "cache_implementation", None)
-        if self.arguments.get("cache_implementation") or getattr(self.configuration, "cache_implementation", None):
+        passed = getattr(self.configuration, "cache_implementation", None)
+        # The configuration of an assistant is made by transformers, which before 5.24 chose a cache for it.
+        if self.arguments.get("cache_implementation") or (passed and not self.is_assistant):
             raise InputError(
                 "cache_implementation chooses one of transformers' own caches; leave it out, the cache of this "
                 "model is a KVMixCache"
@@ -134,7 +136,7 @@ class Request:
         if self.configuration is None:
             return None, {"use_cache": True, **asked}
         configuration = copy.copy(self.configuration)
-        configuration.use_cache = True
+        configuration.use_cache, configuration.cache_implementation = True, None
         return configuration, asked
 
     def new_cache(self, model: Any) -> KVMixCache:
