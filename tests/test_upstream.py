@@ -51,6 +51,8 @@ CALLED: dict[str, tuple[str, ...]] = {
     "torch._guards:TracingContext.get": (),
     "torch._inductor:compile": (),
     "torch.fx.experimental.symbolic_shapes:statically_known_true": (),
+    # passes/lengths.py: an expression of sizes as Python writes it.
+    "torch.utils._sympy.printers:PythonPrinter": (),
 }  # fmt: skip
 
 
@@ -96,3 +98,18 @@ def test_all_that_a_cache_can_be_asked_is_answered_by_ours() -> None:
     public = {name for name in vars(Cache) if not name.startswith("_")}
     unknown = public - set(vars(KVMixCache)) - LEFT_ALONE
     assert not unknown, f"{RELEASES}: Cache has {', '.join(sorted(unknown))}, which KVMixCache does not answer"
+
+
+def test_export_says_what_it_assumed_of_sizes_and_where() -> None:
+    """passes/lengths.py reads it off the environment of the symbols."""
+
+    class Branching(torch.nn.Module):
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            return numbers if numbers.shape[0] % 64 else 2 * numbers
+
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(Branching(), (torch.zeros(11),), dynamic_shapes=dynamic, strict=False)
+    size = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape[0]
+    (guard,) = size.node.shape_env.guards
+    assert guard.expr.free_symbols == {size.node.expr}, RELEASES
+    assert guard.sloc.framework_loc.filename == __file__, RELEASES
