@@ -6,7 +6,7 @@ no difference. Everything else that a forward might do with them is refused here
 take another path for some.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from kvmix_compile.passes.capture import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
+from kvmix_compile.passes.positions import reads_table
 from kvmix_compile.passes.sites import module_path
 from kvmix_compile.passes.source_lines import line_of_guard, line_of_node
 from kvmix_compile.passes.vocabulary import operation
@@ -46,14 +47,17 @@ class Assumption:
     broken: tuple[tuple[int, int], ...]
 
 
-def check_lengths(graph: fx.Graph, names: Mapping[Symbol, Symbol]) -> None:
-    """Raise UnsupportedModelError where a rewritten graph makes a value of a number of rows or tokens.
-
-    `names`: what the symbols of the sizes are called in an error, as of `names_of_sizes`.
+def check_lengths(graph: fx.Graph, captured: Captured) -> None:
+    """Raise UnsupportedModelError where the rewritten graph of a captured model makes a value of a number of rows or
+    tokens.
     """
+    names = names_of_sizes(captured)
     for node in graph.nodes:
+        # The beginning of a table is the rows of the tokens' positions, or all of its rows are the same.
+        if reads_table(node, captured.tokens):
+            continue
         for size in _values_of_sizes(node):
-            expression = _text(size.meta["val"].node.expr.xreplace(dict(names)))
+            expression = _text(size.meta["val"].node.expr.xreplace(names))
             raise UnsupportedModelError(
                 f"the model computes with the size {expression} ({operation(node)} in "
                 f"{module_path(node) or 'the model'}, {line_of_node(node)}), so what it gives for a token depends on "
@@ -105,7 +109,7 @@ def broken_assumptions(captured: Captured, longest_context: int | None) -> list[
         # Of two sizes that are equal the environment keeps one.
         known = {symbol: names.get(environment.replace(symbol), symbol) for symbol in guard.expr.free_symbols}
         expression = guard.expr.xreplace(known)
-        if broken := tuple(_broken(expression, longest_context or LONGEST)):
+        if broken := tuple(_broken(expression, longest_context or captured.most_tokens or LONGEST)):
             found.append(Assumption(_text(expression), line_of_guard(guard.sloc), broken))
     return found
 

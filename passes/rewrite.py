@@ -15,7 +15,7 @@ from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kv
 from kvmix_compile.kernels.precision import Precision
 from kvmix_compile.passes.capture import MODEL, Captured, bind, graph_inputs
 from kvmix_compile.passes.cleanup import accept_any_strides, clean_up
-from kvmix_compile.passes.lengths import check_lengths, names_of_sizes
+from kvmix_compile.passes.lengths import check_lengths
 from kvmix_compile.passes.positions import shift_positions
 from kvmix_compile.passes.powers import NO_EXPONENTS, Exponents, multiply_output, with_divided_inputs
 from kvmix_compile.passes.sites import AttentionSite
@@ -70,7 +70,7 @@ def rewrite(
     shifted = shift_positions(graph, counts, captured.tokens)
     accept_any_strides(graph)
     clean_up(module)
-    check_lengths(graph, names_of_sizes(captured))
+    check_lengths(graph, captured)
     return Rewritten(module, tuple(sites), shifted)
 
 
