@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.cleanup import clean_up
 from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.first_run import added_since, make_real, names_held
 from kvmix_compile.passes.logits import select_early
 from kvmix_compile.passes.products import take_out_additions
 from kvmix_compile.passes.randomness import refuse_randomness
@@ -108,21 +109,29 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     check_capturable(model)
+    before = names_held(model)
     with untouched(model) as written:
         wrapper = _LogitsOnly(model).eval()
         with recorded_reads(model, written) as reads:
             program = _export(model, wrapper)
-    return _captured(program, wrapper, reads, written)
+        added = added_since(before)
+    captured = _captured(program, wrapper, reads, written)
+    make_real(model, added, lambda tokens: wrapper(*_example(model, 1, tokens, tokens)))
+    return captured
+
+
+def _example(model: nn.Module, batch: int, tokens: int, logits: int) -> tuple[Tensor, Tensor, Tensor]:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    positions = torch.arange(tokens, device=device)
+    return (
+        torch.zeros(batch, tokens, dtype=torch.int64, device=device),
+        positions.expand(batch, -1).contiguous(),
+        positions[:logits].clone(),
+    )
 
 
 def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    positions = torch.arange(EXAMPLE_TOKENS, device=device)
-    example = (
-        torch.zeros(EXAMPLE_BATCH, EXAMPLE_TOKENS, dtype=torch.int64, device=device),
-        positions.expand(EXAMPLE_BATCH, -1).contiguous(),
-        positions[:EXAMPLE_LOGITS].clone(),
-    )
+    example = _example(model, EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS)
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         # Under no_grad the regions that transformers marks with @torch.no_grad() need no subgraph of their own.

@@ -42,6 +42,7 @@ def test_long_rope_is_as_it_was_and_its_graph_right() -> None:
     model, fresh = (tiny("llama", num_hidden_layers=1, rope_parameters=copy.deepcopy(rope)) for _ in range(2))
     graph = capture(model)
     copy.deepcopy(model)
+    assert type(model.model.rotary_emb.long_inv_freq) is Tensor
     before = model.model.rotary_emb.inv_freq.clone()
     for tokens in (50, 200):
         positions = torch.arange(tokens)
@@ -76,6 +77,25 @@ def test_state_is_put_back_after_a_real_run_and_after_an_error(kind: type) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     gains = [tensor for tensor in reach(model).tensors if tensor.shape == (64,) and torch.equal(tensor, _gain())]
     assert not gains
+
+
+class FirstTextKept(plain.HandWrittenDecoder):
+    """Keeps the first text's length and a number that is the same for any."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale, self.first = torch.ones(1), torch.zeros(input_ids.shape[1])
+            self.register_buffer("saved", torch.ones(1))
+        return super().forward(input_ids, position_ids) * self.scale
+
+
+def test_what_a_first_run_adds_is_made_real_where_it_is_the_same_for_every_text() -> None:
+    model = FirstTextKept(plain.DecoderConfig(layers=1)).eval()
+    state = list(model.state_dict())
+    capture(model)
+    assert type(model.scale) is Tensor and model.scale.tolist() == [1.0]
+    assert not hasattr(model, "first") and list(model.state_dict()) == state
+    copy.deepcopy(model)
 
 
 def _gain() -> Tensor:
