@@ -21,7 +21,7 @@ RELEASE_TESTS := $(addprefix tests/,test_upstream.py test_model.py test_generati
   test_docs.py passes/test_capture.py passes/test_static_cache.py kernels/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
-.PHONY: demo test test-releases check sweep gpu clean
+.PHONY: demo test test-releases check fuzz sweep gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.demo
@@ -46,6 +46,10 @@ check: $(READY)
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
 	@$(VENV)/bin/mypy -p kvmix_compile
+
+# Five hundred drawn decoders: a twin is equal to its model, or refused. Other ones each time.
+fuzz: $(READY)
+	@KVMIX_FUZZ=500 $(VENV)/bin/python -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
 # Compiles every kernel that dispatch can choose, ahead of time, and prints registers and shared memory of each.
 sweep: $(READY)
