@@ -21,7 +21,9 @@ from kvmix_compile.passes.reads import Reads, configs_of
 from kvmix_compile.passes.untouched import Written
 
 # What a compiled model looks at itself whenever it is called.
-_ANSWERED = frozenset({"use_cache", "generation_config"})
+_ANSWERED = frozenset(
+    {"use_cache", "generation_config", "output_attentions", "_output_attentions", "output_hidden_states"}
+)
 # What steers every module, whatever its code.
 _OF_MODULES = frozenset({"training", "forward"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

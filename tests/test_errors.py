@@ -338,7 +338,7 @@ def test_attentions_and_hidden_states_are_not_available(name: str) -> None:
         quantized()(ids(1, 9), **{name: True})
     model = tiny("llama", attn_implementation="eager")
     small = kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
-    setattr(model.config, name, True)
+    setattr(small.config, name, True)
     with pytest.raises(InputError, match=rf"model\.config\.{name}.*set it to False"):
         small(ids(1, 9))
     assert small(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)

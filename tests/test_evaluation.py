@@ -3,15 +3,16 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import kvmix_compile
-from kvmix_compile import baselines
+from kvmix_compile import baselines, comparison
 from kvmix_compile.baselines import Quantized, check_baselines, published_plans, quantized_caches
 from kvmix_compile.comparison import Result, compare
 from kvmix_compile.configurations import Configuration, compile_plans, make_plans
@@ -135,8 +136,13 @@ def test_the_originals_logits_are_computed_once_and_no_window_at_once(
     configurations: list[Configuration], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **given: read.append(given["input_ids"].shape[1]) or forward(**given))
+    read_by = comparison.read
+
+    def listening(reader: nn.Module, given: Tensor, cache: Any, **options: Any) -> Tensor:
+        read.extend([given.numel()] if reader is model else [])
+        return read_by(reader, given, cache, **options)
+
+    monkeypatch.setattr(comparison, "read", listening)
     compare(configurations, ids(200), chunk=32)
     assert read == [32] * 6 + [8]
 
