@@ -29,7 +29,7 @@ from kvmix_compile.passes.device import move_constants
 from kvmix_compile.passes.plan import Plan
 from kvmix_compile.passes.rewrite import Rewritten, rebind
 from kvmix_compile.passes.signature import CACHE_NAMES, cache_name, parameters_of
-from kvmix_compile.pickling import attributes_of_its_own, rebuild
+from kvmix_compile.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.positions import default_positions, given_positions
 from kvmix_compile.report import Report
 from kvmix_compile.unavailable import refusals
@@ -43,9 +43,6 @@ _UNANSWERED = {"inputs_embeds", *_CONFIGURED}
 # By what name a cache goes to transformers' generate, and comes back from a forward.
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
 _RETURNED_CACHE = cache_name(CausalLMOutputWithPast)
-
-# What a twin has its own of, so that what is set there is not set for the original.
-_OWN_SETTINGS = {"config", "generation_config"}
 
 # What generate passes along to some models and that follows from the cache.
 _BOOKKEEPING = {"cache_position"}
@@ -157,9 +154,7 @@ class CompiledModel(nn.Module):
         if program.inductor is not None:
             copied.compile()
         twin = attach(model, copied)
-        for name in _OWN_SETTINGS & vars(self).keys() & vars(twin).keys():
-            # In place, as submodules hold the same one.
-            vars(vars(twin)[name]).update(copy.deepcopy(vars(vars(self)[name]), memo))
+        give_settings(twin, copy.deepcopy(settings_of(self), memo))
         return twin
 
     def __copy__(self) -> nn.Module:
@@ -171,7 +166,7 @@ class CompiledModel(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         program = self.kvmix_program
         original = program.rewritten.module.get_submodule(MODEL)
-        kept = (original, program.plan, program.inductor is not None)
+        kept = (original, program.plan, program.inductor is not None, settings_of(self))
         return rebuild, kept, attributes_of_its_own(self, original)
 
     def train(self, mode: bool = True) -> Self:

@@ -82,7 +82,7 @@ for tokens in (100, TOKENS):
         tensor.zero_()  # every page of it is there
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     for token in range(33):
-        model(ids[:1, token:token + 1], **with_cache(past))
+        model(ids[:1, token:token + 1], cache=past)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(json.dumps(peaks))
 """
