@@ -233,6 +233,18 @@ class KVMixCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """The name of get_max_length in older transformers, which the next two properties are of as well."""
+        return -1
+
+    @property
+    def max_cache_len(self) -> int:
+        return -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
     def __len__(self) -> int:
         return len(self.layouts)
 
@@ -317,6 +329,7 @@ class KVMixCache(Cache):
         prevents that, or `activate_past_recording`.
         """
         self._unsettled = 0
+        tokens_to_remove = int(tokens_to_remove)  # a tensor, by older transformers
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.states:
             return

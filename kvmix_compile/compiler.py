@@ -233,7 +233,7 @@ def _given_calibration(model: nn.Module, report: Report, tokenizer: Any, calibra
     check_tokenizer(tokenizer)
     if tokenizer is None and calibration is None:
         return None
-    with report.timed("calibration text"):
+    with report.timed("calibration text"), untouched(model):
         chosen = build_calibration(model, tokenizer, calibration, length=CALIBRATION_LENGTH)
     check_rows(chosen.rows)
     return chosen
@@ -289,7 +289,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         steering=Steering.of(model, found.captured.reads, found.captured.written),
     )
     twin = attach(model, program)
-    with report.timed("numbering"):
+    with report.timed("numbering"), untouched(model):
         program.numbering = _numbering(model, cast(CompiledModel, twin))
         if "token_type_ids" in parameters_of(model.forward):
             program.zero_token_types = ignores_zeros(model, "token_type_ids", program.vocabulary)
