@@ -72,7 +72,8 @@ def read(model: nn.Module, ids: Tensor, cache: Any, **options: Any) -> Tensor:
     `options` go to the model's forward.
     """
     device = next(model.parameters()).device
-    held = {cache_name(model.forward): cache}
+    # One that torch.compile wrapped takes what the model in it takes.
+    held = {cache_name(getattr(model, "_orig_mod", model).forward): cache}
     return model(input_ids=ids[None].to(device), use_cache=True, return_dict=True, **held, **options).logits[0]
 
 

@@ -445,6 +445,10 @@ def test_a_cache_that_grows_is_refused() -> None:
 
 
 def test_alibi_is_refused_by_layer() -> None:
+    try:
+        tiny("bloom")(ids(5), **with_cache(StaticCache(tiny("bloom").config, max_cache_len=32)))
+    except RuntimeError:
+        pytest.skip("BLOOM itself does not run on a StaticCache with this release of transformers")
     model = torch.compile(tiny("bloom"), backend="kvmix", options={"plan": plan_for("llama"), "backend": "eager"})
     with pytest.raises(UnsupportedModelError, match="transformer.h.0.self_attention: it adds a bias"):
         model(ids(5), **with_cache(StaticCache(tiny("bloom").config, max_cache_len=32)))
