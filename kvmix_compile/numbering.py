@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvmix_compile.errors import InputError
 from kvmix_compile.passes.capture import logits_of
 from kvmix_compile.passes.signature import parameters_of
-from kvmix_compile.passes.verify import TOLERANCE
+from kvmix_compile.passes.verify import TOLERANCE, difference
 
 # Of the text that is run: how long it is, and where there is padding in it, between tokens too. Where that cannot be,
 # the distance of tokens from each other does not show which way they are counted, and in front is enough.
@@ -48,12 +48,13 @@ def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | N
     trial = _Trial(model, run, _ids(model, vocabulary, min(TOKENS, longest or TOKENS)))
     taken = parameters_of(model.forward)
     numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
-    numbering = replace(numbering, from_zero=trial.share(numbering) <= trial.tolerance)
+    (share,) = trial.shares([numbering])
+    numbering = replace(numbering, from_zero=share <= trial.tolerance)
     if not numbering.has_mask:
         # Its own rows are never padded; a twin's may be, and count their own tokens.
         return replace(numbering, padded="tokens" if numbering.is_input else None)
     for padding in ((*IN_FRONT, *BETWEEN), IN_FRONT):
-        places, tokens = (trial.share(replace(numbering, padded=padded), padding) for padded in ("places", "tokens"))
+        places, tokens = trial.shares([replace(numbering, padded=padded) for padded in ("places", "tokens")], padding)
         if min(places, tokens) <= trial.tolerance:
             return replace(numbering, padded="tokens" if tokens * CLEARLY < places else "places")
     return numbering
@@ -75,22 +76,27 @@ class _Trial:
     ids: Tensor
 
     @torch.no_grad()
-    def share(self, numbering: Numbering, padding: Sequence[int] = ()) -> float:
-        """The worst token's difference, as a share of the logits' standard deviation; infinite where the twin refuses
-        `padding` at such places.
+    def shares(self, numberings: Sequence[Numbering], padding: Sequence[int] = ()) -> list[float]:
+        """For each numbering the worst token's difference, as a share of the logits' standard deviation; infinite where
+        the twin refuses `padding` at such places.
         """
         mask = None
         if padding:
             mask = torch.ones_like(self.ids)
             mask[:, [place for place in padding if place < self.ids.shape[1] - 1]] = 0
+        twins = [self._of_twin(numbering, mask) for numbering in numberings]
+        if all(twin is None for twin in twins):
+            return [torch.inf] * len(twins)
+        model = _logits(self.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
+        is_token = torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
+        return [torch.inf if twin is None else difference(twin[is_token], model[is_token]) for twin in twins]
+
+    def _of_twin(self, numbering: Numbering, mask: Tensor | None) -> Tensor | None:
+        """The twin's logits, float32 `[1, tokens, vocabulary]`; None where it refuses the padding."""
         try:
-            actual = self.run(numbering, self.ids, mask).float()
+            return self.run(numbering, self.ids, mask).float()
         except InputError:
-            return torch.inf
-        expected = _logits(self.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
-        is_token = slice(None) if mask is None else mask.bool()
-        worst = (actual - expected)[is_token].square().mean(-1).sqrt().max()
-        return (worst / expected[is_token].std()).item()
+            return None
 
     @property
     def tolerance(self) -> float:

@@ -108,7 +108,7 @@ class _Trial:
             raise VerifyError(
                 f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, it fails"
             ) from error
-        share = max(_share(actual[:1], first), _share(actual[1:, padding:], second))
+        share = max(difference(actual[:1], first), difference(actual[1:, padding:], second))
         if not share <= self._tolerance:
             share = self._share_of_caches(actual, first, ids, [chunks[0] - padding, *chunks[1:]], padding)
         if not share <= self._tolerance:
@@ -127,7 +127,7 @@ class _Trial:
         second = original.in_chunks(self.captured.model, ids[1:, padding:], chunks)
         if second is None:
             return torch.inf
-        return max(_share(actual[:1], first), _share(actual[1:, padding:], second))
+        return max(difference(actual[:1], first), difference(actual[1:, padding:], second))
 
     def _agrees(self, rows: int, tokens: int) -> bool:
         try:
@@ -145,7 +145,7 @@ class _Trial:
         except (RuntimeError, IndexError, ValueError):
             return 0.0
         with running(self.captured):
-            return _share(self._run(ids, [tokens]), expected)
+            return difference(self._run(ids, [tokens]), expected)
 
     def _run(self, ids: Tensor, chunks: Sequence[int], padding: int = 0) -> Tensor:
         """Float32 `[rows, tokens, vocabulary]` of the rewritten graph; the last row begins with `padding` tokens that
@@ -177,8 +177,8 @@ class _Trial:
         return TOLERANCE[coarsest_dtype(self.captured.graph)]
 
 
-def _share(actual: Tensor, expected: Tensor) -> float:
-    """How much the worst token's logits differ, `[rows, tokens, vocabulary]`, as a share of their deviation."""
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """How much the worst token's logits differ, `[.., tokens, vocabulary]`, as a share of their standard deviation."""
     if actual.shape != expected.shape:
         return torch.inf
     return ((actual - expected).square().mean(-1).sqrt().max() / expected.std()).item()

@@ -1,6 +1,7 @@
 """What every test runs under: no network, a fixed seed, and hypothesis in its reproducible mode."""
 
 import os
+from collections.abc import Iterator
 
 # Before transformers and torch are imported anywhere: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,14 @@ settings.load_profile("kvmix")
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def dynamo_begins_anew() -> Iterator[None]:
+    """Nothing that other tests compiled; no gradients."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

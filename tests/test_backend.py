@@ -4,7 +4,7 @@ import copy
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -39,11 +39,7 @@ SLOTS = 256
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def dynamo_begins_anew() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
 
 
 def ids(tokens: int, rows: int = 2, seed: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -28,11 +27,7 @@ SLOTS = 128
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def dynamo_begins_anew() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
 
 
 def ids(tokens: int, rows: int = 2, seed: int = 0) -> Tensor:

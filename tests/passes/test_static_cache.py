@@ -26,9 +26,7 @@ SLOTS, RECENT = 64, 32
 KEY, VALUE = Precision(3, 32, 4), Precision(2, 16, 16)
 
 
-@pytest.fixture(autouse=True)
-def dynamo_begins_anew() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
 
 
 def graphs_of(function: Callable[..., Any], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Lowered]:
