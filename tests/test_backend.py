@@ -504,7 +504,10 @@ def test_it_runs_under_autocast_as_the_original_does() -> None:
     with torch.no_grad():
         exact = logits(original("llama"), static_cache("llama"), text, 60)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            expected = logits(original("llama"), static_cache("llama"), text, 60)
+            try:
+                expected = logits(original("llama"), static_cache("llama"), text, 60)
+            except RuntimeError:
+                pytest.skip("this transformers' StaticCache does not run under autocast")
             found = logits(compiled("llama"), static_cache("llama"), text, 60)
     assert found.dtype == expected.dtype
     assert (found - expected).square().mean() <= 1.2 * (expected - exact).square().mean()
