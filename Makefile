@@ -23,7 +23,7 @@ OLD_VENV := .venv-oldest
 .PHONY: demo test test-releases check fuzz sweep gpu clean
 
 demo: $(READY)
-	@$(VENV)/bin/python -m kvmix_compile.demo
+	@$(VENV)/bin/python -m kvmix_compile.cli.demo
 
 # One process a core, each with one thread: PYTEST="-n 0" is one process with all of them.
 test: $(READY)
@@ -49,7 +49,7 @@ fuzz: $(READY)
 
 # Compiles every kernel that dispatch can choose, ahead of time, and prints registers and shared memory of each.
 sweep: $(READY)
-	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/test_triton_sweep.py
+	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/gpu/test_triton_sweep.py
 
 # All that wants a GPU: what only a GPU shows, benchmarks with their results as JSON, plots, and the kernels' tests
 # natively. These compile some four hundred kernels, ten minutes of one core, and so come last; with pytest-xdist,
@@ -58,7 +58,7 @@ gpu:
 	@failed=; \
 	step() { echo "$$*"; "$$@" || failed="$$failed\n$$*"; }; \
 	step $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .; \
-	step $(GPU_PYTHON) -m pytest tests/kernels/test_cuda.py tests/test_cuda_graph.py; \
+	step $(GPU_PYTHON) -m pytest tests/kernels/gpu/test_cuda.py tests/runtime/test_cuda_graph.py; \
 	for module in $(GPU_BENCHMARKS) plots; do step env PYTHONSAFEPATH= $(GPU_PYTHON) -m benchmarks.$$module; done; \
 	step $(GPU_PYTHON) -m pytest $(GPU_PYTEST) tests/kernels; \
 	test -z "$$failed" || { printf "failed:%b\n" "$$failed"; exit 1; }

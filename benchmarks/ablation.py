@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
-from kvmix_compile.comparison import compare
 from kvmix_compile.compiler import CALIBRATION_LENGTH
-from kvmix_compile.configurations import Configuration, compile_plans
-from kvmix_compile.held_out import token_ids
-from kvmix_compile.kernels import packing
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.evaluate.comparison import compare
+from kvmix_compile.evaluate.configurations import Configuration, compile_plans
+from kvmix_compile.evaluate.held_out import token_ids
+from kvmix_compile.evaluate.records import circumstances, write_json
+from kvmix_compile.kernels.format import packing
+from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.passes import sensitivity
-from kvmix_compile.passes.capture import capture
-from kvmix_compile.passes.importance import Importance, measure
-from kvmix_compile.passes.limits import longest_context
-from kvmix_compile.passes.plan import Plan
-from kvmix_compile.passes.sites import find_sites
-from kvmix_compile.records import circumstances, write_json
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.capture.export import capture
+from kvmix_compile.passes.capture.limits import longest_context
+from kvmix_compile.passes.match.sites import find_sites
+from kvmix_compile.passes.measure import sensitivity
+from kvmix_compile.passes.measure.importance import Importance, measure
 from kvmix_compile.tails import TAILS
 
 RESULTS = Path(__file__).parent / "results"

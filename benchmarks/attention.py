@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from benchmarks.errors import is_out_of_memory, one_line
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout
-from kvmix_compile.records import circumstances
+from kvmix_compile.evaluate.records import circumstances
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

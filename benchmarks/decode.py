@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import kvmix_compile
 from benchmarks.errors import one_line
-from kvmix_compile.baselines import QUANTIZED, Quantized, check_baselines, packages
-from kvmix_compile.configurations import Compiled, Configuration
-from kvmix_compile.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.baselines import QUANTIZED, Quantized, check_baselines, packages
+from kvmix_compile.evaluate.configurations import Compiled, Configuration
+from kvmix_compile.evaluate.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.records import circumstances
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.passes.signature import cache_name
-from kvmix_compile.records import circumstances
+from kvmix_compile.passes.capture.signature import cache_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results" / f"decode-{DEVICE.type}.json"

@@ -18,10 +18,10 @@ import torch
 from transformers import DynamicCache
 
 import kvmix_compile
-from kvmix_compile.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.records import circumstances
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.passes.signature import cache_name
-from kvmix_compile.records import circumstances
+from kvmix_compile.passes.capture.signature import cache_name
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 CHUNK = 500

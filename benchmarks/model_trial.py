@@ -16,8 +16,8 @@ from benchmarks.toy_models import VOCABULARY, NoToyError, toy_model
 from kvmix_compile.backend import packed_cache
 from kvmix_compile.compiler import apply_plans
 from kvmix_compile.errors import KVMixError
-from kvmix_compile.passes.plan import Plan
-from kvmix_compile.passes.signature import cache_in, parameters_of
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.capture.signature import cache_in, parameters_of
 
 # A state so small that most of the prompt is read from storage.
 SINKS, RECENT = 4, 32

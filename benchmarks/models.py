@@ -21,7 +21,7 @@ import torch
 from benchmarks.model_table import applied, table
 from benchmarks.model_trial import Trial, try_architecture, try_static_cache
 from benchmarks.toy_models import architectures
-from kvmix_compile.records import circumstances, write_json
+from kvmix_compile.evaluate.records import circumstances, write_json
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels import cpu, dispatch, reference
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.gpu import dispatch
 from kvmix_compile.kernels.weighting import Weighting
 
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.

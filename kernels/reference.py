@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.packing import dequantize_into, quantize_block
-from kvmix_compile.kernels.precision import BLOCK_TOKENS, Axis, Precision
-from kvmix_compile.kernels.state import packed_blocks, required_blocks
+from kvmix_compile.kernels.format.packing import dequantize_into, quantize_block
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.format.state import packed_blocks, required_blocks
 from kvmix_compile.kernels.weighting import Weighting
 
 # Elements of the largest temporary with a query and a key dimension: 256 MB in float32.

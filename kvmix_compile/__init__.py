@@ -3,12 +3,12 @@
 model = kvmix_compile.apply(model, budget=2.3)
 """
 
-from kvmix_compile.cache import KVMixCache
 from kvmix_compile.compiler import analyze, apply, diagnose
 from kvmix_compile.errors import KVMixError
-from kvmix_compile.evaluation import perplexity
-from kvmix_compile.passes.importance import Importance
-from kvmix_compile.passes.plan import Plan
+from kvmix_compile.evaluate.perplexity import perplexity
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.measure.importance import Importance
+from kvmix_compile.runtime.cache import KVMixCache
 
 __version__ = "0.1.0"
 __all__ = ["Importance", "KVMixCache", "KVMixError", "Plan", "analyze", "apply", "diagnose", "perplexity"]

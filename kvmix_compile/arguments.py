@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from kvmix_compile.errors import BudgetError, CalibrationError, CaptureError, PlanError
-from kvmix_compile.kernels.precision import UNQUANTIZED_BITS
-from kvmix_compile.model import CompiledModel
-from kvmix_compile.passes.allocate import (
+from kvmix_compile.kernels.format.precision import UNQUANTIZED_BITS
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.allocate.policies import (
     KVMIX_OTHER_BITS,
     UNIFORM_BITS,
     Policy,
     check_policy,
     limit,
 )
-from kvmix_compile.passes.capture import check_capturable
-from kvmix_compile.passes.plan import Plan
-from kvmix_compile.passes.sensitivity import CANDIDATE_BITS
-from kvmix_compile.passes.signature import parameters_of
+from kvmix_compile.passes.capture.export import check_capturable
+from kvmix_compile.passes.capture.signature import parameters_of
+from kvmix_compile.passes.measure.sensitivity import CANDIDATE_BITS
+from kvmix_compile.runtime.model import CompiledModel
 
 # The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
 DEFAULT_BUDGET = 2.3

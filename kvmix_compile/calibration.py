@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmix_compile.english import built_in_english
-from kvmix_compile.passes.capture import logits_of
+from kvmix_compile.passes.capture.export import logits_of
+from kvmix_compile.passes.capture.signature import cache_in, cache_name
 from kvmix_compile.passes.errors import CalibrationError
-from kvmix_compile.passes.signature import cache_in, cache_name
 
 CalibrationData = str | Sequence[str] | Tensor | Sequence[Sequence[int] | Tensor]
 

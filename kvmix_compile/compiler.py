@@ -9,30 +9,30 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_model, check_tokenizer, read_plan
-from kvmix_compile.cache_file import weights_fingerprint
 from kvmix_compile.calibration import Calibration, build_calibration
-from kvmix_compile.changes import Steering
 from kvmix_compile.errors import UnsupportedModelError
-from kvmix_compile.inductor import check_compiler
 from kvmix_compile.kernels.ambient import as_captured
-from kvmix_compile.model import CompiledModel, Program, attach, embedded_tokens, returns_tensor
-from kvmix_compile.numbering import Numbering, find_numbering, ignores_zeros
-from kvmix_compile.passes.allocate import Policy
-from kvmix_compile.passes.capture import Captured, capture
-from kvmix_compile.passes.exponents import described, with_fitting_exponents
-from kvmix_compile.passes.importance import Importance, check_reachable, check_rows, fingerprint, measure
-from kvmix_compile.passes.limits import longest_context, vocabulary_size
-from kvmix_compile.passes.logits import follow_autocast
-from kvmix_compile.passes.one_path import capture_to_measure
-from kvmix_compile.passes.plan import Plan
-from kvmix_compile.passes.rewrite import rewrite
-from kvmix_compile.passes.signature import cache_name, parameters_of
-from kvmix_compile.passes.sites import AttentionSite, Refusal, find_sites
-from kvmix_compile.passes.untouched import untouched
-from kvmix_compile.passes.verify import verify as verify_rewrite
-from kvmix_compile.passes.weights import check_weights
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.allocate.policies import Policy
+from kvmix_compile.passes.capture.export import Captured, capture
+from kvmix_compile.passes.capture.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.capture.logits import follow_autocast
+from kvmix_compile.passes.capture.signature import cache_name, parameters_of
+from kvmix_compile.passes.capture.weights import check_weights
+from kvmix_compile.passes.match.sites import AttentionSite, Refusal, find_sites
+from kvmix_compile.passes.measure.exponents import described, with_fitting_exponents
+from kvmix_compile.passes.measure.importance import Importance, check_reachable, check_rows, fingerprint, measure
+from kvmix_compile.passes.measure.one_path import capture_to_measure
+from kvmix_compile.passes.rewrite.rewrite import rewrite
+from kvmix_compile.passes.rewrite.verify import verify as verify_rewrite
+from kvmix_compile.passes.untouched.untouched import untouched
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report, SiteReport
+from kvmix_compile.runtime.cache_file import weights_fingerprint
+from kvmix_compile.runtime.changes import Steering
+from kvmix_compile.runtime.inductor import check_compiler
+from kvmix_compile.runtime.model import CompiledModel, Program, attach, embedded_tokens, returns_tensor
+from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.tails import Tail, unquantized_tokens
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,9 +1,9 @@
 """Every error that kvmix_compile raises on purpose. All derive from KVMixError and say what to do about it."""
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.passes.allocate import AllocationError, BudgetError
+from kvmix_compile.passes.allocate.plan import PlanError
+from kvmix_compile.passes.allocate.policies import AllocationError, BudgetError
 from kvmix_compile.passes.errors import CalibrationError, CaptureError, UnsupportedModelError, VerifyError
-from kvmix_compile.passes.plan import PlanError
 
 __all__ = [
     "AllocationError",

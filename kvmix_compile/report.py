@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from kvmix_compile.passes.sites import Refusal
+from kvmix_compile.passes.match.sites import Refusal
 
 
 @dataclass(frozen=True)

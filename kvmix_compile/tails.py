@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 from kvmix_compile.errors import PlanError
-from kvmix_compile.kernels.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 
 Tail = Literal["window", "rpc"]
 

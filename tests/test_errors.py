@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toy_llama import ids, original, quantized
 
 import kvmix_compile
 from kvmix_compile import KVMixCache, KVMixError, Plan, compiler
@@ -26,7 +25,8 @@ from kvmix_compile.errors import (
 )
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
-from kvmix_compile.passes.importance import Importance
+from kvmix_compile.passes.measure.importance import Importance
+from tests.helpers.toy_llama import ids, original, quantized
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:

@@ -4,14 +4,14 @@ import copy
 import os
 
 import torch
-from drawn_decoders import SPELLINGS, VOCABULARY, DrawnDecoder, Spelling
 from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor, nn
 
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import KVMixError
-from kvmix_compile.passes.capture import logits_of
+from kvmix_compile.passes.capture.export import logits_of
+from tests.helpers.drawn_decoders import SPELLINGS, VOCABULARY, DrawnDecoder, Spelling
 
 # KVMIX_FUZZ=500 draws as many, other ones each time.
 EXAMPLES = int(os.environ.get("KVMIX_FUZZ", 0))

@@ -7,9 +7,9 @@ the keys, they differ by rounding, and where one lies between two codes, roundin
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels.packing import dequantize_block
-from kvmix_compile.kernels.precision import Axis, Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.packing import dequantize_block
+from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
 
 TOLERANCE = 1e-4
 

@@ -1,10 +1,10 @@
-"""The argument that transformers' own models take a cache as: its name has changed (passes/signature.py)."""
+"""The argument that transformers' own models take a cache as: its name has changed (passes/capture/signature.py)."""
 
 from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from kvmix_compile.passes.signature import cache_name
+from kvmix_compile.passes.capture.signature import cache_name
 
 CACHE_ARGUMENT = cache_name(LlamaForCausalLM.forward)
 

@@ -10,10 +10,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvmix_compile.kernels import triton_append, triton_attend
-from kvmix_compile.kernels.precision import Axis, Precision
-from kvmix_compile.kernels.triton_append import BlockWriter
-from kvmix_compile.kernels.triton_unpack import BlockFormat
+from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.gpu import append as triton_append
+from kvmix_compile.kernels.gpu import attend as triton_attend
+from kvmix_compile.kernels.gpu.append import BlockWriter
+from kvmix_compile.kernels.gpu.unpack import BlockFormat
 
 # Bytes of shared memory a program may have (CUDA programming guide, technical specifications per compute capability).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
-from kvmix_compile.kernels.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
 
 
 class Pair:

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
-from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
-from kvmix_compile.kernels.precision import Precision
-from kvmix_compile.kernels.state import SiteState, StateLayout, packed_blocks
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout, packed_blocks
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.important_keys import with_important_keys
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

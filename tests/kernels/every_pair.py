@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from attend_cases import Case
-from covering import Combination
-from important_keys import IMPORTANT_BITS
 
-from kvmix_compile.kernels.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision
-from kvmix_compile.kernels.state import ENDLESS, StateLayout
+from kvmix_compile.kernels.format.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision
+from kvmix_compile.kernels.format.state import ENDLESS, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.attend_cases import Case
+from tests.kernels.covering import Combination
+from tests.kernels.important_keys import IMPORTANT_BITS
 
 Choices = dict[str, tuple[Any, ...]]
 

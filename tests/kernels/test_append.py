@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from important_keys import IMPORTANT_BITS, with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.packing import quantize_block
-from kvmix_compile.kernels.precision import Axis, Precision
+from kvmix_compile.kernels.format.packing import quantize_block
+from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append
-from kvmix_compile.kernels.state import ENDLESS, SiteState, StateLayout
+from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])

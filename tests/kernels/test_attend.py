@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from attend_cases import Case, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from important_keys import with_important_keys
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.packing import dequantize_block
-from kvmix_compile.kernels.precision import Axis, Precision
+from kvmix_compile.kernels.format.packing import dequantize_block
+from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
-from kvmix_compile.kernels.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.attend_cases import Case, weighted
+from tests.kernels.important_keys import with_important_keys
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])

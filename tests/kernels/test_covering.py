@@ -2,7 +2,7 @@
 
 from itertools import combinations, product
 
-from covering import Combination, covering
+from tests.kernels.covering import Combination, covering
 
 OPTIONS = {"size": (1, 2, 3), "colour": ("red", "blue"), "shape": ("round", "square", "flat")}
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.precision import Precision
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
-from kvmix_compile.kernels.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 
 LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)

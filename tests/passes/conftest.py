@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import RECIPES, tiny
-from kvmix_compile.passes.capture import Captured, capture
+from kvmix_compile.passes.capture.export import Captured, capture
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,0 +1,167 @@
+// attend and append of a site's state on a CPU: what reference.py specifies, in the formats of packing.py and state.py.
+//
+// A plain C interface without PyTorch's headers, so that it compiles in seconds; library.py does that.
+//
+// A task is some queries of one row and head of keys and values, and a stretch of the tokens they attend to. It works
+// off 32 tokens at a time, which stay in the first-level cache: scores, a running softmax, weighted values. The
+// stretches of the same queries are joined by whichever task ends last, always in the same order, and how they are cut
+// depends neither on the number of threads nor on the other rows.
+
+#include <atomic>
+#include <memory>
+
+#include "task.h"
+
+namespace {
+
+// The queries of a task. Where they have several stretches, these leave what is to be joined from the place `partial`
+// on; so many are done.
+struct Item {
+    int64_t row, head, first_query, partial;
+    std::atomic<int64_t> done;
+};
+
+// A call: all its tasks, which threads take one after the other.
+template <class Element>
+struct Job {
+    const AttendArguments& arguments;
+    std::unique_ptr<Item[]> items;
+    int64_t item_count = 0, most_stretches = 1, value_stride, queries;
+    std::unique_ptr<float[]> partial;
+    std::atomic<int64_t> next{0};
+
+    explicit Job(const AttendArguments& arguments)
+        : arguments(arguments), value_stride(round_up(arguments.value.dim, LANES)) {
+        const Shape& shape = arguments.shape;
+        queries = shape.tokens * arguments.shared < TASK_QUERIES ? shape.tokens * arguments.shared : TASK_QUERIES;
+        int64_t tiles = (shape.tokens * arguments.shared + TASK_QUERIES - 1) / TASK_QUERIES;
+        items.reset(new Item[shape.rows * shape.heads * tiles]);
+        int64_t partials = 0;
+        Scratch none;
+        for (int64_t row = 0; row < shape.rows; row++) {
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                Task<Element> task(arguments, none, row, 0, tile * TASK_QUERIES);
+                if (task.is_empty()) break;
+                int64_t stretches = task.stretches();
+                if (stretches > most_stretches) most_stretches = stretches;
+                for (int64_t head = 0; head < shape.heads; head++) {
+                    Item& item = items[item_count++];
+                    item.row = row, item.head = head, item.first_query = tile * TASK_QUERIES;
+                    item.partial = partials;
+                    item.done.store(0, std::memory_order_relaxed);
+                    if (stretches > 1) partials += stretches;
+                }
+            }
+        }
+        if (partials) partial.reset(new float[partials * queries * (value_stride + 2)]);
+    }
+
+    float* partial_of(const Item& item, int64_t stretch) const {
+        return partial.get() + (item.partial + stretch) * queries * (value_stride + 2);
+    }
+
+    static void work(void* job) {
+        static thread_local Scratch scratch;
+        Job& self = *static_cast<Job*>(job);
+        scratch.reserve(self.arguments.key, self.arguments.value);
+        int64_t tasks = self.item_count * self.most_stretches;
+        for (int64_t i; (i = self.next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+            self.run(self.items[i / self.most_stretches], i % self.most_stretches, scratch);
+    }
+
+    void run(Item& item, int64_t stretch, Scratch& scratch) {
+        Task<Element> task(arguments, scratch, item.row, item.head, item.first_query);
+        int64_t stretches = task.stretches(), count = task.count(), dim = arguments.value.dim;
+        if (stretch >= stretches) return;
+        task.attend(stretch);
+        if (stretches == 1) {
+            for (int64_t query = 0; query < count; query++) {
+                float scale = 1 / sum(load_floats(scratch.sums + query * LANES)), *output = task.output(query);
+                const float* attended = scratch.attended + query * value_stride;
+                for (int64_t channel = 0; channel < dim; channel++) output[channel] = attended[channel] * scale;
+            }
+            return;
+        }
+        float* mine = partial_of(item, stretch);
+        memcpy(mine, scratch.attended, count * value_stride * sizeof(float));
+        for (int64_t query = 0; query < count; query++) {
+            mine[queries * value_stride + 2 * query] = scratch.highest[query];
+            mine[queries * value_stride + 2 * query + 1] = sum(load_floats(scratch.sums + query * LANES));
+        }
+        if (item.done.fetch_add(1, std::memory_order_acq_rel) == stretches - 1)
+            for (int64_t query = 0; query < count; query++) join(item, stretches, query, task.output(query));
+    }
+
+    void join(const Item& item, int64_t stretches, int64_t query, float* output) const {
+        int64_t dim = arguments.value.dim;
+        float highest = -INFINITY, total = 0;
+        for (int64_t i = 0; i < stretches; i++) {
+            float its_highest = partial_of(item, i)[queries * value_stride + 2 * query];
+            highest = its_highest > highest ? its_highest : highest;
+        }
+        memset(output, 0, dim * sizeof(float));
+        for (int64_t i = 0; i < stretches; i++) {
+            const float *its = partial_of(item, i), *statistics = its + queries * value_stride + 2 * query;
+            if (statistics[0] == -INFINITY) continue;
+            float weight = std::exp2(statistics[0] - highest);
+            total += weight * statistics[1];
+            const float* attended = its + query * value_stride;
+            for (int64_t channel = 0; channel < dim; channel++) output[channel] += weight * attended[channel];
+        }
+        for (int64_t channel = 0; channel < dim; channel++) output[channel] /= total;
+    }
+};
+
+template <class Element>
+void attend(const AttendArguments& arguments) {
+    const Shape& shape = arguments.shape;
+    int64_t query_heads = shape.heads * arguments.shared, dim = arguments.value.dim;
+    for (int64_t row = 0; row < shape.rows; row++)
+        for (int64_t head = 0; head < query_heads && shape.starts[row]; head++)
+            memset(arguments.output + (row * query_heads + head) * shape.tokens * dim, 0,
+                   shape.starts[row] * dim * sizeof(float));
+    Job<Element> job(arguments);
+    int64_t tasks = job.item_count * job.most_stretches;
+    int64_t threads = tasks < arguments.threads ? tasks : arguments.threads;
+    if (threads > 1 && arguments.parallel)
+        arguments.parallel(Job<Element>::work, &job, threads, 0);
+    else
+        Job<Element>::work(&job);
+}
+
+// What of a chunk belongs into the sink and the ring. size: bytes of an element.
+void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
+    for (int64_t row = 0; row < shape.rows; row++) {
+        int64_t length = shape.lengths[row], end = length + shape.tokens - shape.starts[row];
+        int64_t oldest = end - shape.slots > shape.sinks ? end - shape.slots : shape.sinks;
+        for (int64_t token = length; token < end; token++) {
+            if (token >= shape.sinks && token < oldest) token = oldest;
+            int64_t place = token - length + shape.starts[row];
+            for (int64_t head = 0; head < shape.heads; head++) {
+                int64_t pair = row * shape.heads + head;
+                int64_t from = row * side.row_stride + head * side.head_stride + place * side.token_stride;
+                bool is_sink = token < shape.sinks;
+                int64_t to = is_sink ? pair * shape.sinks + token
+                                     : pair * shape.slots + (token - shape.sinks) % shape.slots;
+                memcpy(static_cast<char*>(is_sink ? side.sink : side.tail) + to * side.dim * size,
+                       static_cast<const char*>(side.chunk) + from * size, side.dim * size);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void kvmix_attend(const AttendArguments* arguments) {
+    switch (arguments->shape.element) {
+        case FLOAT32: attend<float>(*arguments); break;
+        case BFLOAT16: attend<Bfloat16>(*arguments); break;
+        case FLOAT16: attend<Float16>(*arguments); break;
+    }
+}
+
+extern "C" void kvmix_copy_tokens(const AppendArguments* arguments) {
+    int64_t size = arguments->shape.element == FLOAT32 ? 4 : 2;
+    copy_tokens(arguments->shape, arguments->key, size);
+    copy_tokens(arguments->shape, arguments->value, size);
+}

@@ -1,0 +1,1 @@
+"""What is stored: precisions, packed blocks, the state of a site."""

@@ -1,0 +1,270 @@
+"""What one attention site keeps of its past, and which token lies where.
+
+    [ sink: first tokens | packed blocks of 32 tokens | tail: recent tokens ]
+
+Of a row that holds n tokens, token u lies in
+- ``sink[u]`` for u < sinks;
+- block ``b = (u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n), in place ``b % C`` where there is room
+  for C blocks: in its own place, except where attention sees a window, or chunks, and later blocks take the places of
+  those that nothing sees any more;
+- slot ``(u - sinks) % slots`` of the tail, a ring, from there to n. These are recent - 31 to recent tokens once any is
+  packed.
+The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
+function of the tokens alone, not of the chunks they came in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels.ambient import ordinary_tensors
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
+
+Length = TypeVar("Length", int, Tensor)
+
+# As recent tokens, more than a row will ever have.
+ENDLESS = 2**30
+
+# A state grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
+GROWTH_SHIFT = 3
+
+
+def is_packed(window: int, recent: int) -> bool:
+    """Whether anything is ever packed where a token sees `window` tokens (0: all): not if these are recent ones all."""
+    return not 0 < window <= recent + 1
+
+
+def unpacked_tokens(window: int, sinks: int, recent: int) -> tuple[int, int]:
+    """The sinks and the recent tokens of a site that sees `window` tokens, where those of the model are `sinks` and
+    `recent`: where nothing is packed its window is kept and nothing else.
+    """
+    return (sinks, recent) if is_packed(window, recent) else (0, ENDLESS)
+
+
+def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
+    """Blocks packed of a row that holds this many tokens; as many as keep at most `recent` of them in the tail.
+
+    length: a number, or an int64 tensor of any shape.
+    """
+    # max and clamp in one spelling for numbers and tensors: a comparison times the rounded-up quotient.
+    beyond = length - sinks - recent
+    return (beyond + BLOCK_TOKENS - 1) // BLOCK_TOKENS * (beyond > 0)
+
+
+def required_blocks(length: int, sinks: int, recent: int, window: int = 0, rollback: int = 0) -> int:
+    """Blocks a state must have room for before a row can hold this many tokens. window, rollback: as of StateLayout."""
+    packed = packed_blocks(length, sinks, recent)
+    return min(packed, visible_blocks(window, recent, rollback)) if window else packed
+
+
+def visible_blocks(window: int, recent: int, rollback: int = 0) -> int:
+    """The most blocks of a row that hold a token which one of the next sees, be it `rollback` tokens earlier."""
+    # Packed blocks end where the tail begins, which holds recent - 31 tokens at least.
+    tokens = window - 1 + rollback - (recent - BLOCK_TOKENS + 1)
+    return max(0, tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """The shape of one site's state.
+
+    kv_heads: heads of keys and values, before they are repeated for grouped queries.
+    key_dim, value_dim: channels of a head.
+    sinks: first tokens of a row that are never quantized (attention sinks, arXiv:2309.17453).
+    recent: the most tokens that wait in the tail to be packed, at least 32; ENDLESS, where there is a window: none is
+        ever packed.
+    rollback: the most tokens by which a row may be shortened again.
+    window: the most tokens that one attends to, itself included, such as a sliding window; 0: all before it.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    key: Precision
+    value: Precision
+    sinks: int
+    recent: int
+    rollback: int = 0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        self.key.check(self.key_dim, Axis.TOKENS)
+        self.value.check(self.value_dim, Axis.CHANNELS)
+        if self.recent < BLOCK_TOKENS:
+            raise KVMixError(f"at least {BLOCK_TOKENS} recent tokens must stay unpacked, not {self.recent}")
+        if self.recent == ENDLESS and not self.window:
+            raise KVMixError("only a state of a window can keep all of it unpacked")
+        if min(self.sinks, self.rollback, self.window) < 0:
+            raise KVMixError(
+                f"sinks ({self.sinks}), rollback ({self.rollback}) and window ({self.window}) cannot be negative"
+            )
+
+    @property
+    def tail_slots(self) -> int:
+        """Tokens the tail has room for."""
+        # A window of one token sees none before it; a ring has a slot nevertheless.
+        kept = max(1, self.window - 1) if self.recent == ENDLESS else self.recent
+        return kept + self.rollback
+
+    def required_blocks(self, length: int) -> int:
+        """Blocks a state must have room for before a row can hold this many tokens."""
+        return required_blocks(length, self.sinks, self.recent, self.window, self.rollback)
+
+    def capacity_blocks(self, length: int) -> int:
+        """Blocks that a state has room for once its rows hold up to this many tokens.
+
+        What is required, rounded up to three significant binary digits and one more: a function of the length alone, so
+        that the size of a cache can be predicted, and at most an eighth above what is required.
+        """
+        packed = packed_blocks(length, self.sinks, self.recent)
+        step = 1 << max(0, packed.bit_length() - 1 - GROWTH_SHIFT)
+        capacity = -(-packed // step) * step
+        return min(capacity, visible_blocks(self.window, self.recent, self.rollback)) if self.window else capacity
+
+    def can_shorten(self, furthest: int, length: int) -> bool:
+        """Whether a row that has held `furthest` tokens still has all that one of its first `length` needs."""
+        blocks = packed_blocks(length, self.sinks, self.recent)
+        first_seen = max(0, length - self.window + 1) if self.window else 0
+        # What waits to be packed is needed whether it is seen or not: its whole group shares a scale.
+        first_needed = first_seen if self.recent == ENDLESS else self.sinks + BLOCK_TOKENS * blocks
+        # Later tokens took the slots of earlier ones in the tail, and later blocks of a window those of earlier blocks.
+        if first_needed < min(length, furthest - self.tail_slots):
+            return False
+        if not self.window:
+            return True
+        room = visible_blocks(self.window, self.recent, self.rollback)
+        lost = packed_blocks(furthest, self.sinks, self.recent) - room
+        return min(blocks, lost) <= max(0, first_seen - self.sinks) // BLOCK_TOKENS
+
+    def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
+        """What a state of this many rows and blocks occupies."""
+        unpacked = (self.sinks + self.tail_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
+        packed = self.key.block_bytes(self.key_dim, dtype.itemsize) + self.value.block_bytes(
+            self.value_dim, dtype.itemsize
+        )
+        return batch * self.kv_heads * (unpacked + blocks * packed)
+
+
+@dataclass
+class SiteState:
+    """One site's tensors, for B rows, H heads of keys and values, and room for C packed blocks.
+
+    sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
+    packed_k, packed_v: uint8 [B, H, C, bytes of a block].
+    tail_k [B, H, slots, key_dim], tail_v [B, H, slots, value_dim]: the model's dtype.
+    None is made in inference mode, whatever mode is on: they are written to in any.
+    """
+
+    sink_k: Tensor
+    sink_v: Tensor
+    packed_k: Tensor
+    packed_v: Tensor
+    tail_k: Tensor
+    tail_v: Tensor
+
+    @classmethod
+    @ordinary_tensors()
+    def allocate(
+        cls, layout: StateLayout, batch: int, blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """An empty state, all zeros."""
+
+        def zeros(count: int, extent: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, layout.kv_heads, count, extent, dtype=dtype, device=device)
+
+        return cls(
+            sink_k=zeros(layout.sinks, layout.key_dim),
+            sink_v=zeros(layout.sinks, layout.value_dim),
+            packed_k=zeros(blocks, layout.key.block_bytes(layout.key_dim, dtype.itemsize), torch.uint8),
+            packed_v=zeros(blocks, layout.value.block_bytes(layout.value_dim, dtype.itemsize), torch.uint8),
+            tail_k=zeros(layout.tail_slots, layout.key_dim),
+            tail_v=zeros(layout.tail_slots, layout.value_dim),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order the operators take them."""
+        return self.sink_k, self.sink_v, self.packed_k, self.packed_v, self.tail_k, self.tail_v
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.packed_k.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """Packed blocks there is room for in each row."""
+        return self.packed_k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors occupy."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @ordinary_tensors()
+    def grow(self, blocks: int) -> None:
+        """Makes room for at least this many blocks in all; what is stored stays, new room is zero.
+
+        Only where every block lies in its own place: no more than there is room for were ever packed.
+        """
+        missing = blocks - self.blocks
+        if missing > 0:
+            self.packed_k = _lengthened(self.packed_k, missing)
+            self.packed_v = _lengthened(self.packed_v, missing)
+
+    @ordinary_tensors()
+    def widen(self, old: StateLayout, new: StateLayout, lengths: Tensor, furthest: Tensor, blocks: int) -> None:
+        """Lay out as `new` what lies here as in `old`, from which it differs in a longer rollback.
+
+        lengths, furthest: int64 [rows], the tokens that each row holds, and the most that it ever held: later ones took
+            the places of earlier ones.
+        blocks: places for blocks, where `new` has a window; those of other states stay as they are.
+        """
+        first, end = furthest - old.sinks - old.tail_slots, (lengths - old.sinks).clamp(min=0)
+        self.tail_k = _in_ring(self.tail_k, first, end, new.tail_slots)
+        self.tail_v = _in_ring(self.tail_v, first, end, new.tail_slots)
+        if new.window:
+            end = packed_blocks(lengths, old.sinks, old.recent)
+            # None is lost before there is room for as many as are seen.
+            room = visible_blocks(old.window, old.recent, old.rollback)
+            first = packed_blocks(furthest, old.sinks, old.recent) - room
+            self.packed_k = _in_ring(self.packed_k, first, end, max(blocks, self.blocks))
+            self.packed_v = _in_ring(self.packed_v, first, end, max(blocks, self.blocks))
+
+    @ordinary_tensors()
+    def select_rows(self, index: Tensor) -> None:
+        """Replaces the rows by those at these places: reorders, repeats or drops them.
+
+        index: int64 [new number of rows].
+        """
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor.index_select(0, index))
+
+    @ordinary_tensors()
+    def make_ordinary(self) -> None:
+        """Replaces what inference mode made, which nothing outside it may write to, by copies."""
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor.clone() if tensor.is_inference() else tensor)
+
+
+def _lengthened(packed: Tensor, missing: int) -> Tensor:
+    return torch.nn.functional.pad(packed, (0, 0, 0, missing))
+
+
+def _in_ring(ring: Tensor, first: Tensor, end: Tensor, places: int) -> Tensor:
+    """A ring of so many places that holds what `ring` does: entry i in place i modulo the number of places, and zeros
+    where there is none.
+
+    ring [B, H, old places, extent]; first, end: int64 [B], each row's entries that are held, from one up to the other.
+    """
+    place = torch.arange(places, device=ring.device)
+    entry = (end - 1)[:, None] - ((end - 1)[:, None] - place) % places
+    held = entry >= first.clamp(min=0)[:, None]
+    row = torch.arange(len(end), device=ring.device)[:, None]
+    moved = ring.transpose(1, 2)[row, entry % ring.shape[2]] if ring.shape[2] else ring.new_zeros(1, 1, 1, 1)
+    kept = torch.where(held[:, :, None, None], moved, torch.zeros((), dtype=ring.dtype, device=ring.device))
+    return kept.expand(-1, -1, ring.shape[1], ring.shape[3]).transpose(1, 2).contiguous()

@@ -1,0 +1,488 @@
+"""What Triton kernels share: a packed block's constants, and its elements in registers. The bytes: packing.py."""
+
+# What a kernel is given has no Python type: pointers, numbers and tensors of Triton's own.
+# mypy: disable-error-code="no-untyped-def"
+# Behind a return Triton compiles what is not in an else.
+# ruff: noqa: RET505
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from kvmix_compile.kernels.format.packing import PLANES
+from kvmix_compile.kernels.format.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Part, Precision
+
+# Where the mask $2 is not set, a byte's higher bits take the lower ones' places: $1 & $2 | $1 >> 1 & ~$2.
+HALVED = tl.constexpr("{ .reg .b32 higher; shr.u32 higher, $1, 1; lop3.b32 $0, $1, higher, $2, 0xE4; }")
+
+# tl.dot wants at least this many channels.
+SMALLEST_DOT = 16
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# NVIDIA's instructions can be written into a kernel.
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+_TOKENS = tl.constexpr(BLOCK_TOKENS)
+_EXTREMES_BYTES = tl.constexpr(BLOCK_EXTREMES_BYTES)
+_NIBBLE_LEVELS = tl.constexpr(15.0)
+_FLOAT16_MAX = tl.constexpr(65504.0)
+
+# The bits of 2**23 in float32: a smaller integer in the mantissa's place makes the float 2**23 + integer. An or and a
+# subtraction take half the time of the conversion instruction.
+_EXPONENT_BITS = tl.constexpr(0x4B000000)
+_EXPONENT_VALUE = tl.constexpr(8388608.0)
+
+# What a byte is more by where it takes the second lowest place of a float32 whose highest byte is 0x47.
+_BYTE_OFFSET = tl.constexpr(32768.0)
+
+# The high byte of 16-bit numbers in whose low byte an integer can be put, and what the number is more by: 128 for seven
+# bits of bfloat16, 1024 for the whole byte of float16.
+_HIGH_BYTE = {"bf16": 0x43, "fp16": 0x64}
+_BFLOAT16_OFFSET = tl.constexpr(128.0)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A packed block of one head, or a part of it that holds some of the channels, as the constants a kernel is
+    compiled for.
+
+    Byte p of a token's row of the lowest plane holds channels p, p + width, p + 2 * width .. in `slices` fields. Padded
+    to a power of two a row of fields has `padded_width` places, and all of them `slices * padded_width`.
+    channels, code_bytes: of the part; first_channel, first_byte: where in head and block it begins.
+    head_dim, block_bytes: of the whole head and block.
+    run: neighbouring channels that always share a value's scale, a power of two that divides slices and groups.
+    """
+
+    bits: int
+    group: int
+    scale_bits: int
+    head_dim: int
+    first_channel: int
+    channels: int
+    block_bytes: int
+    first_byte: int
+    code_bytes: int
+    slices: int
+    width: int
+    padded_width: int
+    run: int
+
+    @classmethod
+    def parts(cls, precision: Precision, head_dim: int, itemsize: int) -> tuple[BlockFormat, ...]:
+        """Of each of Precision.parts.
+
+        itemsize: bytes of an element of the model's dtype.
+        """
+        block_bytes = precision.block_bytes(head_dim, itemsize)
+        formats: list[BlockFormat] = []
+        first_byte = 0
+        for part in precision.parts(head_dim):
+            formats.append(cls._of(part, head_dim, block_bytes, first_byte))
+            first_byte += part.precision.block_bytes(part.channels, itemsize)
+        return tuple(formats)
+
+    @classmethod
+    def _of(cls, part: Part, head_dim: int, block_bytes: int, first_byte: int) -> BlockFormat:
+        precision, channels = part.precision, part.channels
+        slices = 8 // PLANES[precision.bits][0] if precision.is_quantized else 1
+        width = channels // slices
+        common = gcd(width, precision.group)
+        return cls(
+            bits=precision.bits,
+            group=precision.group,
+            scale_bits=precision.scale_bits,
+            head_dim=head_dim,
+            first_channel=part.first_channel,
+            channels=channels,
+            block_bytes=block_bytes,
+            first_byte=first_byte,
+            code_bytes=precision.code_bytes(channels) if precision.is_quantized else 0,
+            slices=slices,
+            width=width,
+            padded_width=max(triton.next_power_of_2(width), SMALLEST_DOT // slices),
+            run=common & -common,
+        )
+
+
+@triton.constexpr_function
+def part_of(constants, part):
+    """constants[part], which Triton 3.6 would not take for a constant where it is handed to a function."""
+    return constants[part]
+
+
+@triton.jit
+def channels_in_order(FORMAT: tl.constexpr):
+    """The head's channel at each place of an unpacked row, and whether it is one: int32 and bool [places]."""
+    place = tl.arange(0, FORMAT.slices * FORMAT.padded_width)
+    within = place % FORMAT.padded_width
+    channel = FORMAT.first_channel + place // FORMAT.padded_width * FORMAT.width + within
+    return channel, within < FORMAT.width
+
+
+@triton.jit
+def unpack_keys(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
+
+    blocks: pointer to the bytes of the head's block 0. room: None, or how many there is room for where later ones may
+    have taken the places of earlier ones.
+    """
+    if FORMAT.bits == 16:
+        return _load_elements(blocks, room, first, end, DTYPE, BLOCKS, FORMAT)
+    blocks += FORMAT.first_byte
+    PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
+    GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
+    group = tl.arange(0, GROUPS)
+    block = first + group // PER_BLOCK
+    place = _place_of(first, group // PER_BLOCK, room)
+    metadata = (blocks + FORMAT.code_bytes + place * FORMAT.block_bytes)[:, None, None]
+    slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
+    within = tl.arange(0, FORMAT.padded_width)[None, None, :]
+    index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
+    is_block = (block < end)[:, None, None]
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
+    low, high = _load_planes(blocks, room, first, end, BLOCKS, FORMAT)
+    SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
+    elements = _dequantized(
+        low.reshape(SHAPE),
+        high.reshape(SHAPE),
+        scale[:, None, :, :],
+        zero_point[:, None, :, :],
+        slice_[:, None, :, :],
+        DTYPE,
+        FORMAT,
+    )
+    return elements.reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+
+
+@triton.jit
+def unpack_values(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """As unpack_keys; values have all their channels in one part."""
+    if FORMAT.bits == 16:
+        return _load_elements(blocks, room, first, end, DTYPE, BLOCKS, FORMAT)
+    PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
+    RUNS: tl.constexpr = FORMAT.padded_width // FORMAT.run
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    block = first + token // _TOKENS
+    place = _place_of(first, token // _TOKENS, room)
+    metadata = (blocks + FORMAT.code_bytes + place * FORMAT.block_bytes)[:, None, None]
+    slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
+    within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
+    index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
+    is_block = (block < end)[:, None, None]
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
+    low, high = _load_planes(blocks, room, first, end, BLOCKS, FORMAT)
+    SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
+    elements = _dequantized(
+        low.reshape(SHAPE),
+        high.reshape(SHAPE),
+        scale[:, :, :, None],
+        zero_point[:, :, :, None],
+        slice_[:, :, :, None],
+        DTYPE,
+        FORMAT,
+    )
+    return elements.reshape(BLOCKS * _TOKENS, FORMAT.slices * FORMAT.padded_width)
+
+
+@triton.jit
+def _place_of(first, offset, room):
+    """Where block first + offset lies, for an offset up to `room`, which is as unpack_keys takes it."""
+    if room is None:
+        return first + offset
+    else:
+        place = first % room + offset
+        return tl.where(place < room, place, place - room)
+
+
+@triton.jit
+def _load_elements(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    channel, is_channel = channels_in_order(FORMAT)
+    row = _place_of(first, token // _TOKENS, room) * _TOKENS + token % _TOKENS
+    mask = (first + token // _TOKENS < end)[:, None] & is_channel[None, :]
+    elements = blocks.to(tl.pointer_type(DTYPE)) + (row * FORMAT.head_dim)[:, None]
+    return tl.load(elements + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_planes(blocks, room, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+    """The bytes of the lowest plane, and for 3 bits those of the high one: uint8 [BLOCKS * 32, padded_width] each.
+
+    Bit 2 * i of a high byte belongs to the code in field i of the low one.
+    """
+    token = tl.arange(0, BLOCKS * _TOKENS)
+    within = tl.arange(0, FORMAT.padded_width)
+    mask = (first + token // _TOKENS < end)[:, None] & (within < FORMAT.width)[None, :]
+    place = _place_of(first, token // _TOKENS, room)
+    rows = blocks + place * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
+    low = tl.load(rows[:, None] + within[None, :], mask=mask, other=0)
+    if FORMAT.bits != 3:
+        return low, low
+    # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
+    HALF: tl.constexpr = FORMAT.width // 2
+    rows = blocks + _TOKENS * FORMAT.width + place * FORMAT.block_bytes + token % _TOKENS * HALF
+    high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
+    return low, _halved(high, within // HALF)
+
+
+@triton.jit
+def _halved(high, half):
+    """Of every two neighbouring bits of a byte the lower one where half is 0, the higher one where it is 1, both in the
+    lower one's place; what is left in the other's place means nothing.
+    """
+    if not _HAS_PTX:
+        return high >> half.to(tl.uint8)[None, :]
+    else:
+        mask = tl.where(half == 0, 0xFF, 0).to(tl.uint8)[None, :]
+        return tl.inline_asm_elementwise(
+            HALVED, "=r,r,r", [high, mask], dtype=tl.uint8, is_pure=True, pack=4
+        )  # fmt: skip
+
+
+@triton.jit
+def _dequantized(low, high, scale, zero_point, slice_, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """low, high: bytes of the planes; scale, zero_point: as _of_codes leaves them; of shapes that broadcast."""
+    if _by_pairs(FORMAT, DTYPE):
+        # It claims side effects, as _once does, and for the second of its reasons.
+        return tl.inline_asm_elementwise(
+            pairs_assembly(FORMAT.bits, DTYPE),
+            "=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [low, high, _field_rotation(slice_, FORMAT, DTYPE), scale, zero_point],
+            dtype=scale.dtype,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        if _by_permutation(FORMAT, DTYPE):
+            codes = _permuted(low)
+        else:
+            shift = _field_shift(slice_, FORMAT)
+            fields = (low.to(tl.int32) >> shift) & (2 ** (8 // FORMAT.slices) - 1)
+            if FORMAT.bits == 3:
+                fields |= ((high.to(tl.int32) >> shift) & 1) << 2
+            codes = _to_float(fields)
+        return _rounded(codes * scale + zero_point, DTYPE)
+
+
+@triton.jit
+def _to_float(integer):
+    """Of integers from 0 to 2**23 - 1."""
+    return (integer | _EXPONENT_BITS).to(tl.float32, bitcast=True) - _EXPONENT_VALUE
+
+
+@triton.jit
+def _field_shift(slice_, FORMAT: tl.constexpr):
+    return slice_ * (8 // FORMAT.slices)
+
+
+@triton.jit
+def _field_rotation(slice_, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bits by which four bytes are rotated to the left, so that a field comes to lie where pairs_assembly wants it."""
+    return (field_place(FORMAT.bits, DTYPE) + 32 - _field_shift(slice_, FORMAT)) % 32
+
+
+@triton.constexpr_function
+def _by_pairs(format, dtype):
+    """Whether two codes at a time become elements in 16-bit arithmetic. Eight bits have no place in bfloat16."""
+    return _HAS_PTX.value and (dtype == tl.float16 or (dtype == tl.bfloat16 and format.bits < 8))
+
+
+@triton.constexpr_function
+def _by_permutation(format, dtype):
+    """Whether codes become float32 four at a time. Their offset makes zero points inexact by 0.002 steps, which is too
+    much for float32 alone.
+    """
+    return _HAS_PTX.value and format.bits == 8 and dtype == tl.bfloat16
+
+
+@triton.constexpr_function
+def field_place(bits, dtype):
+    """The bit of a byte at which pairs_assembly wants a code to begin: for bfloat16 as high as there is room."""
+    return 7 - bits if dtype == tl.bfloat16 else 0
+
+
+@triton.constexpr_function
+def pairs_assembly(bits, dtype):
+    """PTX that makes four elements, $0 and $1, of bytes of the planes, $2 and $3, rotation, $4 to $7, all the same,
+    scales, $8 and $9, and zero points, $10 and $11.
+
+    Bytes become the low bytes of 16-bit numbers. float16's are freed of their offset. bfloat16's are not: with the code
+    as high as possible it is 2**bits steps, which lose in the zero point no more than the element's own rounding does.
+    """
+    place, name = field_place(bits, dtype), dtype.name
+    low_bits = 2 if bits == 3 else bits
+    lines = [
+        "shf.l.wrap.b32 fields, $2, $2, $4;",
+        f"and.b32 fields, fields, {(2**low_bits - 1 << place) * 0x01010101:#x};",
+    ]
+    if bits == 3:
+        lines += [
+            "add.u32 turn, $4, 2;",
+            "shf.l.wrap.b32 high, $3, $3, turn;",
+            f"lop3.b32 fields, high, {(4 << place) * 0x01010101:#x}, fields, 0xEA;",  # (a & b) | c
+        ]
+    lines += [
+        f"prmt.b32 first, fields, {_HIGH_BYTE[name]:#x}, 0x4140;",
+        f"prmt.b32 second, fields, {_HIGH_BYTE[name]:#x}, 0x4342;",
+    ]
+    if name == "fp16":
+        lines += [
+            "mov.b32 offset, 0x64006400;",
+            "sub.rn.f16x2 first, first, offset;",
+            "sub.rn.f16x2 second, second, offset;",
+        ]
+    pair = "f16x2" if name == "fp16" else "bf16x2"
+    lines += [f"fma.rn.{pair} $0, first, $8, $10;", f"fma.rn.{pair} $1, second, $9, $11;"]
+    if name == "fp16":
+        # As in _rounded: twice the largest number that there is.
+        lines += ["mov.b32 offset, 0x7BFF7BFF;", "min.f16x2 $0, $0, offset;", "min.f16x2 $1, $1, offset;"]
+    return "{ .reg .b32 fields, turn, high, first, second, offset; " + " ".join(lines) + " }"
+
+
+@triton.jit
+def _permuted(bytes):
+    """_BYTE_OFFSET + bytes, of uint8: an instruction for each. It claims side effects for _once's second reason."""
+    return tl.inline_asm_elementwise(
+        """{
+        prmt.b32 $0, $4, 0x47, 0x4505;
+        prmt.b32 $1, $4, 0x47, 0x4515;
+        prmt.b32 $2, $4, 0x47, 0x4525;
+        prmt.b32 $3, $4, 0x47, 0x4535;
+        }""",
+        "=f,=f,=f,=f,r",
+        [bytes],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@triton.jit
+def _of_codes(scale, zero_point, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """The scales and zero points that _dequantized wants, in float32 or, for pairs, in the elements' dtype."""
+    if _by_pairs(FORMAT, DTYPE):
+        if DTYPE.is_bf16():
+            # A power of two takes nothing from a scale. The offset is that of the scale as it is rounded.
+            scale = (scale * (1.0 / 2 ** field_place(FORMAT.bits, DTYPE))).to(DTYPE)
+            zero_point -= _BFLOAT16_OFFSET * scale.to(tl.float32)
+        return _once(scale.to(DTYPE)), _once(zero_point.to(DTYPE))
+    else:
+        if _by_permutation(FORMAT, DTYPE):
+            zero_point -= _BYTE_OFFSET * scale
+        return _once(scale), _once(zero_point)
+
+
+@triton.jit
+def _once(x):
+    """x, worked out once, and then broadcast.
+
+    The compiler, to save moving a small tensor between threads, would rather have every thread work out all that it
+    needs of it: for the scales and zero points more than half of the loop's instructions. Triton 3.7 does not repeat
+    what has side effects. Triton 3.6 does, but not across a load of many bytes, unless on the way it finds one
+    conversion to a larger type where it can move these bytes instead: _to_integers and _to_float32 hide it.
+    And it looks back from a product to the bytes that the operands were made of, to hold them in the order in which
+    bytes are multiplied, which takes another move for each element; it does not look past side effects either.
+    """
+    if not _HAS_PTX:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, EXACT: tl.constexpr):
+    """Scales and zero points, float32, finite also where is_block or is_channel is false.
+
+    metadata: pointers to the first byte behind the codes of a block.
+    EXACT: as packing.py computes them, to the last bit; else faster.
+    """
+    halves = metadata.to(tl.pointer_type(tl.float16))
+    mask = is_block & is_channel
+    if FORMAT.scale_bits == 16:
+        GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
+        scale = _to_float32(tl.load(halves + index, mask=mask, other=0.0))
+        zero_point = _to_float32(tl.load(halves + GROUPS + index, mask=mask, other=0.0))
+    else:
+        nibbles = _to_integers(tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0))
+        log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
+        scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
+        zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
+    return scale, zero_point
+
+
+@triton.jit
+def _to_integers(bytes):
+    """Of uint8, int32."""
+    if not _HAS_PTX:
+        return bytes.to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0, 0x4440;
+            prmt.b32 $1, $4, 0, 0x4441;
+            prmt.b32 $2, $4, 0, 0x4442;
+            prmt.b32 $3, $4, 0, 0x4443;
+            """,
+            "=r,=r,=r,=r,r",
+            [bytes],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def _to_float32(halves):
+    if not _HAS_PTX:
+        return halves.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.f32.f16 $0, $1;", "=f,h", [halves], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _from_nibble(extremes, nibble, mask, EXACT: tl.constexpr):
+    """extremes: pointers to the lowest number, with the highest behind it."""
+    lowest = tl.load(extremes, mask=mask, other=0.0).to(tl.float32)
+    highest = tl.load(extremes + 1, mask=mask, other=0.0).to(tl.float32)
+    step = nibble_step(lowest, highest) if EXACT else (highest - lowest) * (1.0 / _NIBBLE_LEVELS)
+    return _to_float(nibble) * step + lowest
+
+
+@triton.jit
+def nibble_step(lowest, highest):
+    """What one of a nibble's levels is worth between these extremes, correctly rounded."""
+    extent = highest - lowest
+    return tl.div_rn(extent, tl.full(extent.shape, _NIBBLE_LEVELS, tl.float32))
+
+
+@triton.jit
+def exact_exp2(x):
+    """As packing.py computes it, in float64; tl.exp2 is an approximation on the device."""
+    wide = x.to(tl.float64)
+    return (tl.exp2(wide) if _INTERPRETED else libdevice.exp2(wide)).to(tl.float32)
+
+
+@triton.jit
+def exact_log2(x):
+    """As exact_exp2."""
+    wide = x.to(tl.float64)
+    return (tl.log2(wide) if _INTERPRETED else libdevice.log2(wide)).to(tl.float32)
+
+
+@triton.jit
+def _rounded(elements, DTYPE: tl.constexpr):
+    """Only upwards can an element leave float16's range: no zero point does, and scales are not negative."""
+    if DTYPE.is_fp16():
+        elements = tl.minimum(elements, _FLOAT16_MAX)
+    return elements.to(DTYPE)

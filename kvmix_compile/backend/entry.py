@@ -1,0 +1,58 @@
+"""The second way in: `torch.compile(model, backend="kvmix", options={"plan": plan})`, or `{"budget": 2.3}`.
+
+Registered with PyTorch by an entry point, so that kvmix_compile need not be imported first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from kvmix_compile.backend.calls import packs_caches
+from kvmix_compile.backend.graph import StaticGraph
+from kvmix_compile.backend.left import check_left, say_what_is_left
+from kvmix_compile.backend.plan import Options, choose_plan
+from kvmix_compile.backend.storage import packed_cache
+from kvmix_compile.errors import KVMixError
+from kvmix_compile.passes.capture.dynamo import lower
+from kvmix_compile.passes.match.static_cache import find_cached_sites
+
+__all__ = ["kvmix", "packed_cache"]
+
+
+@packs_caches
+def kvmix(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs, its attention over a transformers StaticCache on packed keys and values.
+
+    options: as of backend_plan.Options; by default {"budget": 2.3}.
+    mode: taken, as transformers' CompileConfig passes one, and without effect.
+
+    A graph without a KV cache goes to `options["backend"]` as it is, which is said once of a model that attends. One
+    that cannot be compiled raises a KVMixError when it is called, so that Dynamo neither wraps nor suppresses it.
+    """
+    try:
+        chosen = Options.parse(options or {})
+        compiler: Any = lookup_backend(chosen.backend)
+        lowered = lower(module, inputs)
+        sites = find_cached_sites(lowered)
+        check_left(lowered, sites)
+        if not sites:
+            say_what_is_left(lowered)
+            return compiler(module, inputs)
+        return StaticGraph(lowered, sites, choose_plan(chosen, [cached.site for cached in sites]), compiler)
+    except KVMixError as error:
+        return _refuse(error)
+
+
+def _refuse(error: KVMixError) -> Callable[..., NoReturn]:
+    def refuse(*inputs: Any) -> NoReturn:
+        raise error
+
+    return refuse

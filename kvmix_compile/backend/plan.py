@@ -1,0 +1,135 @@
+"""Plan: what `torch.compile(.., backend="kvmix", options=..)` is told, and the plan that follows from it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import tracing
+
+from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_tokenizer, read_plan
+from kvmix_compile.backend.calls import compiled_call
+from kvmix_compile.backend.equality import same
+from kvmix_compile.compiler import analyze
+from kvmix_compile.errors import InputError, PlanError
+from kvmix_compile.passes.allocate.plan import Plan, SitePlan
+from kvmix_compile.passes.allocate.policies import Policy
+from kvmix_compile.passes.capture.signature import parameters_of
+from kvmix_compile.passes.match.sites import AttentionSite, traced_model
+from kvmix_compile.tails import Tail, unquantized_tokens
+
+BROKEN_GRAPH = (
+    "Dynamo broke the model's graph and hands over a part of it: see TORCH_LOGS=graph_breaks; for transformers' models "
+    "pass attention_mask and position_ids, as generate does"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the backend; all but `backend` mean what they mean to `kvmix_compile.apply`.
+
+    backend: what compiles the rest of the graph, any backend of torch.compile.
+    """
+
+    plan: Plan | str | os.PathLike[str] | None = None
+    budget: float | None = None
+    storage_budget: float | None = None
+    policy: Policy = "fisher"
+    calibration: Any = None
+    tokenizer: Any = None
+    tail: Tail = "window"
+    sinks: int | None = None
+    recent: int | None = None
+    backend: Any = "inductor"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> "Options":
+        """Raises InputError for an option that there is not, and what `kvmix_compile.apply` raises for others."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise InputError(f"backend 'kvmix' has no option {unknown[0]!r}; it takes {', '.join(known)}")
+        options = cls(**given)
+        check_bits(options.plan, options.budget, options.storage_budget, options.policy)
+        unquantized_tokens(options.tail, options.sinks, options.recent)
+        check_tokenizer(options.tokenizer)
+        if options.budget is None and options.storage_budget is None:
+            options = replace(options, budget=DEFAULT_BUDGET)
+        return options
+
+
+def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
+    """The plan for a graph's sites, which may be some of the model's.
+
+    Raises PlanError where the plan was made for another model, what kvmix_compile.analyze raises, and InputError where
+    there is only a budget and no model to measure.
+    """
+    plan = read_plan(options.plan) or _planned(options, sites[0].output)
+    by_layer = {site.layer: planned for site in sites if (planned := _planned_for(site.layer, plan)) is not None}
+    layers = [site.layer for site in sites]
+    if not by_layer:
+        raise PlanError(f"the plan has no layer {layers[0]!r}: either it was made for another model, or {BROKEN_GRAPH}")
+    shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
+    if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
+        plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
+    for site in sites:
+        window = by_layer[site.layer].window
+        if 0 < window < site.mask.size:
+            raise PlanError(
+                f"the plan keeps the last {window} tokens of {site.layer}, which attends to {site.mask.size}: make a "
+                "new plan for this model"
+            )
+    return replace(plan, sites=tuple(by_layer[layer] for layer in layers))
+
+
+def _planned_for(layer: str, plan: Plan) -> SitePlan | None:
+    """The plan for a layer. Where Dynamo broke the model's graph, paths begin at a part of the model: such a path may
+    be the end of one planned layer's.
+    """
+    ends = [site for site in plan.sites if f".{site.layer}".endswith(f".{layer}")]
+    exact = [site for site in ends if site.layer == layer]
+    found = exact or ends
+    return found[0] if len(found) == 1 else None
+
+
+# A model is measured once, however many graphs it is compiled to.
+_plans: WeakKeyDictionary[nn.Module, list[tuple[Options, Plan]]] = WeakKeyDictionary()
+
+
+def _planned(options: Options, node: fx.Node) -> Plan:
+    model = _model_behind(node)
+    for known, plan in _plans.setdefault(model, []):
+        if all(same(getattr(known, field.name), getattr(options, field.name)) for field in fields(Options)):
+            return plan
+    # The model is measured as it is, outside the compilation that is going on.
+    with torch.compiler.set_stance("force_eager"), tracing(None), torch.no_grad():
+        importance = analyze(
+            model,
+            tokenizer=options.tokenizer,
+            calibration=options.calibration,
+            tail=options.tail,
+            sinks=options.sinks,
+            recent=options.recent,
+        )
+    plan = importance.allocate(budget=options.budget, storage_budget=options.storage_budget, policy=options.policy)
+    _plans[model].append((options, plan))
+    return plan
+
+
+def _model_behind(node: fx.Node) -> nn.Module:
+    """The model that Dynamo is compiling: what was compiled, even where this graph is a part of it, or what that
+    calls.
+    """
+    call = compiled_call()
+    traced = traced_model(node, InstructionTranslator.current_tx().output.local_scope)
+    for model in (None if call is None else call.called, traced):
+        if isinstance(model, nn.Module) and "input_ids" in parameters_of(model.forward):
+            return model
+    raise InputError(
+        "the model that this graph is of cannot be reached, so its layers cannot be measured: compile the model "
+        "itself, or pass options={'plan': kvmix_compile.analyze(model).allocate(budget=..)}; if it is the model "
+        f"itself, {BROKEN_GRAPH}"
+    )

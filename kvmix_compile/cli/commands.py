@@ -1,0 +1,129 @@
+"""The command line, `kvmix`: plan, generate, eval and doctor."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from transformers import TextStreamer
+from typer.core import TyperGroup
+
+from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits
+from kvmix_compile.cli.evaluate import evaluate
+from kvmix_compile.cli.loading import load_model, read_text
+from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
+from kvmix_compile.cli.picture import plan_picture
+from kvmix_compile.cli.prompts import chat_prompt
+from kvmix_compile.cli.tables import CacheSize, sites_table, times
+from kvmix_compile.compiler import apply, diagnose
+from kvmix_compile.errors import InputError, KVMixError
+from kvmix_compile.evaluate.records import check_writable
+from kvmix_compile.runtime.cache import KVMixCache
+
+
+class _Commands(TyperGroup):
+    """Shows what the user can put right as a message, and keeps tracebacks for what nobody foresaw."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVMixError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Quantizes the KV cache of unmodified causal language models, layer by layer, to a bit budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PolicyName = Annotated[str, typer.Option(help="How bits are allocated: fisher, kvmix (the paper's) or uniform.")]
+Budget = Annotated[float | None, typer.Option(help=f"Mean code bits per cached element (default {DEFAULT_BUDGET}).")]
+
+
+@app.command()
+def doctor(name: ModelName) -> None:
+    """What is found in MODEL, layer by layer, and why anything is not. Exits with 1 where it cannot be compiled."""
+    report = diagnose(load_model(name).model)
+    console = Console()
+    console.print(sites_table(report))
+    for refusal in report.refused:
+        console.print(f"refused: {refusal.layer}: {refusal.reason}", style="red", markup=False)
+    if report.verified is not None:
+        console.print(f"verified: in chunks, the logits differ by {report.verified:.1e} of their standard deviation")
+    console.print(times(report))
+    if report.problem is not None:
+        typer.echo(f"problem: {report.problem}", err=True)
+        raise typer.Exit(1)
+    console.print("MODEL can be compiled")
+
+
+@app.command("plan")
+def make_plan(
+    name: ModelName,
+    budget: Budget = None,
+    storage_budget: Annotated[
+        float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
+    ] = None,
+    policy: PolicyName = "fisher",
+    calibration: CalibrationFile = None,
+    output: Annotated[Path | None, typer.Option(help="Where to save the plan, as JSON.")] = None,
+) -> None:
+    """Measure what matters in MODEL, spend a budget of bits, and show the plan."""
+    start = perf_counter()
+    if budget is None and storage_budget is None:
+        budget = DEFAULT_BUDGET
+    check_bits(None, budget, storage_budget, policy)  # type: ignore[arg-type]
+    if output is not None:
+        check_writable(output)
+    importance = analyze_on(load_model(name), calibration)
+    plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)  # type: ignore[arg-type]
+    console = Console()
+    console.print(plan_picture(plan))
+    console.print(f"measured on {importance.tokens} tokens in {perf_counter() - start:.1f} s")
+    if output is not None:
+        plan.save(output)
+        console.print(f"saved to {output}")
+
+
+@app.command()
+def generate(
+    name: ModelName,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Instead, a file that holds the prompt.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` saved.")] = None,
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template, if it has one.")] = True,
+) -> None:
+    """Stream what MODEL writes with a compressed cache, greedily; then, on standard error, the size of that cache."""
+    text = _prompt(prompt, prompt_file)
+    check_bits(plan, budget, None, "fisher")
+    loaded = load_model(name)
+    tokenizer = loaded.require_tokenizer()
+    wrapped = chat and bool(tokenizer.chat_template)  # a template writes its own special tokens
+    text = chat_prompt(tokenizer, text) if wrapped else text
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not wrapped)["input_ids"]
+    model: Any = apply(loaded.model, plan=plan, budget=budget, tokenizer=tokenizer, progress=True)
+    cache = KVMixCache(model)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(
+        ids, cache=cache, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
+    )  # fmt: skip
+    typer.echo(str(CacheSize.of(cache)), err=True)
+
+
+app.command("eval")(evaluate)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("give a prompt: either --prompt with a text, or --prompt-file with a file")
+    text = prompt if prompt is not None else read_text(Path(str(prompt_file)))
+    if not text.strip():
+        raise InputError("the prompt is empty: give a text to go on from")
+    return text

@@ -1,0 +1,124 @@
+"""`kvmix eval`: what each way of keeping the KV cache costs in bits, and what it does to the model's predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvmix_compile.arguments import DEFAULT_BUDGET
+from kvmix_compile.cli.loading import load_model, read_text
+from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
+from kvmix_compile.cli.tables import passkey_table, results_table
+from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
+from kvmix_compile.evaluate.comparison import compare
+from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
+from kvmix_compile.evaluate.perplexity import windowed
+from kvmix_compile.evaluate.plots import FRONTIER_FILE, LAYERS_FILE, check_plots, plot_frontier, plot_layers
+from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.allocate.policies import check_policy, limit
+from kvmix_compile.passes.measure.importance import Importance
+
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", help="Text to evaluate on; may be repeated. Else built-in English that calibration does not see."
+    ),
+]
+Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Mean code bits; may be repeated.")]
+StorageBudgets = Annotated[
+    list[float] | None,
+    typer.Option("--storage-budget", help="Mean stored bits, scales and zero points counted too; may be repeated."),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="fisher (default), kvmix or uniform, at every budget; may be repeated."),
+]
+Baselines = Annotated[
+    list[str] | None, typer.Option("--baseline", help=f"To compare with: {', '.join(BASELINES)}; may be repeated.")
+]
+PasskeyLengths = Annotated[
+    list[int] | None, typer.Option("--passkey-length", help=f"Tokens of text (default {LENGTHS[0]}); may be repeated.")
+]
+PasskeyDepths = Annotated[
+    list[float] | None,
+    typer.Option("--passkey-depth", help="Where the key is, from 0 to 1 (default 0.1 to 0.9); may be repeated."),
+]
+
+
+def evaluate(
+    name: ModelName,
+    texts: Texts = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of each text.")] = 4096,
+    budgets: Budgets = None,
+    storage_budgets: StorageBudgets = None,
+    policies: Policies = None,
+    baselines: Baselines = None,
+    passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
+    passkey_lengths: PasskeyLengths = None,
+    passkey_depths: PasskeyDepths = None,
+    calibration: CalibrationFile = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="A folder for plots: the frontier, and the layers.")] = None,
+) -> None:
+    """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
+    for policy in policies or ():
+        check_policy(policy)
+    for bits in (*(budgets or ()), *(storage_budgets or ())):
+        limit(bits, None)
+    loaded, names = load_model(name), baselines or []
+    model, tokenizer = loaded.model, loaded.require_tokenizer()
+    if json_file is not None:
+        check_writable(json_file)
+    if plots is not None:
+        check_plots(plots)
+    check_baselines(names, model)
+    read = {str(path): token_ids(tokenizer, read_text(path), tokens) for path in texts or []}
+    read = read or {"built-in English, held out": token_ids(tokenizer, "\n\n".join(held_out_english()), tokens)}
+    for ids in read.values():
+        windowed(ids)  # refuses too short a text before anything is measured
+    asked = passkey or passkey_lengths or passkey_depths
+    lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
+    passkeys = hide_passkeys(tokenizer, lengths, depths) if asked else []
+
+    importance = analyze_on(loaded, calibration)
+    plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
+    configurations = [
+        Configuration("original", model), *compile_plans(model, plans), *quantized_caches(names, model)
+    ]  # fmt: skip
+    found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
+    retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
+
+    _show(name, found, retrievals)
+    if json_file is not None:
+        write_json(json_file, record(name, found, retrievals, importance, plans, packages(names)))
+    if plots is not None:
+        plot_frontier({text.text: text.results for text in found}, plots / FRONTIER_FILE)
+        plot_layers(importance, plans, plots / LAYERS_FILE)
+
+
+def _plans(
+    importance: Importance,
+    policies: Sequence[str] | None,
+    budgets: Sequence[float] | None,
+    storage_budgets: Sequence[float] | None,
+) -> dict[str, Plan]:
+    """Named plans; on standard error, those that cannot be had."""
+    if not budgets and not storage_budgets:
+        budgets = [DEFAULT_BUDGET]
+    plans, left_out = make_plans(importance, policies or ["fisher"], budgets or [], storage_budgets or [])
+    for reason in left_out:
+        typer.echo(reason, err=True)
+    return plans
+
+
+def _show(model: str, texts: Sequence[TextResults], retrievals: Sequence[Retrieval]) -> None:
+    console = Console()
+    for text in texts:
+        console.print(results_table(text.results, f"{model}, {text}"))
+    if retrievals:
+        console.print(passkey_table(retrievals))

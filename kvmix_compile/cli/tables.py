@@ -1,0 +1,86 @@
+"""Tables for the terminal: sizes of a cache, results of an evaluation, what was found in a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Column, Table
+
+from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.passkey import Retrieval
+from kvmix_compile.report import Report
+from kvmix_compile.runtime.cache import KVMixCache
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache occupies. `elements`: keys and values of all tokens held, counted one by one."""
+
+    tokens: int
+    elements: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, cache: KVMixCache) -> "CacheSize":
+        tokens = int(cache.lengths.sum())
+        per_token = sum(site.key_elements + site.value_elements for site in cache.plan.sites)
+        return cls(tokens, tokens * per_token, cache.nbytes)
+
+    def unquantized(self, itemsize: int = 2) -> int:
+        """Bytes of the same elements at `itemsize` bytes each."""
+        return self.elements * itemsize
+
+    def __str__(self) -> str:
+        share = self.unquantized() / self.nbytes
+        return (
+            f"cache of {self.tokens} tokens: {megabytes(self.nbytes)}, {share:.2f} times smaller than in 16 bits "
+            f"({megabytes(self.unquantized())}); {8 * self.nbytes / self.elements:.2f} bits per element, all counted"
+        )
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def results_table(results: Sequence[Result], title: str) -> Table:
+    """A line for each configuration."""
+    table = Table(Column("configuration", overflow="fold"), title=title)
+    for name in ("code\nbits", "stored\nbits", "held\nbits", "perplexity", "KL", "top-1"):
+        table.add_column(name, justify="right")
+    for row in results:
+        table.add_row(
+            row.configuration, f"{row.code_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.held_bits:.2f}",
+            f"{row.perplexity:.3f}", f"{row.divergence:.4f}", f"{row.agreement:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def passkey_table(retrievals: Sequence[Retrieval]) -> Table:
+    """A line for each configuration, a column for each length, and in it a mark for each depth."""
+    lengths = sorted({retrieval.tokens for retrieval in retrievals})
+    depths = list(dict.fromkeys(f"{retrieval.depth:g}" for retrieval in retrievals))
+    table = Table(Column("configuration", overflow="fold"), title=f"passkeys at the depths {', '.join(depths)}")
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right")
+    table.add_column("retrieved", justify="right")
+    for name in dict.fromkeys(retrieval.configuration for retrieval in retrievals):
+        own = [retrieval for retrieval in retrievals if retrieval.configuration == name]
+        marks = [
+            "".join("+" if retrieval.retrieved else "-" for retrieval in own if retrieval.tokens == length)
+            for length in lengths
+        ]
+        table.add_row(name, *marks, f"{sum(retrieval.retrieved for retrieval in own)}/{len(own)}")
+    return table
+
+
+def sites_table(report: Report) -> Table:
+    """A line for each attention that was matched in a model."""
+    table = Table(Column("layer", no_wrap=True), "heads", "KV heads", "head dim", "attention", title=report.model)
+    for site in report.sites:
+        dim = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}, values {site.value_dim}"
+        table.add_row(site.layer, str(site.query_heads), str(site.kv_heads), dim, site.attention)
+    return table
+
+
+def times(report: Report) -> str:
+    """Where the time went, stage by stage."""
+    return "time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())

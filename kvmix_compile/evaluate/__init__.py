@@ -1,0 +1,1 @@
+"""What a plan costs: perplexity, comparisons, passkeys, records and plots."""

@@ -1,0 +1,114 @@
+"""Configurations of one model side by side: one pass over a text gives every figure of every one of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvmix_compile.errors import InputError
+from kvmix_compile.evaluate.configurations import Configuration
+from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW, read, summed_loss, windowed
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
+from kvmix_compile.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one configuration takes, and what it does to the model's predictions; means over the predicted tokens.
+
+    code_bits, stored_bits: of a quantized element, without and with its share of scales and zero points.
+    held_bits: of an element, averaged over everything that the cache holds at the end of the first window.
+    divergence: Kullback-Leibler divergence from the original's next-token distribution, in nats.
+    agreement: share of the tokens where the most likely next token is the original's.
+    """
+
+    configuration: str
+    code_bits: float
+    stored_bits: float
+    held_bits: float
+    perplexity: float
+    divergence: float
+    agreement: float
+
+
+def compare(
+    configurations: Sequence[Configuration],
+    ids: Tensor,
+    chunk: int = CHUNK,
+    window: int = WINDOW,
+    progress: bool = False,
+) -> list[Result]:
+    """A result for each configuration, of which the first is the original that the others are held against.
+
+    All of them read the text, int64 `[tokens]`, chunk by chunk and side by side, each with a cache of its own: the
+    original's logits are computed once, and no more than a chunk's are in memory.
+
+    Raises InputError for a text or window too short for anything to be quantized, or for the cache to be read.
+    """
+    chunks = windowed(ids, chunk, window)
+    _check_length(configurations, min(window, ids.numel()))
+    original, *others = [_Reader(configuration) for configuration in configurations]
+    with progress_bar("reading", len(chunks) * len(configurations), progress) as advance:
+        for piece in chunks:
+            reference = None
+            for reader in (original, *others):
+                if piece.opens_window:
+                    reader.cache = reader.configuration.new_cache()
+                logits = read(reader.configuration.model, piece.given, reader.cache)[: piece.targets.numel()].float()
+                reference = logits.log_softmax(-1) if reference is None else reference
+                reader.add(logits, piece.targets, reference)
+                if piece.closes_window:
+                    reader.close_window()
+                advance()
+    return [reader.result() for reader in (original, *others)]
+
+
+def _check_length(configurations: Sequence[Configuration], longest: int) -> None:
+    """A block is quantized once it has left the unquantized tokens; before, every figure would be the original's."""
+    needed = max(configuration.unquantized_tokens for configuration in configurations) + BLOCK_TOKENS
+    if longest <= needed:
+        raise InputError(
+            f"windows of {longest} tokens are too short: up to {needed} tokens are kept unquantized, so nothing would "
+            "be measured. Give a longer text"
+        )
+
+
+@dataclass
+class _Reader:
+    """One configuration on its way through the text: its cache, and sums over the tokens predicted so far."""
+
+    configuration: Configuration
+    cache: Any = None
+    held_bits: float | None = None
+    tokens: int = 0
+    loss: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
+        """Count predictions, `logits` `[tokens, vocabulary]`, of `targets`, int64 `[tokens]`; the original's are
+        `reference`, log-probabilities of the same shape.
+        """
+        self.tokens += targets.numel()
+        self.loss += summed_loss(logits, targets)
+        self.divergence += F.kl_div(logits.log_softmax(-1), reference, reduction="sum", log_target=True).item()
+        self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+
+    def close_window(self) -> None:
+        if self.held_bits is None:
+            self.held_bits = self.configuration.held_bits(self.cache)
+
+    def result(self) -> Result:
+        chosen = self.configuration
+        return Result(
+            chosen.name,
+            chosen.code_bits,
+            chosen.stored_bits,
+            float(self.held_bits or 0.0),
+            math.exp(self.loss / self.tokens),
+            max(0.0, self.divergence / self.tokens),  # zero, but for rounding
+            self.agreed / self.tokens,
+        )

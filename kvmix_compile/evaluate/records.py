@@ -1,0 +1,109 @@
+"""An evaluation as JSON: its numbers, and on what, with what and how they were made."""
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvmix_compile.errors import InputError
+from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.passkey import Retrieval
+from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.measure.importance import Importance
+
+PACKAGES = ("kvmix-compile", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class TextResults:
+    """What every configuration did on so many tokens of a text, called `text`; the first one is the original."""
+
+    text: str
+    tokens: int
+    results: Sequence[Result]
+    window: int = WINDOW
+    chunk: int = CHUNK
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens ({self.text}) in windows of {self.window}, read in chunks of {self.chunk}"
+
+
+def record(
+    model: str,
+    texts: Sequence[TextResults],
+    retrievals: Sequence[Retrieval],
+    importance: Importance,
+    plans: Mapping[str, Plan],
+    packages: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Everything measured of a model; `packages` are those whose versions matter besides PACKAGES."""
+    return {
+        "model": model,
+        "texts": [asdict(text) for text in texts],
+        "passkeys": [asdict(retrieval) | {"retrieved": retrieval.retrieved} for retrieval in retrievals],
+        "importance": _importance(importance),
+        "precisions": {name: _precisions(plan) for name, plan in plans.items()},
+        **circumstances("kvmix", torch.device("cpu"), packages),
+    }
+
+
+def circumstances(program: str, device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """On what, with what and how this run of `program` was made: what a stored result needs besides its numbers."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return {
+        "device": name,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *packages)},
+        "command": [program, *sys.argv[1:]],
+    }
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError, before anything is measured, where there is no folder to write to."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: give a file in a folder that exists")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises InputError where the file cannot be written."""
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _importance(importance: Importance) -> list[dict[str, Any]]:
+    """Of each layer, KVmix's scores, and the loss predicted at the precision that would lose most."""
+    return [
+        {
+            "layer": site.layer,
+            "key_gradient_norm": _number(site.key_gradient_norm),
+            "value_gradient_norm": _number(site.value_gradient_norm),
+            "key_predicted_loss": max(site.key_sensitivity.values()),
+            "value_predicted_loss": max(site.value_sensitivity.values()),
+        }
+        for site in importance.sites
+    ]
+
+
+def _precisions(plan: Plan) -> dict[str, list[list[int]]]:
+    """Of each layer Precision.as_ints: bits of a code, group size, bits of a scale, bits of leading quarters."""
+    return {
+        "keys": [site.key.as_ints() for site in plan.sites],
+        "values": [site.value.as_ints() for site in plan.sites],
+    }
+
+
+def _number(measured: float) -> float | None:
+    """JSON knows no NaN, which a norm is where there is no projection."""
+    return measured if math.isfinite(measured) else None

@@ -1,0 +1,1 @@
+"""The compiled model while it runs: its cache, padding, positions, and what is refused."""

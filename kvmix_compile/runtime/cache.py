@@ -1,0 +1,350 @@
+"""KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvmix_compile.errors import CacheError
+from kvmix_compile.kernels.ambient import ordinary_tensors
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.runtime import cache_file
+from kvmix_compile.runtime.cache_file import Header
+
+if TYPE_CHECKING:
+    from kvmix_compile.runtime.model import CompiledModel
+
+
+class KVMixCache(Cache):
+    """The KV cache of one compiled model, for one batch. Empty at first; the model's forward fills it.
+
+    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, all between them
+    quantized as the plan says. Rows are independent: the padding that leads a row is not stored.
+
+    Args:
+        model: what `kvmix_compile.apply` returned.
+        rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
+            model's dtype. Assisted generation raises it by itself, as it needs.
+    """
+
+    @ordinary_tensors()
+    def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
+        super().__init__(layers=[])
+        program = getattr(model, "kvmix_program", None)
+        if program is None:
+            raise CacheError(
+                f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
+                "one of what kvmix_compile.apply(model) returned"
+            )
+        if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+            raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
+        self.plan = program.plan
+        self.weights = program.weights
+        self.rollback = rollback
+        self.dtypes = program.dtypes
+        self.device = program.device
+        self._lay_out(rollback)
+        self.states: list[SiteState] = []
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.seen = 0
+        self._furthest = 0
+        # What the host knows of the rows without asking the device: that the last place of each is a token, and whether
+        # there may be padding in any.
+        self.every_row_goes_on = False
+        self.padded = False
+        self.records_past = False
+        # While the past is recorded, tokens that may yet be taken back.
+        self._unsettled = 0
+        # Whether whoever fills this cache reads again what it turns out not to hold, as it does an assistant's.
+        self.is_read_again = False
+
+    def _lay_out(self, rollback: int) -> None:
+        self.rollback = rollback
+        self.layouts = self.plan.layouts(rollback)
+        # Sites of one window differ in their precision, not in how many tokens lie where.
+        self._layout_of_window = {layout.window: layout for layout in self.layouts}
+
+    # What the model asks of its cache
+
+    def begin(self, batch: int, tokens: int, device: torch.device, logits: int = 0) -> None:
+        """Make room for `tokens` more tokens in each of `batch` rows. The last `logits` are those that the next tokens
+        are chosen by, and may be taken back where the past is recorded.
+
+        Allocates on the first call, grows by an eighth at least later.
+        """
+        self.check_batch(batch)
+        if self.records_past:
+            self._unsettled += logits
+            self._allow(self._unsettled)
+        of_window = {
+            window: layout.capacity_blocks(self.seen + tokens) for window, layout in self._layout_of_window.items()
+        }
+        blocks = [of_window[layout.window] for layout in self.layouts]
+        if not self.states:
+            self._allocate(batch, blocks, device)
+            return
+        for state, needed in zip(self.states, blocks, strict=True):
+            if state.tail_k.is_inference():  # a copy, or unpickled, that was made in inference mode
+                state.make_ordinary()
+            if state.blocks < needed:
+                state.grow(needed)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise CacheError for another number of rows than are held."""
+        if self.states and batch != self.batch_size:
+            raise CacheError(
+                f"the cache holds {self.batch_size} rows and was given {batch}: use a new KVMixCache for another "
+                "batch, or batch_select_indices and batch_repeat_interleave to change the rows"
+            )
+
+    def holds_padding(self) -> bool:
+        """Whether any row saw padding. The device is asked where rows that did may have gone."""
+        self.padded = self.padded and bool((self.lengths != self.seen).any())
+        return self.padded
+
+    @ordinary_tensors()
+    def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
+        self.states = [
+            SiteState.allocate(layout, batch, room, dtype, device)
+            for layout, room, dtype in zip(self.layouts, blocks, self.dtypes, strict=True)
+        ]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def _allow(self, rollback: int) -> None:
+        """See to it that so many of the coming tokens can be taken back, and all that could be before."""
+        if rollback <= self.rollback:
+            return
+        # At least twice as many, so that it seldom happens; and by whole blocks, so that what was lost stays known.
+        more = -(-(max(rollback, 2 * self.rollback) - self.rollback) // BLOCK_TOKENS) * BLOCK_TOKENS
+        before = self.layouts
+        self._lay_out(self.rollback + more)
+        if not self.states:
+            return
+        furthest = self.lengths + (self._furthest - self.seen)
+        for state, old, new in zip(self.states, before, self.layouts, strict=True):
+            state.widen(old, new, self.lengths, furthest, new.capacity_blocks(self.seen))
+        # As if so many more tokens had been held: where there is room for them, the same ones have been overwritten.
+        self._furthest += more
+
+    def tensors(self) -> list[Tensor]:
+        """The state as the rewritten graph takes it: six tensors a site."""
+        return [tensor for state in self.states for tensor in state.tensors()]
+
+    @ordinary_tensors()
+    def advance(self, tokens: int, starts: Tensor) -> None:
+        """Count `tokens` more positions, of which `starts[row]` were padding."""
+        self.seen += tokens
+        self._furthest = max(self._furthest, self.seen)
+        self.lengths = self.lengths + tokens - starts
+
+    # Kept in a file
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything the cache holds as a safetensors file, which `load` reads: a prompt that many texts begin
+        with is read once.
+
+        Raises CacheError where the file cannot be written; what was at `path` before is then still there.
+        """
+        cache_file.write(path, self._header(), self._named_tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: "CompiledModel") -> Self:
+        """The cache that `save` wrote, on the model's device.
+
+        Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
+        weights, another plan or dtype.
+        """
+        header, tensors = cache_file.read(path)
+        cache = cls(model, header.rollback)
+        own = cache._header()
+        for kind, saved, expected in (
+            ("of another architecture", header.model, own.model),
+            ("with another plan", header.plan, own.plan),
+            ("of another dtype", header.dtypes, own.dtypes),
+            ("with other weights", header.weights, own.weights),
+        ):
+            if saved != expected:
+                raise CacheError(
+                    f"{path} was saved from a model {kind}, and cannot continue with this one: read its text again "
+                    "into KVMixCache(model)"
+                )
+        try:
+            cache._restore(header, tensors)
+        except (LookupError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error}; save the cache again") from error
+        return cache
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        held = {f"{site}.{name}": kept for site, state in enumerate(self.states) for name, kept in vars(state).items()}
+        return held | {"lengths": self.lengths}
+
+    def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
+        """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
+        if len(tensors) > 1:  # what was never used has no states
+            blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
+            self._allocate(len(tensors["lengths"]), blocks, self.device)
+        for name, kept in self._named_tensors().items():
+            saved = tensors[name]
+            if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
+                raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
+            kept.copy_(saved)
+        self.seen, self._furthest = header.seen, header.furthest
+        self.padded = bool((self.lengths != self.seen).any())
+
+    def _header(self) -> Header:
+        return Header(
+            model=self.plan.fingerprint,
+            weights=self.weights,
+            plan=self.plan.as_json(),
+            dtypes=tuple(map(str, self.dtypes)),
+            rollback=self.rollback,
+            seen=self.seen,
+            furthest=self._furthest,
+        )
+
+    # What it holds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache's tensors occupy, room to grow into included."""
+        return sum(state.nbytes for state in self.states) + self.lengths.nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits occupied for each key or value element of each token that is still attended to: sinks, recent tokens,
+        scales and spare room included.
+        """
+        elements = 0
+        for site in self.plan.sites:
+            tokens = self.lengths.clamp(max=site.window) if site.window else self.lengths
+            elements += int(tokens.sum()) * (site.key_elements + site.value_elements)
+        return 8 * self.nbytes / elements if elements else 0.0
+
+    # transformers' interface
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that each row has seen, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """The name of get_max_length in older transformers, which the next two properties are of as well."""
+        return -1
+
+    @property
+    def max_cache_len(self) -> int:
+        return -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def __repr__(self) -> str:
+        return f"KVMixCache({self.batch_size} rows, {self.seen} tokens, {self.nbytes} bytes)"
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.states)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.rollback > 0 or self.records_past
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self)
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep unquantized all tokens whose logits were asked for since `crop` was last called, so that
+        it can take them back. `rollback` grows as needed.
+        """
+        self.records_past = True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return self.records_past
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(
+            "a KVMixCache is filled by the compiled model that it was made for; pass it to that model, not to the "
+            "original one"
+        )
+
+    @ordinary_tensors()
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self.states, self.seen, self._furthest, self._unsettled = [], 0, 0, 0
+        self.every_row_goes_on = self.padded = False
+        self.lengths = self.lengths.new_zeros(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was: beam search's choice."""
+        self.batch_select_indices(beam_idx)
+
+    @ordinary_tensors()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, int64 `[rows]`, in that order."""
+        if not self.states:
+            return
+        indices = indices.to(self.lengths.device)
+        for state in self.states:
+            state.select_rows(indices)
+        self.lengths = self.lengths[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        rows = torch.arange(self.batch_size, device=self.lengths.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    @ordinary_tensors()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every row (a positive number: all beyond that many, as
+        older transformers call it).
+
+        Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback`
+        prevents that, or `activate_past_recording`.
+        """
+        self._unsettled = 0
+        tokens_to_remove = int(tokens_to_remove)  # a tensor, by older transformers
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if removed == 0 or not self.states:
+            return
+        before, after = self.lengths.tolist(), (self.lengths - removed).clamp(min=0).tolist()
+        # Tokens since taken back overwrote older ones, too.
+        taken_back = self._furthest - self.seen
+        for held, left in zip(before, after, strict=True):
+            if not all(layout.can_shorten(held + taken_back, left) for layout in self._layout_of_window.values()):
+                if self.is_read_again:
+                    self.reset()
+                    return
+                raise CacheError(
+                    f"cannot take back {removed} tokens: of those before them some are kept in quantized form only, or "
+                    f"not at all. Make the cache with KVMixCache(model, rollback={removed})"
+                )
+        self.lengths = torch.tensor(after, dtype=torch.int64, device=self.lengths.device)
+        self.seen = max(0, self.seen - removed)
+        self.every_row_goes_on = not self.padded

@@ -1,0 +1,211 @@
+"""Changes: what was done to a model after it was compiled, and that its graph does not know of.
+
+A graph reads weights from the live model, so that they may be loaded, merged in place or replaced. Everything else that
+steers a forward is written into the graph: which modules there are, their hooks, and the settings that it reads. Where
+one of those has changed, the graph is no longer the model's.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvmix_compile.errors import InputError
+from kvmix_compile.passes.untouched.reach import MISSING, attributes
+from kvmix_compile.passes.untouched.reads import Reads, configs_of
+from kvmix_compile.passes.untouched.untouched import Written
+
+# What a compiled model looks at itself whenever it is called.
+_ANSWERED = frozenset(
+    {"use_cache", "generation_config", "output_attentions", "_output_attentions", "output_hidden_states"}
+)
+# What steers every module, whatever its code.
+_OF_MODULES = frozenset({"training", "forward"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TENSORS = ("_parameters", "_buffers")
+# What every module has beside that, and what is read of its class.
+_STANDARD = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+
+_CONTAINERS = (dict, list, tuple, deque, set, frozenset)
+_VALUES = (bool, int, float, complex, str, bytes, Enum, torch.dtype, frozenset, MethodType)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Names and values that belong together: of an object, or (`kind`) of one of the dictionaries of a module."""
+
+    path: str
+    owner: object
+    held: dict[str, Any]
+    kind: str = ""
+
+    def of(self, name: str) -> str:
+        return ".".join(part for part in (self.path, self.kind, str(name)) if part)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What steers the forward of a model. `read`: by the path of a module or config, the attributes that it reads.
+    `own`: paths of what it writes itself, which may differ from run to run.
+    """
+
+    read: Mapping[str, frozenset[str]]
+    own: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, reads: Reads, written: Written) -> "Steering":
+        """From what the model's forward was seen to read and to change."""
+        places = list(_places(model))
+        own = {place.of(name) for place in places for name in written.by_owner(place.owner)}
+        own |= {
+            place.of(name)
+            for place in places
+            for name, value in place.held.items()
+            if any(written.by_owner(container) for container in _containers(value))
+        }
+        return cls({place.path: _read(place, reads) for place in places if not place.kind}, frozenset(own))
+
+
+class Changes:
+    """Remembers how a model and its twin are when it is made."""
+
+    def __init__(self, steering: Steering, model: nn.Module, twin: nn.Module) -> None:
+        self.steering = steering
+        modules = list(model.named_modules())
+        self.types = tuple((path, module, type(module)) for path, module in modules)
+        self.forwards = tuple((kind, kind.forward) for kind in {type(module) for _, module in modules})
+        own = list(_places(model))
+        # A twin has the original's parameters and buffers; its own hooks run when it is called, around its graph.
+        twins = [it for it in _places(twin) if it.kind not in _TENSORS and (it.path or it.kind not in _HOOKS)]
+        self.values = tuple(entry for place in (*own, *twins) for entry in self._entries(place))
+        self.sizes = tuple((place, place.held, len(place.held)) for place in (*own, *twins) if place.kind)
+        self.twins = frozenset(map(id, twins))
+
+    def check(self) -> None:
+        """Raise InputError where something has changed that the graph does not follow."""
+        for path, module, kind in self.types:
+            if type(module) is not kind:
+                raise _error(f"{path or 'the model'} was a {kind.__name__} and is a {type(module).__name__}")
+        for kind, forward in self.forwards:
+            if kind.forward is not forward:
+                raise _error(f"the forward of {kind.__name__} was replaced")
+        for place, held, name, otherwise, see, then in self.values:
+            now = held.get(name, otherwise)
+            if now is then:  # as nearly all are; what can be written to is never seen as itself
+                continue
+            now = see(now)
+            if not _is_same(now, then) and (name != "training" or now):
+                raise _error(_described(place, name, now, then), id(place) in self.twins)
+        for place, held, size in self.sizes:
+            if len(held) != size:
+                self._check_added(place)
+
+    def _entries(self, place: _Place) -> Iterator[tuple[_Place, dict[str, Any], str, Any, Callable[[Any], Any], Any]]:
+        """What is watched at a place: by which name, what its class has by that name, how it is looked at, and what is
+        seen now.
+        """
+        see = _SEEN_AS.get(place.kind, _frozen)
+        for name in list(place.held) if place.kind else sorted(self.steering.read.get(place.path, ())):
+            if place.of(name) not in self.steering.own:
+                otherwise = MISSING if place.kind else getattr(type(place.owner), name, MISSING)
+                if isinstance(otherwise, (*_CONTAINERS, Tensor)):  # state, which instances share
+                    otherwise = MISSING
+                yield place, place.held, name, otherwise, see, see(place.held.get(name, otherwise))
+
+    def _check_added(self, place: _Place) -> None:
+        known = {name for other, _, name, *_ in self.values if other is place}
+        for name in place.held.keys() - known:
+            is_read = place.kind not in _TENSORS or name in self.steering.read[place.path]
+            if is_read and place.of(name) not in self.steering.own:
+                raise _error(_described(place, name, place.held[name], MISSING), id(place) in self.twins)
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """The attributes of each module and of the configs that they hold, each once, and the dictionaries of a module."""
+    for path, module in model.named_modules():
+        held = vars(module)
+        yield _Place(path, module, held)
+        for kind in ("_modules", *_HOOKS, *_TENSORS):
+            yield _Place(path, held[kind], held[kind], kind)
+    for path, config in configs_of(model):
+        yield _Place(path, config, attributes(config) or {})
+
+
+def _read(place: _Place, reads: Reads) -> frozenset[str]:
+    """Which of the attributes at a place are read, or would be if there were such."""
+    if isinstance(place.owner, SimpleNamespace):
+        return frozenset(place.held)
+    read = {name for name in reads.get(id(place.owner), ()) if not name.startswith("__")} - _ANSWERED
+    if isinstance(place.owner, nn.Module):
+        children = (name for kind in ("_modules", *_TENSORS) for name in place.held[kind])
+        read = (read - _STANDARD).difference(children) | _OF_MODULES
+    return frozenset(read)
+
+
+def _containers(value: object) -> Iterator[object]:
+    if isinstance(value, _CONTAINERS):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+
+
+def _frozen(value: Any) -> Any:
+    """What stays as it is when the value is written to."""
+    if not isinstance(value, _CONTAINERS):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return frozenset(value) if isinstance(value, set | frozenset) else tuple(_frozen(item) for item in value)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _size(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+
+
+_SEEN_AS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("_modules", *_HOOKS), _itself),
+    **dict.fromkeys(_TENSORS, _size),
+}
+
+
+def _is_same(now: Any, then: Any) -> bool:
+    if now is then or type(now) is not type(then):
+        return now is then
+    if isinstance(then, tuple):
+        return len(now) == len(then) and all(_is_same(a, b) for a, b in zip(now, then, strict=True))
+    if isinstance(then, Tensor):
+        return now.shape == then.shape and now.dtype == then.dtype and bool((now.cpu() == then.cpu()).all())
+    return isinstance(then, _VALUES) and bool(now == then)
+
+
+def _described(place: _Place, name: str, now: Any, then: Any) -> str:
+    path, owner = f"{place.path}.{name}".lstrip("."), place.path or "the model"
+    if place.kind in _HOOKS:
+        return f"a forward hook of {owner} was {'registered' if then is MISSING else 'removed'}"
+    if name == "training":
+        return f"{owner} was put into training mode"
+    if name == "forward":
+        return f"{path} was replaced"
+    if now is MISSING or then is MISSING:
+        return f"{path} was {'removed' if now is MISSING else 'added'}"
+    if isinstance(then, nn.Module):
+        return f"{path} was replaced, a {type(then).__name__} by a {type(now).__name__},"
+    shown = all(value is None or isinstance(value, (*_VALUES, tuple)) for value in (now, then))
+    return f"{path} was changed{f' from {then} to {now}' if shown else ''}"
+
+
+def _error(change: str, is_twins: bool = False) -> InputError:
+    where = "to the original model " if is_twins else ""
+    return InputError(
+        f"{change} after kvmix_compile.apply, whose graph does not follow that: undo it, or do it {where}before "
+        "kvmix_compile.apply is called again"
+    )

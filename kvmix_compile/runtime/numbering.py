@@ -1,0 +1,114 @@
+"""Numbering: which positions a model counts where it is given none, found by giving it none.
+
+A text with padding is run by the model and by its twin: the numbering with which the twin gives the model's logits is
+the model's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvmix_compile.errors import InputError
+from kvmix_compile.passes.capture.export import logits_of
+from kvmix_compile.passes.capture.signature import parameters_of
+from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
+
+# Of the text that is run: how long it is, and where there is padding in it, between tokens too. Where that cannot be,
+# the distance of tokens from each other does not show which way they are counted, and in front is enough.
+TOKENS = 12
+IN_FRONT, BETWEEN = (0, 1, 2), (5, 6)
+# The one way is taken for right, where the other one's difference is so many times as large.
+CLEARLY = 8
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """What a model's forward makes of positions.
+
+    is_input: they can be given to it, as `position_ids`. has_mask: it takes an `attention_mask`. from_zero: without
+    padding it numbers the places of a row 0, 1, 2, .. padded: what it numbers so in a row with padding, all places or
+    the tokens alone; None: neither, or it takes no padding.
+    """
+
+    is_input: bool = True
+    has_mask: bool = True
+    from_zero: bool = True
+    padded: Literal["places", "tokens"] | None = None
+
+
+# Runs the twin as if the model numbered so: (numbering, input_ids, attention_mask) -> logits, with nothing cached.
+Run = Callable[[Numbering, Tensor, Tensor | None], Tensor]
+
+
+def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | None) -> Numbering:
+    """How `model` numbers places. `run`: its twin; `vocabulary`, `longest`: the ids and positions that it has."""
+    trial = _Trial(model, run, _ids(model, vocabulary, min(TOKENS, longest or TOKENS)))
+    taken = parameters_of(model.forward)
+    numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
+    (share,) = trial.shares([numbering])
+    numbering = replace(numbering, from_zero=share <= trial.tolerance)
+    if not numbering.has_mask:
+        # Its own rows are never padded; a twin's may be, and count their own tokens.
+        return replace(numbering, padded="tokens" if numbering.is_input else None)
+    for padding in ((*IN_FRONT, *BETWEEN), IN_FRONT):
+        places, tokens = trial.shares([replace(numbering, padded=padded) for padded in ("places", "tokens")], padding)
+        if min(places, tokens) <= trial.tolerance:
+            return replace(numbering, padded="tokens" if tokens * CLEARLY < places else "places")
+    return numbering
+
+
+def ignores_zeros(model: nn.Module, name: str, vocabulary: int) -> bool:
+    """Whether the argument `name` of its forward, `[batch, tokens]`, may be left out where all of it is zero."""
+    ids = _ids(model, vocabulary, 1)
+    with torch.no_grad():
+        return torch.equal(_logits(model, ids, {}), _logits(model, ids, {name: torch.zeros_like(ids)}))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One text, `ids`, run by the model and by its twin."""
+
+    model: nn.Module
+    run: Run
+    ids: Tensor
+
+    @torch.no_grad()
+    def shares(self, numberings: Sequence[Numbering], padding: Sequence[int] = ()) -> list[float]:
+        """For each numbering the worst token's difference, as a share of the logits' standard deviation; infinite where
+        the twin refuses `padding` at such places.
+        """
+        mask = None
+        if padding:
+            mask = torch.ones_like(self.ids)
+            mask[:, [place for place in padding if place < self.ids.shape[1] - 1]] = 0
+        twins = [self._of_twin(numbering, mask) for numbering in numberings]
+        if all(twin is None for twin in twins):
+            return [torch.inf] * len(twins)
+        model = _logits(self.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
+        is_token = torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
+        return [torch.inf if twin is None else difference(twin[is_token], model[is_token]) for twin in twins]
+
+    def _of_twin(self, numbering: Numbering, mask: Tensor | None) -> Tensor | None:
+        """The twin's logits, float32 `[1, tokens, vocabulary]`; None where it refuses the padding."""
+        try:
+            return self.run(numbering, self.ids, mask).float()
+        except InputError:
+            return None
+
+    @property
+    def tolerance(self) -> float:
+        parameters = self.model.parameters()
+        return TOLERANCE[next(parameter.dtype for parameter in parameters if parameter.is_floating_point())]
+
+
+def _logits(model: nn.Module, ids: Tensor, options: Mapping[str, Any]) -> Tensor:
+    no_cache = {"use_cache": False} if "use_cache" in parameters_of(model.forward) else {}
+    return logits_of(model(ids, **no_cache, **options))
+
+
+def _ids(model: nn.Module, vocabulary: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, tokens), generator=generator).to(next(model.parameters()).device)

@@ -1,0 +1,1 @@
+"""From importance to a plan: which bits for which site."""

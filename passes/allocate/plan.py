@@ -1,0 +1,372 @@
+"""The plan: at which precision every attention site keeps its keys and values, and how that is kept in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.precision import QUARTERS, UNQUANTIZED_BITS, Precision
+from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_tokens
+from kvmix_compile.passes.files import replacing
+
+FORMAT = "kvmix-plan"
+VERSION = 4
+
+# Powers of two that float32 and bfloat16 have, and their inverses too.
+MOST_EXPONENT = 120
+
+FieldType = TypeVar("FieldType", str, int, dict, list)
+
+
+class PlanError(KVMixError):
+    """A plan that is impossible, damaged, or made for another model."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one attention site stores.
+
+    layer: name of the site in the model, such as "model.layers.3.self_attn".
+    key, value: precision of the cached keys and values.
+    kv_heads: heads of the keys and values, before they are repeated for the query heads.
+    key_dim, value_dim: elements of one head's key and of its value.
+    channel_quarters: where key has important_bits, of each head a string with a digit for each channel: its quarter of
+        the channels, from 0, the most important one, to 3; else empty.
+    window: the most tokens that one attends to, itself included, where attention has a sliding window or chunks; no
+        more are kept. 0: all.
+    key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
+        (see passes.measure.exponents); empty: by none.
+    """
+
+    layer: str
+    key: Precision
+    value: Precision
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    channel_quarters: tuple[str, ...] = ()
+    window: int = 0
+    key_exponents: tuple[int, ...] = ()
+    value_exponents: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
+        if self.window < 0:
+            raise PlanError(f"{self.layer}: window counts tokens: {self.window} cannot be negative")
+        if len(self.channel_quarters) != (self.kv_heads if self.key.important_bits else 0):
+            raise PlanError(
+                f"{self.layer}: important_bits and channel_quarters go together, the latter a string for each head; "
+                f"{self.key} of {self.kv_heads} heads has {len(self.channel_quarters)}"
+            )
+        for what, exponents in (("key", self.key_exponents), ("value", self.value_exponents)):
+            if len(exponents) not in (0, self.kv_heads) or max(map(abs, exponents), default=0) > MOST_EXPONENT:
+                raise PlanError(
+                    f"{self.layer}: {what}_exponents must be a number from -{MOST_EXPONENT} to {MOST_EXPONENT} for "
+                    f"each of {self.kv_heads} heads, or none at all, not {list(exponents)}"
+                )
+        balanced = sorted(channel * QUARTERS // self.key_dim for channel in range(self.key_dim))
+        for quarters in self.channel_quarters:
+            if sorted(quarters) != list(map(str, balanced)):
+                raise PlanError(
+                    f"{self.layer}: channel_quarters must put as many of a head's {self.key_dim} channels into each of "
+                    f"the quarters 0 to {QUARTERS - 1}, not {quarters!r}"
+                )
+
+    def unquantized(self) -> SitePlan:
+        """The same at 16 bits."""
+        untouched = Precision(UNQUANTIZED_BITS)
+        return replace(self, key=untouched, value=untouched, channel_quarters=(), key_exponents=(), value_exponents=())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(kv_heads, key_dim, value_dim)."""
+        return self.kv_heads, self.key_dim, self.value_dim
+
+    @property
+    def channel_order(self) -> list[list[int]] | None:
+        """For each head its key's channels, the most important quarter first; None where all are kept alike."""
+        if not self.channel_quarters:
+            return None
+        return [sorted(range(self.key_dim), key=quarters.__getitem__) for quarters in self.channel_quarters]
+
+    @property
+    def key_elements(self) -> int:
+        """Key elements of one token."""
+        return self.kv_heads * self.key_dim
+
+    @property
+    def value_elements(self) -> int:
+        """Value elements of one token."""
+        return self.kv_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's KV cache is stored.
+
+    sites: one entry an attention site, in the order of the model.
+    policy: the allocation policy that chose the precisions.
+    fingerprint: identifies the structure of the model that the plan was made for.
+    sinks: leading tokens of a row that stay in the model's own dtype.
+    recent: recent tokens of a row that stay in the model's own dtype.
+    """
+
+    sites: tuple[SitePlan, ...]
+    policy: str
+    fingerprint: str
+    sinks: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise PlanError("a plan needs at least one attention site")
+        if self.sinks < 0 or self.recent < 0:
+            raise PlanError(f"sinks and recent count tokens: {self.sinks} and {self.recent} cannot be negative")
+
+    @property
+    def quantized_sites(self) -> tuple[SitePlan, ...]:
+        """Those of which anything is quantized, all but windows of no more than recent tokens; what bits are averaged
+        over.
+        """
+        return tuple(site for site in self.sites if is_packed(site.window, self.recent))
+
+    @property
+    def key_bits(self) -> float:
+        """Code bits of a cached key element, averaged over all elements."""
+        return _mean([(site.key.mean_bits, site.key_elements) for site in self.quantized_sites])
+
+    @property
+    def value_bits(self) -> float:
+        """Code bits of a cached value element, averaged over all elements."""
+        return _mean([(site.value.bits, site.value_elements) for site in self.quantized_sites])
+
+    @property
+    def code_bits(self) -> float:
+        """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts."""
+        keys = [(site.key.mean_bits, site.key_elements) for site in self.quantized_sites]
+        return _mean(keys + [(site.value.bits, site.value_elements) for site in self.quantized_sites])
+
+    @property
+    def storage_bits(self) -> float:
+        """Stored bits of a quantized element, scales and zero points included: what `storage_budget` counts."""
+        keys = [(site.key.stored_bits(site.key_dim), site.key_elements) for site in self.quantized_sites]
+        return _mean(
+            keys + [(site.value.stored_bits(site.value_dim), site.value_elements) for site in self.quantized_sites]
+        )
+
+    def layouts(self, rollback: int = 0) -> tuple[StateLayout, ...]:
+        """The state of each site; `rollback` is the number of tokens that can be taken back."""
+        return tuple(
+            StateLayout(
+                *(site.kv_heads, site.key_dim, site.value_dim, site.key, site.value),
+                *unpacked_tokens(site.window, self.sinks, self.recent),
+                *(rollback, site.window),
+            )
+            for site in self.sites
+        )
+
+    def cache_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, rollback: int = 0) -> int:
+        """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of
+        `batch` rows.
+        """
+        counters = torch.int64.itemsize * batch
+        layouts = self.layouts(rollback)
+        return counters + sum(layout.bytes(batch, layout.capacity_blocks(tokens), dtype) for layout in layouts)
+
+    def with_windows(self, windows: Sequence[int]) -> Plan:
+        """The same plan for a model whose sites attend to so many tokens (0: to all). Those of which nothing is ever
+        quantized have 16 bits.
+        """
+        sites = [replace(site, window=window) for site, window in zip(self.sites, windows, strict=True)]
+        return replace(
+            self, sites=tuple(site if is_packed(site.window, self.recent) else site.unquantized() for site in sites)
+        )
+
+    def as_json(self) -> str:
+        """What `save` writes: equal for equal plans."""
+        return _to_json(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, one site a line. A file already at `path` is replaced in one step.
+
+        Raises PlanError where the file cannot be written; what was at `path` before is then still there.
+        """
+        path = Path(path)
+        try:
+            with replacing(path) as unfinished:
+                unfinished.write_text(self.as_json(), encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises PlanError where the file cannot be read, is no plan, is damaged, or comes from a newer version.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON, or is damaged ({error}); save the plan again") from error
+        try:
+            return _from_document(document)
+        except KVMixError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def check_fingerprint(
+        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None = None
+    ) -> None:
+        """Raise PlanError, saying what differs, unless the plan was made for this model.
+
+        fingerprint, layers: of the model at hand; `layers` names its attention sites in order.
+        shapes: (kv_heads, key_dim, value_dim) of each site where known, to say more precisely what differs.
+        """
+        planned_layers = [site.layer for site in self.sites]
+        if fingerprint == self.fingerprint and list(layers) == planned_layers:
+            return
+        difference = _difference(self.sites, layers, shapes)
+        raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    """Mean of (number, weight) pairs; of none, what an element has that is never quantized."""
+    total = sum(weight for _, weight in weighted)
+    return sum(number * weight for number, weight in weighted) / total if total else float(UNQUANTIZED_BITS)
+
+
+def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None) -> str:
+    if len(sites) != len(layers):
+        return f"the plan has {len(sites)} attention sites, this model {len(layers)}"
+    for site, layer in zip(sites, layers, strict=True):
+        if site.layer != layer:
+            return f"the plan has an attention site {site.layer!r} where this model has {layer!r}"
+    for site, shape in zip(sites, shapes or [], strict=bool(shapes)):
+        for name, planned, actual in zip(("kv_heads", "key_dim", "value_dim"), site.shape, shape, strict=True):
+            if planned != actual:
+                return f"at {site.layer} the plan has {name}={planned}, this model {name}={actual}"
+    return "the attention sites have the same names, but the structure of the model differs"
+
+
+def _to_json(plan: Plan) -> str:
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "policy": plan.policy,
+        "fingerprint": plan.fingerprint,
+        "sinks": plan.sinks,
+        "recent": plan.recent,
+    }
+    fields = [f"  {json.dumps(name)}: {json.dumps(content)}" for name, content in head.items()]
+    sites = ",\n".join("    " + json.dumps(_site_record(site)) for site in plan.sites)
+    return "{\n" + ",\n".join(fields) + ',\n  "sites": [\n' + sites + "\n  ]\n}\n"
+
+
+def _site_record(site: SitePlan) -> dict[str, object]:
+    record: dict[str, object] = {
+        "layer": site.layer,
+        "kv_heads": site.kv_heads,
+        "key_dim": site.key_dim,
+        "value_dim": site.value_dim,
+        "key": _precision_record(site.key),
+        "value": _precision_record(site.value),
+    }
+    if site.channel_quarters:
+        record["channel_quarters"] = site.channel_quarters
+    if site.window:
+        record["window"] = site.window
+    if site.key_exponents:
+        record["key_exponents"] = site.key_exponents
+    if site.value_exponents:
+        record["value_exponents"] = site.value_exponents
+    return record
+
+
+def _precision_record(precision: Precision) -> dict[str, object]:
+    record = {"bits": precision.bits, "group": precision.group, "scale_bits": precision.scale_bits}
+    return record | ({"important_bits": precision.important_bits} if precision.important_bits else {})
+
+
+def _from_document(document: object) -> Plan:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PlanError('this is JSON, but not a plan: a plan says "format": "kvmix-plan"')
+    version = _field(document, "version", int, "the plan")
+    if version > VERSION:
+        raise PlanError(f"this plan (version {version}) was made by a newer kvmix_compile; upgrade kvmix_compile")
+    if version < VERSION:
+        raise PlanError(f"this plan (version {version}) was made by an older kvmix_compile; make a new one")
+    records = _field(document, "sites", list, "the plan")
+    return Plan(
+        sites=tuple(_site_plan(record, f"site {index}") for index, record in enumerate(records)),
+        policy=_field(document, "policy", str, "the plan"),
+        fingerprint=_field(document, "fingerprint", str, "the plan"),
+        sinks=_field(document, "sinks", int, "the plan"),
+        recent=_field(document, "recent", int, "the plan"),
+    )
+
+
+def _site_plan(record: object, where: str) -> SitePlan:
+    if not isinstance(record, dict):
+        raise PlanError(f"{where} is not a JSON object; save the plan again")
+    return SitePlan(
+        layer=_field(record, "layer", str, where),
+        key=_precision(_field(record, "key", dict, where), f"the key of {where}"),
+        value=_precision(_field(record, "value", dict, where), f"the value of {where}"),
+        kv_heads=_field(record, "kv_heads", int, where),
+        key_dim=_field(record, "key_dim", int, where),
+        value_dim=_field(record, "value_dim", int, where),
+        channel_quarters=_channel_quarters(record, where),
+        window=_field(record, "window", int, where) if "window" in record else 0,
+        key_exponents=_integers(record, "key_exponents", where),
+        value_exponents=_integers(record, "value_exponents", where),
+    )
+
+
+def _channel_quarters(record: dict[str, object], where: str) -> tuple[str, ...]:
+    if "channel_quarters" not in record:
+        return ()
+    quarters = _field(record, "channel_quarters", list, where)
+    if not all(isinstance(of_head, str) for of_head in quarters):
+        raise PlanError(f"{where}: channel_quarters must be a string for each head; save the plan again")
+    return tuple(quarters)
+
+
+def _precision(record: object, where: str) -> Precision:
+    bits, group, scale_bits = (_field(record, name, int, where) for name in ("bits", "group", "scale_bits"))
+    important_bits = _integers(record, "important_bits", where)
+    try:
+        return Precision(bits, group, scale_bits, important_bits)
+    except KVMixError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _integers(record: object, name: str, where: str) -> tuple[int, ...]:
+    """Of a field that may be missing."""
+    if not isinstance(record, dict) or name not in record:
+        return ()
+    numbers = _field(record, name, list, where)
+    if not all(type(number) is int for number in numbers):
+        raise PlanError(f"{where}: {name} must be a list of numbers; save the plan again")
+    return tuple(numbers)
+
+
+def _field(record: object, name: str, kind: type[FieldType], where: str) -> FieldType:
+    """The field `name` of a JSON object, which must be there and of this type."""
+    if not isinstance(record, dict):
+        raise PlanError(f"{where} is not a JSON object; save the plan again")
+    if name not in record:
+        raise PlanError(f"{where} lacks the field {name!r}; save the plan again")
+    content = record[name]
+    # Not isinstance: JSON's true is an int to Python.
+    if type(content) is not kind:
+        raise PlanError(f"{name!r} of {where} is {content!r}, of the wrong type; save the plan again")
+    return content

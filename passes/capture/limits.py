@@ -1,0 +1,100 @@
+"""Limits: how many token ids and positions a graph can take, read off the tables that it looks them up in."""
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.graph.dataflow import Dataflow
+from kvmix_compile.passes.graph.position_tables import reads_table
+from kvmix_compile.passes.graph.source_lines import line_of_bound
+from kvmix_compile.passes.graph.vocabulary import LAYOUT, argument, as_node, operation, tensor_of
+
+# What numbers tokens.
+COUNTING = frozenset({"arange", "cumsum"})
+
+
+def vocabulary_size(captured: Captured) -> int:
+    """The number of token ids that the graph can embed."""
+    tokens = captured.placeholder("input_ids")
+    rows = [_rows(node) for node in _embeddings(captured.graph) if tokens in _index_sources(node)]
+    return min(rows) if rows else int(_logits(captured.graph).shape[-1])
+
+
+def longest_context(captured: Captured) -> int | None:
+    """How many positions the model has: what its configuration says, or the rows of its position tables.
+
+    None: no limit found. Raises CaptureError where the graph holds for fewer tokens and no table explains it.
+    """
+    tables = _position_tables(captured)
+    configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
+    if captured.most_tokens is not None and captured.most_tokens not in {configured, *tables}:
+        raise CaptureError(
+            f"the model's forward takes another path for a sequence beyond {captured.most_tokens}, at "
+            f"{line_of_bound(captured.tokens)}; kvmix_compile needs one graph that serves every length"
+        )
+    if isinstance(configured, int):
+        return min([configured, *([captured.most_tokens] if captured.most_tokens else [])])
+    return min(tables, default=None)
+
+
+def _position_tables(captured: Captured) -> list[int]:
+    """The rows of each table that is looked up or cut by position."""
+    dataflow = Dataflow(captured.graph)
+    token_dependent = dataflow.token_dependent
+    # What depends on neither tokens nor positions is looked up at a constant, such as the type of a segment.
+    looked_up = [
+        _rows(node)
+        for node in _embeddings(captured.graph)
+        if node.args[1] not in token_dependent and _depends_on_positions(as_node(node.args[1]), dataflow)
+    ]
+    cut = [
+        node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
+        for node in captured.graph.nodes
+        if node not in token_dependent
+        and (reads_table(node, captured.tokens) or _reads_end_of_table(node, captured.tokens))
+    ]
+    return looked_up + [rows for rows in cut if isinstance(rows, int)]
+
+
+def _reads_end_of_table(node: fx.Node, tokens: torch.SymInt) -> bool:
+    """`table[max(0, rows - tokens):]`: as many of its last rows as there are tokens."""
+    start = argument(node, 2, "start")
+    if operation(node) != "slice" or not isinstance(start, fx.Node):
+        return False
+    rows = node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
+    return isinstance(rows, int) and statically_known_true(start.meta["val"] == torch.sym_max(0, rows - tokens))
+
+
+def _depends_on_positions(index: fx.Node, dataflow: Dataflow) -> bool:
+    return any(
+        operation(node) in COUNTING or (node.op == "placeholder" and node.name == "position_ids")
+        for node in dataflow.ancestors(index) | {index}
+    )
+
+
+def _embeddings(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if operation(node) == "embedding"]
+
+
+def _rows(embedding: fx.Node) -> int:
+    table = tensor_of(embedding.args[0])
+    assert table is not None
+    return int(table.shape[0])
+
+
+def _index_sources(embedding: fx.Node) -> set[fx.Node]:
+    """The node that an embedding looks up, and those behind it through views."""
+    node = as_node(embedding.args[1])
+    found = {node}
+    while operation(node) in LAYOUT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        found.add(node)
+    return found
+
+
+def _logits(graph: fx.Graph) -> Tensor:
+    output = next(node for node in graph.nodes if node.op == "output")
+    logits: Tensor = output.all_input_nodes[0].meta["val"]
+    return logits

@@ -1,0 +1,1 @@
+"""What is attended to, and how, recognised by structure and by trial."""

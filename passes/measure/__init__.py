@@ -1,0 +1,1 @@
+"""How much each site's keys and values matter to the loss."""

@@ -1,0 +1,266 @@
+"""Measure: how much each site's keys and values matter to the loss.
+
+One forward and one backward of the captured graph for each calibration row give two answers:
+
+- the KVmix score (arXiv 2506.08018): the norm of the loss's gradient with respect to the weights of the key and of the
+  value projection;
+- the sensitivity to each candidate precision: half the sum over a head's channels of (sum over a row's tokens of
+  gradient x quantization error)^2, the second-order increase of the loss with the Hessian replaced by the empirical
+  Fisher information, of which only what joins the tokens of one channel is kept.
+  Unlike the score, it compares keys with values and one precision with another, because the error is the one that the
+  quantizer really makes. The gradient is with respect to the *stored* keys and values, those that a later token reads
+  from the cache in quantized form: what it reads of recent tokens and of attention sinks has no error to multiply.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
+from kvmix_compile.kernels.format.state import is_packed
+from kvmix_compile.passes.allocate.plan import Plan, SitePlan
+from kvmix_compile.passes.allocate.policies import Policy, SiteImportance, allocate
+from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.errors import CalibrationError
+from kvmix_compile.passes.graph.dataflow import Dataflow
+from kvmix_compile.passes.graph.vocabulary import graph_inputs
+from kvmix_compile.passes.match.mixing import running
+from kvmix_compile.passes.match.projections import Projection, find_projection
+from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
+from kvmix_compile.passes.measure.stored_gradients import stored_gradients
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What was measured, and for which state: the first `sinks` and last `recent` tokens of a row stay in full
+    precision.
+    """
+
+    sites: tuple[SiteImportance, ...]
+    fingerprint: str
+    sinks: int
+    recent: int
+    tokens: int
+    loss: float
+
+    def allocate(
+        self, *, budget: float | None = None, storage_budget: float | None = None, policy: Policy = "fisher"
+    ) -> Plan:
+        """A plan that spends a budget of bits where they matter; see passes.allocate.policies. A site whose window is
+        no longer than the recent tokens has nothing quantized, and is no part of the budget.
+        """
+        packed = [is_packed(site.window, self.recent) for site in self.sites]
+        quantized = list(compress(self.sites, packed))
+        chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget) if quantized else ()
+        untouched, in_order = Precision(UNQUANTIZED_BITS), iter(chosen)
+        sites = tuple(
+            _site_plan(site, *(next(in_order) if is_quantized else (untouched, untouched)))
+            for site, is_quantized in zip(self.sites, packed, strict=True)
+        )
+        return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
+
+
+def check_reachable(
+    sites: Sequence[AttentionSite],
+    *,
+    recent: int,
+    budget: float | None = None,
+    storage_budget: float | None = None,
+    policy: Policy = "fisher",
+) -> None:
+    """Raise BudgetError or AllocationError where no measurement could make a plan of this budget."""
+    unmeasured = tuple(
+        SiteImportance(
+            site.layer, site.kv_heads, site.key_dim, site.value_dim, 0.0, 0.0,
+            dict.fromkeys(candidates_for(site.key_dim, Axis.TOKENS), 0.0),
+            dict.fromkeys(candidates_for(site.value_dim, Axis.CHANNELS), 0.0), (), site.mask.size,
+        )
+        for site in sites
+    )  # fmt: skip
+    importance = Importance(unmeasured, "", sinks=0, recent=recent, tokens=0, loss=0.0)
+    importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
+
+
+def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
+    quarters = site.channel_quarters if key.important_bits else ()
+    return SitePlan(
+        site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window,
+        site.key_exponents if key.is_quantized else (), site.value_exponents if value.is_quantized else (),
+    )  # fmt: skip
+
+
+def check_rows(rows: Sequence[Tensor]) -> None:
+    """Raise CalibrationError where all rows are too short to measure anything on."""
+    if all(row.numel() < BLOCK_TOKENS for row in rows):
+        raise CalibrationError(
+            f"calibration needs a row of at least {BLOCK_TOKENS} tokens, the block that is quantized together: pass "
+            "longer texts"
+        )
+
+
+def measure(
+    captured: Captured,
+    sites: Sequence[AttentionSite],
+    rows: Sequence[Tensor],
+    *,
+    sinks: int,
+    recent: int,
+    on_row: Callable[[], None] = lambda: None,
+) -> Importance:
+    """The importance of every site on `rows` of token ids (int64 `[tokens]`), one forward and one backward each.
+
+    The model's weights need no gradient and get none. `on_row` is called after each row.
+    """
+    check_rows(rows)
+    rows = [row for row in rows if row.numel() >= BLOCK_TOKENS]
+    recorder = _Recorder(captured, sites)
+    keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
+    values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
+    total_loss, predicted = 0.0, 0
+    for row in rows:
+        with running(captured):
+            total_loss += recorder.add(row, keys, values, sinks, recent)
+        predicted += row.numel() - 1
+        on_row()
+    # Elements first: what is wrong with those of one layer is wrong with the gradients of all before it.
+    for check in (Tally.check_elements, Tally.check_losses):
+        for site, key, value in zip(sites, keys, values, strict=True):
+            check(key, "keys", site.layer)
+            check(value, "values", site.layer)
+    measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))
+    return Importance(
+        measured, fingerprint(captured, sites), sinks, recent, sum(row.numel() for row in rows), total_loss / predicted
+    )
+
+
+def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
+    """A digest of the model's structure: its parameters' names and shapes, and its sites.
+
+    The same for every set of weights.
+    """
+    parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.model.named_parameters()]
+    parts += [f"{site.layer}{(site.query_heads, site.kv_heads, site.key_dim, site.value_dim)}" for site in sites]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -> SiteImportance:
+    key_losses, channel_quarters = key.losses(rows), tuple[str, ...]()
+    quarters = key.quarters()
+    if divided := key.losses_of_quarters(quarters, rows):
+        key_losses |= divided
+        channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
+    return SiteImportance(
+        site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
+        key_losses, value.losses(rows), channel_quarters, site.mask.size, key.exponents(), value.exponents(),
+    )  # fmt: skip
+
+
+def _state_in(tokens: int, sinks: int, recent: int) -> tuple[int, int]:
+    """The sinks and recent tokens that a row of so many tokens is measured with: fewer where it is too short for half
+    of its tokens to read from storage.
+    """
+    shortened = max(1.0, 2 * (sinks + recent) / tokens)
+    return int(sinks / shortened), int(recent / shortened)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the captured graph on one row at a time and holds on to what gradients are wanted of."""
+
+    def __init__(self, captured: Captured, sites: Sequence[AttentionSite]) -> None:
+        super().__init__(captured.module)
+        self.captured = captured
+        self.sites = sites
+        dataflow = Dataflow(captured.graph)
+        self.projections = [
+            (find_projection(site.key, dataflow), find_projection(site.value, dataflow)) for site in sites
+        ]
+        found = [projection for pair in self.projections for projection in pair if projection is not None]
+        self.differentiated = {site.output for site in sites} | {projection.output for projection in found}
+        self.watched = self.differentiated | {projection.input for projection in found}
+        self.watched |= {node for site in sites for node in (site.query, site.key, site.value)}
+        self.watched |= {site.sink_logits for site in sites if site.sink_logits is not None}
+        self.values: dict[fx.Node, Tensor] = {}
+        self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
+
+    def fetch_attr(self, target: str) -> object:
+        value = super().fetch_attr(target)
+        # Activations are differentiated, weights are not: without this autograd would keep what the weights'
+        # gradients need.
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, node: fx.Node) -> object:
+        value = super().run_node(node)
+        if node not in self.watched:
+            return value
+        if node in self.differentiated and not value.requires_grad:
+            value = value.detach().requires_grad_()
+        self.values[node] = value
+        # A leaf may not be written to in place, its copy may.
+        return value.clone() if node in self.differentiated and value.is_leaf else value
+
+    def add(self, row: Tensor, keys: Sequence[Tally], values: Sequence[Tally], sinks: int, recent: int) -> float:
+        """Add one row's gradients and sensitivities to the tallies; returns its summed loss in nats."""
+        tokens = row.numel()
+        sinks, recent = _state_in(tokens, sinks, recent)
+        with torch.enable_grad():
+            loss = self._loss(row)
+            nodes = sorted(self.differentiated, key=lambda node: node.name)
+            gradients = dict(
+                zip(nodes, torch.autograd.grad(loss, [self.values[n] for n in nodes], retain_graph=True), strict=True)
+            )
+            for site, pair, key, value in zip(self.sites, self.projections, keys, values, strict=True):
+                for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
+                    tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
+        for site, key, value in zip(self.sites, keys, values, strict=True):
+            queries, site_keys, site_values = (
+                self.values[node].detach()[0] for node in (site.query, site.key, site.value)
+            )
+            slope = gradients[site.output][0]
+            logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
+            slopes = stored_gradients(
+                queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits
+            )
+            key.add_sensitivity(site_keys, slopes[0], sinks, tokens - sinks - recent)
+            value.add_sensitivity(site_values, slopes[1], sinks, tokens - sinks - recent)
+        self.values.clear()
+        return loss.item()
+
+    def _loss(self, row: Tensor) -> Tensor:
+        positions = torch.arange(row.numel(), device=row.device)
+        by_name = {"input_ids": row[None], "position_ids": positions[None], "logit_positions": positions}
+        logits = self.run(*(by_name[node.name] for node in graph_inputs(self.captured.graph)))
+        return F.cross_entropy(logits[0, :-1].float(), row[1:], reduction="sum")
+
+    def _weight_gradient_norm(
+        self, node: fx.Node, projection: Projection | None, gradients: dict[fx.Node, Tensor]
+    ) -> float:
+        """||dL/dW|| of the rows of the projection's weights that make the keys or values; NaN where there is no
+        projection.
+
+        From activations alone, dL/dW = (dL/dy)^T x, so that W may be quantized.
+        """
+        if projection is None:
+            return float("nan")
+        slope = gradients[projection.output].flatten(0, -2)
+        features = self._features(node, projection.output)
+        return (
+            (slope[:, features].T.float() @ self.values[projection.input].detach().flatten(0, -2).float()).norm().item()
+        )
+
+    def _features(self, node: fx.Node, output: fx.Node) -> Tensor:
+        """Which output features of a projection the keys or values at `node` are made of: all, unless it is a
+        fused one.
+        """
+        if (node, output) not in self.features:
+            value, source = self.values[node], self.values[output]
+            generator = torch.Generator().manual_seed(0)
+            probe = torch.randn(value.shape, generator=generator).to(value)
+            (reached,) = torch.autograd.grad(value, source, probe, retain_graph=True)
+            self.features[node, output] = reached.flatten(0, -2).abs().sum(0) > 0
+        return self.features[node, output]

@@ -1,0 +1,66 @@
+"""Powers of two: a site whose keys and values are divided, head by head, before they are attended to and stored.
+
+Queries are multiplied by what their keys were divided by, and what attention gives by what the values were. All of it
+is exact. Which powers: see passes.measure.exponents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from kvmix_compile.passes.graph.vocabulary import tensor_of
+from kvmix_compile.passes.match.sites import AttentionSite
+
+# Of keys and of values, as of SitePlan.
+Exponents = tuple[tuple[int, ...], tuple[int, ...]]
+NO_EXPONENTS: Exponents = ((), ())
+
+
+def powers_of_two(exponents: Sequence[int], sign: int, like: Tensor) -> Tensor:
+    """2 to the power of each exponent, times `sign`, `[1, heads, 1, 1]`, in the dtype of `like` and on its device."""
+    powers = torch.tensor([2.0 ** (sign * exponent) for exponent in exponents], dtype=torch.float64)
+    return powers.to(like.device, like.dtype)[None, :, None, None]
+
+
+def with_divided_inputs(module: fx.GraphModule, site: AttentionSite, index: int, exponents: Exponents) -> AttentionSite:
+    """The site with its keys and values divided, and its queries multiplied. `index`: the site's number."""
+    keys, values = exponents
+    shared = site.query_heads // site.kv_heads
+    if keys:
+        key = _times(module, site.key, site.output, f"key_powers_{index}", keys, -1)
+        queries = [exponent for exponent in keys for _ in range(shared)]
+        site = replace(
+            site, key=key, query=_times(module, site.query, site.output, f"query_powers_{index}", queries, 1)
+        )
+    if values:
+        site = replace(site, value=_times(module, site.value, site.output, f"value_powers_{index}", values, -1))
+    return site
+
+
+def multiply_output(
+    module: fx.GraphModule, site: AttentionSite, attended: fx.Node, index: int, exponents: Exponents
+) -> None:
+    """Multiply what attention gives, wherever it is used, by what the site's values were divided by."""
+    shared = site.query_heads // site.kv_heads
+    outputs = [exponent for exponent in exponents[1] for _ in range(shared)]
+    if outputs:
+        users = list(attended.users)
+        product = _times(module, attended, attended.next, f"output_powers_{index}", outputs, 1)
+        for user in users:
+            user.replace_input_with(attended, product)
+
+
+def _times(
+    module: fx.GraphModule, node: fx.Node, before: fx.Node, name: str, exponents: Sequence[int], sign: int
+) -> fx.Node:
+    """`node` `[batch, heads, tokens, dim]` times powers of two that the module's constant `name` holds."""
+    value = tensor_of(node)
+    assert value is not None, node
+    module.register_buffer(name, powers_of_two(exponents, sign, value), persistent=False)
+    with module.graph.inserting_before(before):
+        constant = module.graph.get_attr(name)
+        product = module.graph.call_function(torch.ops.aten.mul.Tensor, (node, constant))
+    product.meta = dict(node.meta)
+    return product

@@ -1,0 +1,183 @@
+"""Rewrite: each site's attention becomes `kvmix::attend` on the cache, followed by `kvmix::append` to it.
+
+The mask and everything only it needed dies, and the graph gains the cache's tensors as inputs. One graph serves
+prefill, chunked prefill and decode.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+from torch.fx.node import Argument
+
+from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.passes.capture.export import MODEL, Captured, bind
+from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.vocabulary import graph_inputs
+from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.rewrite.lengths import check_lengths
+from kvmix_compile.passes.rewrite.positions import shift_positions
+from kvmix_compile.passes.rewrite.powers import NO_EXPONENTS, Exponents, multiply_output, with_divided_inputs
+
+# The six tensors of kernels.format.state.SiteState, in its order.
+STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "tail_key", "tail_value")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The graph with its cache as inputs.
+
+    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts`
+    are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six
+    tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, the same
+    for all rows: on from the first of `position_ids` where it takes none, else from the first of `lengths`.
+    """
+
+    module: fx.GraphModule
+    sites: tuple[AttentionSite, ...]
+    equal_rows: bool
+
+
+def rewrite(
+    captured: Captured,
+    sites: Sequence[AttentionSite],
+    precisions: Sequence[tuple[Precision, Precision]],
+    recents: Sequence[int],
+    channel_orders: Sequence[list[list[int]] | None] = (),
+    exponents: Sequence[Exponents] = (),
+) -> Rewritten:
+    """A copy of the captured graph in which every site reads and writes a cache.
+
+    `precisions`: for each site that of its keys and of its values. `recents`: for each the tokens kept in full
+    precision, at most, as of its StateLayout.
+    `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
+    all, for that of the model.
+    `exponents`: for each site those of its keys and of its values, as of SitePlan; nothing at all: none.
+    Raises UnsupportedModelError where what is left of the graph computes with the number of rows or tokens.
+    """
+    graph, copies = _copy(captured.graph)
+    module = bind(captured.module, graph)
+    lengths, starts = add_inputs(graph, ["lengths", "starts"])
+    for index, (site, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
+        copied = site.mapped(copies)
+        order = channel_orders[index] if channel_orders else None
+        powers = exponents[index] if exponents else NO_EXPONENTS
+        rewrite_site(module, copied, index, (lengths, starts), formats, recent, order, powers)
+    graph.eliminate_dead_code()
+    # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
+    counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
+    shifted = shift_positions(graph, counts, captured.tokens)
+    accept_any_strides(graph)
+    clean_up(module)
+    check_lengths(graph, captured)
+    return Rewritten(module, tuple(sites), shifted)
+
+
+def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:
+    """The same graph over the weights of `model`, which must be a copy of the model that it was made from."""
+    root = nn.Module()
+    root.add_module(MODEL, model)
+    for name, buffer in rewritten.module.named_buffers(recurse=False):
+        root.register_buffer(name, buffer, persistent=False)
+    graph, _ = _copy(rewritten.module.graph)
+    return replace(rewritten, module=bind(root, graph))
+
+
+def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.output(copied.graph_copy(graph, nodes))
+    return copied, nodes
+
+
+def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
+    """New placeholders behind those that the graph has."""
+    added = []
+    for name in names:
+        with graph.inserting_after(graph_inputs(graph)[-1]):
+            added.append(graph.placeholder(name))
+    return added
+
+
+def rewrite_site(
+    module: fx.GraphModule,
+    site: AttentionSite,
+    index: int,
+    counts: tuple[fx.Node, fx.Node],
+    precisions: tuple[Precision, Precision],
+    recent: int,
+    channel_order: list[list[int]] | None,
+    exponents: Exponents,
+) -> None:
+    """Put the operators in the place of `site.output`, and the site's state behind the inputs of the module's graph.
+
+    `index`: the site's number. `counts`: the inputs lengths and starts. The rest: of this site, as of rewrite.
+    """
+    state = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS])
+    if channel_order is not None:
+        name = f"channel_order_{index}"
+        constant = torch.tensor(channel_order, device=site.key.meta["val"].device)
+        module.register_buffer(name, constant, persistent=False)
+        site = _with_ordered_channels(module.graph, site, name)
+    site = with_divided_inputs(module, site, index, exponents)
+    if site.score_function.slopes:
+        slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
+        module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
+    attended = _attend_and_append(module.graph, site, index, (*counts, *state), precisions, recent)
+    multiply_output(module, site, attended, index, exponents)
+
+
+def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
+    """The site with its queries and keys in the order of channels that the graph's constant `order` holds. Their
+    products are the same.
+    """
+    with graph.inserting_before(site.output):
+        constant = graph.get_attr(order)
+        query, key = (
+            graph.call_function(torch.ops.kvmix.order_channels.default, (node, constant))
+            for node in (site.query, site.key)
+        )
+    query.meta, key.meta = dict(site.query.meta), dict(site.key.meta)
+    return replace(site, query=query, key=key)
+
+
+def _attend_and_append(
+    graph: fx.Graph,
+    site: AttentionSite,
+    index: int,
+    cache: tuple[fx.Node, ...],
+    precisions: tuple[Precision, Precision],
+    recent: int,
+) -> fx.Node:
+    """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
+    `cache`: lengths, starts and the six tensors of the site's state; `precisions`: of keys and of values.
+    """
+    query, key, value, output = site.query, site.key, site.value, site.output
+    formats = tuple(list(precision.as_ints()) for precision in precisions)
+    function = site.score_function
+    window = function.mask.size if function.mask.kind == "sliding" else 0
+    with graph.inserting_before(output):
+        attended = graph.call_function(
+            torch.ops.kvmix.attend.default,
+            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
+            _extras(graph, site, index),
+        )
+        attended.meta = dict(output.meta)
+        # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
+        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent, function.mask.size))
+    output.replace_all_uses_with(attended)
+    graph.erase_node(output)
+    return attended
+
+
+def _extras(graph: fx.Graph, site: AttentionSite, index: int) -> dict[str, Argument]:
+    """The arguments of attend that few models need, by name."""
+    extras: dict[str, Argument] = {}
+    if site.mask.kind == "chunked":
+        extras["attention_chunk"] = site.mask.size
+    if site.sink_logits is not None:
+        extras["sink_logits"] = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
+    if site.score_function.slopes:
+        extras["slopes"] = graph.get_attr(f"slopes_{index}")
+    return extras

@@ -1,0 +1,89 @@
+"""Static rewrite: attention over a StaticCache becomes `kvmix::attend` and `kvmix::append` on a packed state.
+
+The buffers leave the graph: as inputs, where they came in, and as outputs, where they were made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.passes.capture.dynamo import Lowered
+from kvmix_compile.passes.errors import UnsupportedModelError
+from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
+from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
+from kvmix_compile.passes.rewrite.powers import NO_EXPONENTS, Exponents
+from kvmix_compile.passes.rewrite.rewrite import add_inputs, rewrite_site
+
+
+@dataclass(frozen=True)
+class StaticRewritten:
+    """`module` takes those inputs of the lowered graph that are left, `kept` by their places there, then `lengths`,
+    `starts` and the six tensors of each site in turn (as passes.rewrite.rewrite.Rewritten). It returns a tuple in which
+    `buffers` says which places stand for a buffer that the graph used to make, and are None.
+    """
+
+    module: fx.GraphModule
+    kept: tuple[int, ...]
+    buffers: dict[int, Buffer]
+
+
+def rewrite_static(
+    lowered: Lowered,
+    sites: Sequence[CachedSite],
+    precisions: Sequence[tuple[Precision, Precision]],
+    recents: Sequence[int],
+    channel_orders: Sequence[list[list[int]] | None] = (),
+    exponents: Sequence[Exponents] = (),
+) -> StaticRewritten:
+    """Rewrite the lowered graph, in place. Arguments as of passes.rewrite.rewrite.rewrite.
+
+    Raises UnsupportedModelError where something besides attention reads what a site's cache holds.
+    """
+    graph, inputs = lowered.graph, graph_inputs(lowered.graph)
+    lengths, starts = add_inputs(graph, ["lengths", "starts"])
+    for index, (cached, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
+        order = channel_orders[index] if channel_orders else None
+        powers = exponents[index] if exponents else NO_EXPONENTS
+        rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order, powers)
+    buffers = _drop_outputs(graph, sites)
+    graph.eliminate_dead_code()
+    for cached in sites:
+        for buffer in (cached.key, cached.value):
+            _drop_buffer(graph, buffer, cached.site.layer)
+    accept_any_strides(graph)
+    clean_up(lowered.module)
+    left = set(graph_inputs(graph))
+    return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)
+
+
+def _drop_outputs(graph: fx.Graph, sites: Sequence[CachedSite]) -> dict[int, Buffer]:
+    output = next(node for node in graph.nodes if node.op == "output")
+    made = {buffer.written: buffer for cached in sites for buffer in (cached.key, cached.value)}
+    returned = list(output.args[0])
+    buffers = {place: made[node] for place, node in enumerate(returned) if node in made}
+    output.args = (tuple(None if place in buffers else node for place, node in enumerate(returned)),)
+    return buffers
+
+
+def _drop_buffer(graph: fx.Graph, buffer: Buffer, layer: str) -> None:
+    written, source = buffer.written, buffer.written.args[1]
+    _erase(graph, written, layer)
+    for write in (source, *source.users) if isinstance(source, fx.Node) else ():
+        if operation(write) == "index_put_":
+            _erase(graph, write, layer)
+    graph.eliminate_dead_code()
+    # A tensor made in the graph is dead code by now.
+    if buffer.is_input:
+        _erase(graph, buffer.tensor, layer)
+
+
+def _erase(graph: fx.Graph, node: fx.Node, layer: str) -> None:
+    if node.users:
+        reader = next(iter(node.users))
+        raise UnsupportedModelError(
+            f"{layer}: what its cache holds is also read by {operation(reader)}, and not by its attention alone"
+        )
+    graph.erase_node(node)

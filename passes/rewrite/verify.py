@@ -1,0 +1,196 @@
+"""Verify: the rewritten graph, run losslessly, must give the logits of the model itself: for one row and several, one
+token and many, whole and in uneven chunks, and for whatever sizes export assumed not to come.
+
+This catches what no pass understood: a convolution or recurrence over the sequence, a second use of keys or values, a
+position they did not see, another path for some sizes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout, unpacked_tokens
+from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.capture.limits import vocabulary_size
+from kvmix_compile.passes.errors import UnsupportedModelError, VerifyError
+from kvmix_compile.passes.graph.rounding import TOLERANCE, coarsest_dtype, difference
+from kvmix_compile.passes.match.mixing import constant_reach, running, suspects
+from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.rewrite import original
+from kvmix_compile.passes.rewrite.lengths import Assumption, broken_assumptions
+from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
+
+# A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
+# boundaries.
+SINKS, RECENT = 4, 32
+CHUNKS = (7, 1, 40, 1, 33, 2, 29)
+PADDING = 3
+# Rows and tokens of the calls without a cache: export's graphs are of several of both, and may be wrong for one.
+WHOLE = ((2, 48, "two rows"), (1, 37, "one row"), (3, 1, "rows of one token"), (1, 1, "one token"))
+
+# Rows times tokens that a model is run with at most to see whether an assumption that does not hold there matters, and
+# for how many sizes it is.
+LARGEST_TRIAL = 4096
+TRIALS = 3
+
+
+def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: int | None) -> float:
+    """Raise VerifyError unless the rewritten graph gives the model's logits, and UnsupportedModelError where it holds
+    for some sizes only.
+
+    Returns the difference (root mean square over the vocabulary) of the worst token, as a share of the logits' standard
+    deviation.
+    """
+    recents = [_lossless_layout(site).recent for site in sites]
+    trial = _Trial(captured, rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), recents))
+    chunks = list(_chunks(longest_context, constant_reach(trial.rewritten.module.graph, captured)))
+    most = longest_context or LARGEST_TRIAL
+    with torch.no_grad():
+        for assumption in broken_assumptions(captured, longest_context):
+            trial.check_assumption(assumption)
+        shares = [
+            *(trial.check_whole(rows, min(tokens, most), what) for rows, tokens, what in WHOLE),
+            trial.check_chunks(chunks),
+        ]
+    return max(shares)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The model, and the graph that is to take its place."""
+
+    captured: Captured
+    rewritten: Rewritten
+
+    def check_whole(self, rows: int, tokens: int, what: str) -> float:
+        """The difference in one call of so many rows and tokens. Raises VerifyError where there is one."""
+        share = self._whole(rows, tokens)
+        if not share <= self._tolerance:
+            raise VerifyError(
+                f"the graph that was made of {type(self.captured.model).__name__} gives other logits for {what} than "
+                f"the model itself, by {share:.2g} standard deviations: its forward does something else there, which "
+                "is not supported"
+            )
+        return share
+
+    def check_assumption(self, assumption: Assumption) -> None:
+        """Raise UnsupportedModelError where an assumption about sizes does not hold and it matters, or cannot be seen
+        not to.
+        """
+        within = [sizes for sizes in assumption.broken if sizes[0] * sizes[1] <= LARGEST_TRIAL]
+        sizes = dict.fromkeys([*within[:TRIALS], *within[-1:]])
+        if not sizes or not all(self._agrees(rows, tokens) for rows, tokens in sizes):
+            raise UnsupportedModelError(
+                f"the graph of {type(self.captured.model).__name__} holds where {assumption.text} and not for every "
+                f"number of rows and tokens: its forward takes another path for others, at {assumption.where}, which "
+                "is not supported"
+            )
+
+    def check_chunks(self, chunks: Sequence[int]) -> float:
+        """The difference where the text comes in chunks: of one row from the model in chunks, on its own cache if it
+        has one, and of one that is padded from the model on the whole row. Raises VerifyError where there is one.
+        """
+        padding = 0 if self.rewritten.equal_rows else min(PADDING, chunks[0] - 1)
+        ids, model = self._ids(2, sum(chunks)), self.captured.model
+        first, second = original.in_chunks(model, ids[:1], chunks), original.whole(model, ids[1:, padding:])
+        if first is None:
+            first = original.whole(model, ids[:1])
+        try:
+            actual = self._run(ids, chunks, padding)
+        except (RuntimeError, IndexError) as error:  # shapes or positions that no longer go together
+            raise VerifyError(
+                f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, it fails"
+            ) from error
+        share = max(difference(actual[:1], first), difference(actual[1:, padding:], second))
+        if not share <= self._tolerance:
+            share = self._share_of_caches(actual, first, ids, [chunks[0] - padding, *chunks[1:]], padding)
+        if not share <= self._tolerance:
+            raise VerifyError(
+                f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, its logits "
+                f"differ by {share:.2g} standard deviations from those of the whole text"
+            )
+        return share
+
+    def _share_of_caches(
+        self, actual: Tensor, first: Tensor, ids: Tensor, chunks: Sequence[int], padding: int
+    ) -> float:
+        """The difference where both rows of the model are in chunks: of a model that computes something else in chunks
+        than whole, as some that change their positions for long texts do, a twin does what it does.
+        """
+        second = original.in_chunks(self.captured.model, ids[1:, padding:], chunks)
+        if second is None:
+            return torch.inf
+        return max(difference(actual[:1], first), difference(actual[1:, padding:], second))
+
+    def _agrees(self, rows: int, tokens: int) -> bool:
+        try:
+            return self._whole(rows, tokens) <= self._tolerance
+        except (RuntimeError, IndexError):
+            return False
+
+    def _whole(self, rows: int, tokens: int) -> float:
+        """The difference in one call; none where the model itself cannot be called so."""
+        ids = self._ids(rows, tokens)
+        try:
+            expected = original.whole(self.captured.model, ids)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError):
+            return 0.0
+        with running(self.captured):
+            return difference(self._run(ids, [tokens]), expected)
+
+    def _run(self, ids: Tensor, chunks: Sequence[int], padding: int = 0) -> Tensor:
+        """Float32 `[rows, tokens, vocabulary]` of the rewritten graph; the last row begins with `padding` tokens that
+        are none.
+        """
+        states = [_lossless_state(site, ids) for site in self.rewritten.sites]
+        tensors = [tensor for state in states for tensor in state.tensors()]
+        lengths, logits = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), []
+        starts = torch.zeros_like(lengths)
+        starts[-1] = padding
+        for part in ids.split(list(chunks), dim=1):
+            every = torch.arange(part.shape[1], device=ids.device)
+            positions = ((lengths - starts)[:, None] + every).clamp(min=0)
+            logits.append(self.rewritten.module(part, positions, every, lengths, starts, *tensors).float())
+            lengths, starts = lengths + part.shape[1] - starts, torch.zeros_like(starts)
+        return torch.cat(logits, dim=1)
+
+    def _ids(self, rows: int, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary_size(self.captured), (rows, tokens), generator=generator)
+        return ids.to(self._parameter.device)
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(parameter for parameter in self.captured.model.parameters() if parameter.is_floating_point())
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[coarsest_dtype(self.captured.graph)]
+
+
+def _chunks(longest_context: int | None, reach: int) -> Iterator[int]:
+    """The sizes of the chunks of a text that the model has positions for, beyond whatever its graph reaches back."""
+    left = longest_context or sum(CHUNKS) + reach
+    for chunk in (CHUNKS[0] + reach, *CHUNKS[1:]):
+        if min(chunk, left) > 0:
+            yield min(chunk, left)
+        left -= chunk
+
+
+def _lossless_layout(site: AttentionSite) -> StateLayout:
+    return StateLayout(
+        *(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16)),
+        *unpacked_tokens(site.mask.size, SINKS, RECENT),
+        window=site.mask.size,
+    )
+
+
+def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
+    layout = _lossless_layout(site)
+    blocks = layout.required_blocks(ids.shape[1])
+    return SiteState.allocate(layout, ids.shape[0], blocks, site.key.meta["val"].dtype, ids.device)

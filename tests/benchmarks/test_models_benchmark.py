@@ -1,0 +1,62 @@
+"""The page of models: the benchmark behind it runs, and the page is what its results say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "models.json"
+PAGE = ROOT / "docs" / "models.md"
+
+
+def run(*arguments: str) -> None:
+    """`python -m benchmarks.models` as from the repository's root."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.models", *arguments]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("models") / "models.json"
+    run("--only", "olmo2", "starcoder2", "mamba", "--output", str(path))
+    return {row["model_type"]: row for row in json.loads(path.read_text())["results"]}
+
+
+@pytest.mark.parametrize("name", ["olmo2", "starcoder2"])
+def test_a_decoder_works_in_both_ways(sample: dict[str, dict[str, Any]], name: str) -> None:
+    row = sample[name]
+    assert (row["sites"], row["text"], row["quantized"], row["backend"]) == (2, True, True, True)
+    assert row["verified"] < 1e-4 and row["padded"]
+    assert not (row["refusal"] or row["backend_refusal"] or row["failures"])
+
+
+def test_a_recurrence_is_refused_in_both_ways(sample: dict[str, dict[str, Any]]) -> None:
+    row = sample["mamba"]
+    assert "conv1d" in row["refusal"] and "no attention" in row["backend_refusal"]
+    assert row["text"] is row["backend"] is None and not row["failures"]
+
+
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
+    run("--table", "--page", str(tmp_path / "models.md"))
+    assert (tmp_path / "models.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+
+
+def test_enough_models_work_and_no_refusal_is_a_traceback() -> None:
+    """What the project promises of the installed transformers."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    assert sum(bool(row["text"] and row["quantized"] and row["verified"] is not None) for row in rows) >= 60
+    assert sum(row["backend"] is True for row in rows) >= 45
+    assert not [row["model_type"] for row in rows if row["failures"] or False in (row["text"], row["backend"])]
+
+
+def test_every_refusal_is_one_sentence() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    refusals = [row[way] for row in rows for way in ("refusal", "backend_refusal") if row[way]]
+    assert refusals and not [refusal for refusal in refusals if re.search(r"[.!?]\s+[A-Z]", refusal)]

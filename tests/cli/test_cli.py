@@ -1,0 +1,155 @@
+"""The command line on tiny models: what it prints, saves and returns; bad input is a message, not a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import kvmix_compile
+from kvmix_compile import compiler
+from kvmix_compile.cli.commands import app
+from kvmix_compile.models_zoo.characters import character_tokenizer
+from kvmix_compile.models_zoo.tiny import tiny
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 12
+
+
+def kvmix(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path: Path, text: Path) -> Path:
+    path = tmp_path / "plan.json"
+    assert kvmix("plan", "tiny:llama", "--calibration", text, "--output", path).exit_code == 0
+    return path
+
+
+def test_doctor_shows_every_layer() -> None:
+    result = kvmix("doctor", "tiny:gemma2")
+    assert result.exit_code == 0
+    first, second = (line for line in result.stdout.splitlines() if "model.layers." in line)
+    assert "sliding 24" in first
+    assert "causal" in second
+    assert "verified" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("tiny:bert", "encoder"), ("tiny:t5", "encoder-decoder"), ("convolution", "conv")]
+)
+def test_doctor_says_what_is_wrong(name: str, reason: str) -> None:
+    result = kvmix("doctor", name)
+    assert result.exit_code == 1
+    assert reason in result.stderr
+
+
+def test_plan_is_shown_and_saved(tmp_path: Path, text: Path) -> None:
+    path = tmp_path / "plan.json"
+    result = kvmix("plan", "tiny:llama", "--storage-budget", 3, "--calibration", text, "--output", path)
+    assert result.exit_code == 0
+    assert "stored bits" in result.stdout
+    assert kvmix_compile.Plan.load(path).storage_bits <= 3
+
+
+def test_generate_streams_and_sizes_the_cache(plan: Path) -> None:
+    result = kvmix("generate", "tiny:llama", "--prompt", TEXT[:300], "--plan", plan, "--max-new-tokens", 8)
+    assert result.exit_code == 0
+    assert 1 <= len(result.stdout.removesuffix("\n")) <= 8
+    assert "cache of 30" in result.stderr
+    assert "bits per element" in result.stderr
+
+
+def test_generate_takes_a_folder_and_a_prompt_file(tmp_path: Path, text: Path, plan: Path) -> None:
+    folder = tmp_path / "model"
+    tiny("llama").save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    result = kvmix("generate", folder, "--prompt-file", text, "--plan", plan, "--max-new-tokens", 2)
+    assert result.exit_code == 1
+    assert "512 positions" in result.stderr
+
+    text.write_text(TEXT[:200])
+    from_folder = kvmix("generate", folder, "--prompt-file", text, "--plan", plan, "--max-new-tokens", 4)
+    by_name = kvmix("generate", "tiny:llama", "--prompt", TEXT[:200], "--plan", plan, "--max-new-tokens", 4)
+    assert from_folder.exit_code == 0
+    assert from_folder.stdout == by_name.stdout
+
+
+def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--text", text, "--tokens", 400, "--budget", 2, "--budget", 16, "--calibration", text, "--json", path]
+    result = kvmix("eval", "tiny:llama", *arguments, "--baseline", "kivi")
+    assert result.exit_code == 0, result.output
+    record = json.loads(path.read_text())
+    (found,) = record["texts"]
+    rows = {row["configuration"]: row for row in found["results"]}
+    assert list(rows) == ["original", "fisher, budget 2", "fisher, budget 16", "kivi"]
+    assert all(name in result.stdout for name in rows)
+    original, lossless = rows["original"], rows["fisher, budget 16"]
+    assert original["code_bits"] == lossless["code_bits"] == 16
+    assert lossless["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
+    assert rows["fisher, budget 2"]["code_bits"] <= 2 < rows["fisher, budget 2"]["stored_bits"]
+    assert rows["kivi"]["divergence"] > 0
+    assert record["precisions"]["kivi"] == {"keys": [[2, 32, 16]] * 2, "values": [[2, 32, 16]] * 2}
+    assert len(record["importance"]) == 2
+    assert found["tokens"] == 400
+    assert record["versions"]["torch"]
+    assert record["device"].startswith("CPU")
+
+
+def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, plots = tmp_path / "results.json", tmp_path / "plots"
+    arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path, "--plots", plots]
+    passkeys = ["--passkey-length", 300, "--passkey-length", 350, "--passkey-depth", 0.5]
+    policies = ["--policy", "fisher", "--policy", "kvmix", "--storage-budget", 2.6]
+    result = kvmix("eval", "tiny:llama", *arguments, *passkeys, *policies)
+    assert result.exit_code == 0, result.output
+    assert "kvmix, storage budget 2.6 is left out" in result.stderr
+    assert "passkeys at the depths 0.5" in result.stdout
+    retrievals = json.loads(path.read_text())["passkeys"]
+    assert [(row["configuration"], row["tokens"]) for row in retrievals] == [
+        (name, length) for length in (300, 350) for name in ("original", "fisher, storage budget 2.6")
+    ]
+    assert {file.name for file in plots.iterdir()} == {"frontier.png", "layers.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["doctor", "tiny:nothing"], "the models zoo has smollm2"),
+        (["doctor", "no/such/folder"], "cannot load"),
+        (["plan", "tiny:llama", "--budget", "0.5"], "cannot be met"),
+        (["plan", "tiny:llama", "--budget", "23"], "16 (nothing quantized) at most, not 23"),
+        (["plan", "tiny:llama", "--budget", "nan"], "positive"),
+        (["plan", "tiny:llama", "--budget", "3", "--storage-budget", "3"], "either budget"),
+        (["plan", "tiny:llama", "--output", "no/such/folder/plan.json"], "a folder that exists"),
+        (["generate", "tiny:llama", "--prompt", " "], "the prompt is empty"),
+        (["generate", "tiny:llama", "--prompt", "x", "--budget", "23"], "at most, not 23"),
+        (["eval", "tiny:llama", "--budget", "23"], "at most, not 23"),
+        (["eval", "tiny:llama", "--policy", "best"], "there is no policy"),
+        (["plan", "tiny:llama", "--policy", "best"], "there is no policy"),
+        (["plan", "tiny:llama", "--calibration", "missing.txt"], "cannot read missing.txt"),
+        (["generate", "tiny:llama"], "give a prompt"),
+        (["generate", "hand_written", "--prompt", "x"], "without a tokenizer"),
+        (["generate", "tiny:llama", "--prompt", "x", "--plan", "missing.json"], "cannot read the plan"),
+        (["eval", "hand_written"], "without a tokenizer"),
+        (["eval", "tiny:llama", "--baseline", "atom"], "choose from kivi"),
+        (["eval", "tiny:llama", "--passkey-depth", "2"], "from 0 (the beginning of the text) to 1"),
+        (["eval", "tiny:llama", "--json", "no/such/folder/results.json"], "a folder that exists"),
+        (["eval", "tiny:llama", "--tokens", "64"], "the cache is never read"),
+    ],
+)
+def test_bad_input_is_a_message(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "capture", lambda model: pytest.fail("this takes long, and cannot be used"))
+    result = kvmix(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output

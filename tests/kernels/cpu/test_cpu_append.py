@@ -1,0 +1,102 @@
+"""The CPU's append writes the reference's bytes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.cpu.library import library
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from tests.kernels.append_pair import Pair
+from tests.kernels.covering import Combination, covering, named
+from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
+from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
+
+layouts = with_important_keys(
+    st.builds(
+        StateLayout,
+        kv_heads=st.sampled_from([1, 2]),
+        key_dim=st.sampled_from([16, 32, 40]),
+        value_dim=st.sampled_from([16, 24]),
+        key=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
+        value=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.just(8), st.sampled_from([4, 16])),
+        sinks=st.sampled_from([0, 3, 40]),
+        recent=st.sampled_from([32, 45]),
+        rollback=st.sampled_from([0, 7]),
+        window=st.sampled_from([0, 0, 1, 40, 100]),
+    )
+)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    pair = Pair(cpu.append, layout_of(chosen), 2, chosen["dtype"])
+    for tokens in chosen["chunks"]:
+        chunk = [torch.randn(2, 2, tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
+        pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
+    pair.check()
+
+
+@settings(max_examples=200)
+@given(layouts, dtypes, st.data())
+def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.dtype, data: st.DataObject) -> None:
+    pair = Pair(cpu.append, layout, 2, dtype)
+    for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
+        starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
+        k, v = (
+            torch.randn(2, tokens, layout.kv_heads, dim).to(dtype).transpose(1, 2)
+            for dim in (layout.key_dim, layout.value_dim)
+        )
+        for row, start in enumerate(starts.tolist()):
+            k[row, :, :start] = v[row, :, :start] = torch.nan
+        pair.append(k, v, starts)
+    pair.check()
+
+
+@pytest.mark.parametrize("scale_bits", [4, 16])
+@pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
+def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
+    key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 24, scale_bits)
+    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
+    pair = Pair(cpu.append, layout, 1, torch.float32, most_tokens=105)
+    k, v, start = torch.randn(1, 1, 105, 32), torch.randn(1, 1, 105, 24), torch.zeros(1, dtype=torch.int64)
+    for token in range(105):
+        pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], start)
+    assert pair.written.packed_k.any(-1).all() and pair.written.packed_v.any(-1).all()
+    pair.check()
+
+
+def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError
+
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    state = SiteState.allocate(layout, 1, 1, torch.float32)
+    token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(reference, "append", unexpected)
+    for length in range(34):
+        cpu.append(
+            *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
+        )
+    assert state.sink_k.all() and state.tail_v.all()
+
+
+def test_without_room_nothing_is_written() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
+    state = SiteState.allocate(layout, 1, 0, torch.float32)
+    token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
+    for length in (32, 40):
+        with pytest.raises(KVMixError, match="room for 1 packed blocks"):
+            cpu.append(
+                *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
+            )
+    assert not any(tensor.any() for tensor in state.tensors())

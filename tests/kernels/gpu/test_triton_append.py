@@ -1,0 +1,127 @@
+"""The Triton kernel of append writes the reference's bytes: on a GPU, else in Triton's interpreter."""
+
+import os
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Axis, Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from tests.kernels.append_pair import Pair
+from tests.kernels.covering import Combination, covering, named
+from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
+from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+
+triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="neither a GPU nor Triton's interpreter"
+)
+
+precisions = st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
+layouts = st.builds(
+    StateLayout,
+    kv_heads=st.sampled_from([1, 2]),
+    key_dim=st.sampled_from([16, 40, 64]),
+    value_dim=st.sampled_from([16, 24, 64]),
+    key=precisions,
+    value=precisions.map(lambda precision: replace(precision, group=8)),
+    sinks=st.sampled_from([0, 3, 40]),
+    recent=st.sampled_from([32, 45, 64]),
+    rollback=st.sampled_from([0, 7]),
+    window=st.sampled_from([0, 0, 1, 40, 100]),
+)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtype, size: float) -> list[Tensor]:
+    largest = torch.finfo(dtype).max
+    return [
+        (torch.randn(batch, tokens, layout.kv_heads, dim) * size).clamp(-largest, largest).to(dtype).transpose(1, 2)
+        for dim in (layout.key_dim, layout.value_dim)
+    ]
+
+
+def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype) -> Pair:
+    return Pair(triton_append.append, layout, batch, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    pair = pair_of(layout_of(chosen), 2, chosen["dtype"])
+    for tokens in chosen["chunks"]:
+        k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
+        start = start_of(chosen, tokens)
+        k[0, :, :start] = v[0, :, :start] = torch.nan
+        pair.append(k, v, torch.tensor([start, 0]))
+    pair.check()
+
+
+@settings(max_examples=25)
+@given(with_important_keys(layouts), dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.data())
+def test_it_writes_the_bytes_of_the_reference(
+    layout: StateLayout, dtype: torch.dtype, size: float, data: st.DataObject
+) -> None:
+    pair = pair_of(layout, 2, dtype)
+    for tokens in data.draw(st.lists(st.sampled_from([1, 1, 2, 31, 33, 70, 110]), min_size=1, max_size=3)):
+        starts = torch.tensor([data.draw(st.sampled_from([0, 0, 1, tokens // 2, tokens])) for _ in range(2)])
+        k, v = random_chunk(layout, 2, tokens, dtype, size)
+        for row, start in enumerate(starts.tolist()):
+            k[row, :, :start] = v[row, :, :start] = torch.nan
+        pair.append(k, v, starts)
+    pair.check()
+
+
+@pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
+def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
+    key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
+    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
+    pair = pair_of(layout, 1, torch.float32)
+    k, v = random_chunk(layout, 1, 75, torch.float32, 1.0)
+    for token in range(75):
+        pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], torch.tensor([0]))
+    pair.check()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_heads_of_real_models(dim: int) -> None:
+    for important_bits, bits in (((), 2), ((), 3), ((4, 4), 2), ((4, 4), 3), ((4,), 2)):
+        key, value = Precision(bits, 32, 4, important_bits), Precision(bits, dim // 2, 4)
+        if not key.fits(dim, Axis.TOKENS):
+            continue
+        layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
+        pair = pair_of(layout, 1, torch.bfloat16)
+        pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
+        pair.check()
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, -3.5, 1e-30, 65504.0, 1e30])
+def test_equal_elements(constant: float) -> None:
+    for important_bits, scale_bits in product(((), (3, 3), (4,)), (4, 16)):
+        key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
+        layout = StateLayout(1, 32, 32, key, value, sinks=0, recent=32)
+        pair = pair_of(layout, 1, torch.float32)
+        chunk = torch.full((1, 1, 100, 32), constant)
+        pair.append(chunk, chunk, torch.tensor([0]))
+        pair.check()
+
+
+def test_a_block_without_room_is_not_written() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
+    k, v = random_chunk(layout, 2, 200, torch.float32, 1.0)
+    # The state is the middle of larger tensors, so that a write past its end would show.
+    whole = SiteState.allocate(layout, 3, 2, torch.float32, DEVICE)
+    state = SiteState(*(tensor[1:2] for tensor in whole.tensors()))
+    nothing = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    triton_append.append(
+        *(k[:1].to(DEVICE), v[:1].to(DEVICE), nothing, nothing, *state.tensors()),
+        *(layout.key, layout.value, layout.recent),
+    )
+    assert all(not tensor[0].any() and not tensor[2].any() for tensor in whole.tensors())
+    assert state.packed_k.any(-1).all()

@@ -1,0 +1,124 @@
+"""The Triton kernel of attend against the reference: on a GPU, else in Triton's interpreter."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
+from tests.kernels.covering import Combination, covering, named
+from tests.kernels.every_pair import ATTENDING, case_of, fits
+from tests.kernels.important_keys import IMPORTANT_BITS
+
+triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="neither a GPU nor Triton's interpreter"
+)
+
+
+LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2)}
+
+
+def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
+    layout = case.layout
+    options = case.options(weighting)
+    expected = reference.attend(*case.tensors(), *options)
+    queries = case.q.shape[1] // layout.kv_heads * case.q.shape[2]
+    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
+    attended = triton_attend.attend(*(t.to(DEVICE) for t in case.poisoned().tensors()), *options, launch=launch)
+    assert attended.dtype == case.q.dtype and attended.is_contiguous()
+    tolerance = TOLERANCE[case.q.dtype]
+    torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
+def test_every_two_choices_meet(chosen: Combination) -> None:
+    case, weighting = case_of(chosen)
+    check(case, chosen["splits"], chosen["blocks"], weighting)
+
+
+@settings(max_examples=40)
+@given(weighted(cases()), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: int) -> None:
+    check(case[0], splits, blocks, case[1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
+    group = 32 if value_dim % 32 == 0 else value_dim // 2
+    key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
+    layout = StateLayout(2, key_dim, value_dim, key, value, sinks=4, recent=32)
+    case = Case.random(layout, 4, [131], [0], 1, torch.bfloat16)
+    check(case, splits=2, blocks=1)
+
+
+@pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
+def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int) -> None:
+    for key_dim, group, scale_bits in ((64, 32, 4), (80, 16, 4), (96, 32, 4), (128, 16, 16)):
+        key = Precision(bits, group, scale_bits, important_bits)
+        if not key.fits(key_dim, Axis.TOKENS):
+            continue
+        layout = StateLayout(2, key_dim, 64, key, Precision(2, 32, 4), sinks=4, recent=32)
+        check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), splits=2, blocks=1)
+
+
+@pytest.mark.parametrize("length", [*range(94, 100), 126, 127, 128, 129, 190, 191, 192, 193])
+def test_around_every_split(length: int) -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
+    for splits in (2, 4, 8):
+        check(Case.random(layout, 2, [length], [0], 1, torch.float32), splits, 1)
+
+
+def test_a_tile_of_many_queries() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=2, recent=32)
+    case = Case.random(layout, 3, [100, 3], [0, 20], 50, torch.float32)
+    for weighting in (None, Weighting(0.25, sliding_window=20), Weighting(0.25, attention_chunk=30)):
+        check(case, 2, 2, weighting, query_tile=64)
+
+
+def test_elements_beyond_half_precision_stay_finite() -> None:
+    layout = StateLayout(1, 16, 16, Precision(2, 32, 4), Precision(2, 16, 4), sinks=0, recent=32)
+    case = Case.random(layout, 1, [70], [0], 1, torch.float16)
+    k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
+    k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
+    nothing = torch.zeros(1, dtype=torch.int64)
+    reference.append(k, v, nothing, nothing, *case.state.tensors(), layout.key, layout.value, layout.recent)
+    check(replace(case, q=case.q * 1e-5), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "pairs", "most_tokens", "expected"),
+    [
+        (4, 8, 32768, (16, 1, 64)),
+        (4, 1024, 32768, (16, 1, 1)),
+        (4, 8, 128, (16, 1, 2)),
+        (512, 8, 32768, (64, 8, 16)),
+    ],
+)
+def test_a_launch_is_chosen_from_shapes(
+    queries: int, pairs: int, most_tokens: int, expected: tuple[int, int, int]
+) -> None:
+    launch = triton_attend.Launch.choose(queries, pairs, most_tokens, widest=128, multiprocessors=132)
+    assert (launch.query_tile, launch.query_tiles, launch.splits) == expected
+
+
+def test_no_rows_give_no_output() -> None:
+    layout = StateLayout(1, 16, 24, Precision(2), Precision(3, 8), sinks=2, recent=32)
+    state = SiteState.allocate(layout, 0, 1, torch.float32)
+    q = torch.empty(0, 2, 1, 16)
+    none = torch.empty(0, dtype=torch.int64)
+    output = triton_attend.attend(
+        *(q, torch.empty(0, 1, 1, 16), torch.empty(0, 1, 1, 24), none, none, *state.tensors()),
+        *(layout.key, layout.value, layout.recent, Weighting(1.0)),
+    )
+    assert output.shape == (0, 2, 1, 24)

@@ -1,0 +1,165 @@
+"""The Triton kernels compile ahead of time, without a GPU, for the chips they are meant for.
+
+Decode kernels must not spill registers, no kernel may want more shared memory than the chip has, and attention must run
+on the tensor cores. `pytest -s` shows the table.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision  # noqa: E402
+from kvmix_compile.kernels.gpu import attend as triton_attend  # noqa: E402
+from tests.kernels.ahead_of_time import (  # noqa: E402
+    CAPPED_AND_SLIDING,
+    HEADS,
+    MULTIPROCESSORS,
+    NOTHING,
+    SHARED_MEMORY,
+    Extras,
+    assemble,
+    check_decoding,
+    compile_append,
+    compile_attend,
+    show,
+)
+
+# (key bits, value bits, scale bits, key_dim, value_dim, dtype): every width, dimension and dtype at least once.
+CONFIGURATIONS = [
+    (1, 8, 4, 64, 64, "fp16"),
+    (2, 2, 4, 64, 64, "bf16"),
+    (3, 2, 4, 80, 80, "bf16"),
+    (8, 1, 16, 96, 96, "fp16"),
+    (2, 2, 4, 128, 128, "bf16"),
+    (4, 3, 16, 128, 128, "fp16"),
+    (16, 16, 16, 128, 128, "bf16"),
+    (3, 3, 4, 192, 128, "bf16"),
+    (2, 4, 4, 256, 256, "bf16"),
+]
+
+
+def precisions(key_bits: int, value_bits: int, scale_bits: int, value_dim: int) -> tuple[Precision, Precision]:
+    group = 32 if value_dim % 32 == 0 else value_dim // 5
+    return Precision(key_bits, 32, scale_bits), Precision(value_bits, group, scale_bits)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(("key_bits", "value_bits", "scale_bits", "key_dim", "value_dim", "dtype"), CONFIGURATIONS)
+def test_decoding(
+    chip: int, key_bits: int, value_bits: int, scale_bits: int, key_dim: int, value_dim: int, dtype: str
+) -> None:
+    key, value = precisions(key_bits, value_bits, scale_bits, value_dim)
+    extras = CAPPED_AND_SLIDING if key_dim == 256 else NOTHING
+    compiled = compile_attend(chip, key, value, key_dim, value_dim, dtype, extras=extras)
+    show(chip, f"attend {key_bits}/{value_bits} bits, dims {key_dim}/{value_dim}, {dtype}", compiled)
+    check_decoding(chip, compiled)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(
+    ("important_bits", "bits", "scale_bits", "dim"),
+    [((4, 4), 2, 4, 64), ((4,), 2, 4, 64), ((3, 3), 2, 16, 80), ((4, 3), 2, 4, 128), ((8, 8), 4, 4, 256)],
+)
+def test_decoding_with_important_channels(
+    chip: int, important_bits: tuple[int, ...], bits: int, scale_bits: int, dim: int
+) -> None:
+    key, value = precisions(bits, 2, scale_bits, dim)
+    key = replace(key, important_bits=important_bits)
+    extras = CAPPED_AND_SLIDING if dim == 256 else NOTHING
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16", extras=extras)
+    show(chip, f"attend {key.quarters}/2 bits, dim {dim}", compiled)
+    check_decoding(chip, compiled)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(
+    ("extras", "dim"),
+    [
+        (Extras(chunked=True), 128),
+        (Extras(sink_logits=True, sliding=True), 64),
+        (Extras(slopes=True), 64),
+        (Extras(slopes=True), 128),
+        (Extras(softcap=True, sliding=True, sink_logits=True, slopes=True), 128),
+    ],
+)
+def test_decoding_with_more_than_causal_attention(chip: int, extras: Extras, dim: int) -> None:
+    key, value = precisions(3, 2, 4, dim)
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16", extras=extras)
+    show(chip, f"attend 3/2 bits, dim {dim}, {extras}", compiled)
+    check_decoding(chip, compiled)
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(("bits", "most"), [(2, 5.5), (4, 5.5), (8, 7.0), (3, 6.5)])
+def test_the_loop_over_packed_blocks_is_short(chip: int, bits: int, most: float) -> None:
+    """Of a thread's instructions for each element: above about five a GPU computes longer than it reads memory. What is
+    demanded is what was reached; 13 to 17 before codes were converted several at a time and metadata decoded once.
+    """
+    dim = 128
+    key, value = precisions(bits, bits, 4, dim)
+    compiled = compile_attend(chip, key, value, dim, dim, "bf16")
+    launch = triton_attend.Launch.choose(4, HEADS, 32768, dim, MULTIPROCESSORS[chip])
+    elements = 2 * launch.blocks * BLOCK_TOKENS * dim / (32 * launch.warps)
+    count = instructions_of_first_loop(compiled.ptx) / elements
+    print(f"\nsm_{chip} attend {bits}/{bits} bits, dim {dim}: {count:.1f} instructions an element")
+    assert count < most
+
+
+def instructions_of_first_loop(ptx: str) -> int:
+    """Machine instructions between the first branch backwards and where it leads: the loop over packed blocks."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        assemble(ptx, file.name)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    place = 0
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = place
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            place += 1
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels:
+                return place - labels[target[1]]
+    raise AssertionError("there is no loop in this kernel")
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
+    compiled = compile_attend(chip, Precision(2, 32, 4), Precision(2, 32, 4), dim, dim, "bf16", tokens=64)
+    show(chip, f"attend, 64 tokens, 2/2 bits, dim {dim}", compiled)
+    assert compiled.shared_bytes <= SHARED_MEMORY[chip]
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "scale_bits", "dim", "important_bits", "windowed"),
+    [
+        (2, 3, 4, 128, (), True),
+        (4, 16, 16, 80, (), False),
+        (2, 2, 4, 128, (4, 4), False),
+        (2, 2, 4, 64, (4,), True),
+    ],
+)
+def test_appending(
+    chip: int,
+    key_bits: int,
+    value_bits: int,
+    scale_bits: int,
+    dim: int,
+    important_bits: tuple[int, ...],
+    windowed: bool,
+) -> None:
+    key, value = precisions(key_bits, value_bits, scale_bits, dim)
+    key = replace(key, important_bits=important_bits)
+    compiled = compile_append(chip, key, value, dim, dim, "bf16", windowed)
+    show(chip, f"append {key.quarters}/{value_bits} bits, dim {dim}", compiled)
+    assert compiled.shared_bytes <= SHARED_MEMORY[chip]

@@ -1,0 +1,31 @@
+"""What is installed: every module and header of the repository's folders, each once, under one package."""
+
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "kvmix_compile": "kvmix_compile",
+    **{name: f"kvmix_compile/{name}" for name in ("passes", "kernels", "models_zoo")},
+}
+
+
+def test_the_wheel_holds_every_module_and_header(tmp_path: Path) -> None:
+    # Of a copy, as setuptools leaves what it builds in the folder.
+    names = [*FOLDERS, "pyproject.toml", "README.md", "LICENSE"]
+    copied = ["tar", "--exclude=__pycache__", "-cf", str(tmp_path / "sources.tar"), *names]
+    subprocess.run(copied, cwd=ROOT, check=True)
+    subprocess.run(["tar", "-xf", "sources.tar"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "made", "."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (wheel,) = (tmp_path / "made").glob("*.whl")
+    held = [name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*")  # which follows no links
+        if path.suffix in (".py", ".cpp", ".h", ".typed")
+    }
+    assert sorted(held) == sorted(expected)
