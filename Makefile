@@ -16,8 +16,9 @@ PYTEST ?= -n auto
 # The oldest releases that pyproject.toml allows, which are those of the GPU machine that `make gpu` was made ready for.
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 # What meets other libraries' interfaces; the arithmetic below them is the same.
-RELEASE_TESTS := $(addprefix tests/,test_upstream.py test_model.py test_generation.py test_backend.py test_inductor.py \
-  test_docs.py passes/test_capture.py passes/test_static_cache.py kernels/test_triton_compile.py)
+RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_docs.py runtime/test_model.py \
+  runtime/test_generation.py runtime/test_inductor.py backend/test_backend.py passes/capture/test_capture.py \
+  passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
 .PHONY: demo test test-releases check fuzz sweep gpu clean
