@@ -31,8 +31,9 @@ from kvmix_compile.report import Report, SiteReport
 from kvmix_compile.runtime.cache_file import weights_fingerprint
 from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import check_compiler
-from kvmix_compile.runtime.model import CompiledModel, Program, attach, embedded_tokens, returns_tensor
+from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
+from kvmix_compile.runtime.program import Program, embedded_tokens
 from kvmix_compile.tails import Tail, unquantized_tokens
 
 Model = TypeVar("Model", bound=nn.Module)

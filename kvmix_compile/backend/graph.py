@@ -23,6 +23,7 @@ from kvmix_compile.passes.rewrite.powers import powers_of_two
 from kvmix_compile.passes.rewrite.static import rewrite_static
 from kvmix_compile.runtime.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.runtime.padding import reading_waits
+from kvmix_compile.runtime.storage import Storage
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
@@ -72,7 +73,7 @@ class StaticGraph:
 
     def __init__(self, lowered: Lowered, sites: Sequence[CachedSite], plan: Plan, compiler: Compiler) -> None:
         keys = [cached.site.key.meta["val"] for cached in sites]
-        self.plan, self.dtypes, self.device = plan, tuple(key.dtype for key in keys), keys[0].device
+        self.storage = Storage(plan, tuple(key.dtype for key in keys), keys[0].device)
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
         self.sites = [_SitePlace.of(cached, lowered) for cached in sites]
         places = [place.source for site in self.sites for place in (site.key, site.value)]
@@ -98,12 +99,12 @@ class StaticGraph:
 
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
-        mode, layouts = lowered.fake_mode, self.plan.layouts()
+        mode, layouts = lowered.fake_mode, self.storage.plan.layouts()
         blocks = symbolic_sizes(mode, "blocks", layouts, TRACED_BLOCKS)
         with mode:
-            fakes = [torch.empty(batch, dtype=torch.int64, device=self.device) for _ in ("lengths", "starts")]
-            for layout, dtype in zip(layouts, self.dtypes, strict=True):
-                fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.device).tensors()
+            fakes = [torch.empty(batch, dtype=torch.int64, device=self.storage.device) for _ in ("lengths", "starts")]
+            for layout, dtype in zip(layouts, self.storage.dtypes, strict=True):
+                fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.storage.device).tensors()
         return fakes
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class StaticGraph:
             cache.reset()
         starts = self._starts(inputs, cache, batch, tokens, seen)
         self._give_back(given, inputs, cache)
-        cache.begin(batch, tokens, self.device)
+        cache.begin(batch, tokens, self.storage.device)
         left = [inputs[place] for place in self.kept]
         outputs = list(self.compiled(*left, cache.lengths, starts, *cache.tensors()))
         cache.advance(tokens, starts)
@@ -129,7 +130,7 @@ class StaticGraph:
         for output, (index, side) in self.made.items():
             place = (self.sites[index].key, self.sites[index].value)[side]
             shape = tuple(size(inputs) for size in place.shape)
-            outputs[output] = given_back(shape, place.dtype, self.device, Place(cache, index))
+            outputs[output] = given_back(shape, place.dtype, self.storage.device, Place(cache, index))
         return outputs
 
     def _cache_of(self, inputs: Sequence[Any]) -> PackedCache:
@@ -138,16 +139,16 @@ class StaticGraph:
         places = [None if source is None else place_of(inputs[source]) for source in sources]
         caches = {id(place.cache): place.cache for place in places if place is not None}
         if not caches:
-            return PackedCache(self.plan, self.dtypes, self.device)
+            return PackedCache(self.storage)
         if len(caches) > 1 or None in places:
             raise CacheError("the layers of this cache come from different caches: begin with a new StaticCache")
         (cache,) = caches.values()
-        if cache.plan != self.plan:
+        if cache.plan != self.storage.plan:
             raise CacheError("this StaticCache was filled with another plan: begin with a new one")
         return cache
 
     def _check_room(self, inputs: Sequence[Any], seen: int, tokens: int) -> None:
-        for site, planned in zip(self.sites, self.plan.sites, strict=True):
+        for site, planned in zip(self.sites, self.storage.plan.sites, strict=True):
             slots = site.key.shape[2](inputs)
             if site.is_indexed and seen + tokens > slots:
                 raise CacheError(
@@ -170,23 +171,27 @@ class StaticGraph:
         known = bool(cache.states)
         # On a GPU a row that decodes has its mask looked at once a block, so that the host need not wait for the
         # device. Of a short text it is each time: a single token does not show whether there is a bias.
-        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0 or not reading_waits(self.device)
+        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0 or not reading_waits(self.storage.device)
         if known and tokens == 1 and not is_looked_at and cache.every_row_goes_on:
-            return torch.zeros(batch, dtype=torch.int64, device=self.device)
+            return torch.zeros(batch, dtype=torch.int64, device=self.storage.device)
         seen_masks = self.masks.read(inputs)
-        padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.device)
+        padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.storage.device)
         if seen and not known:
             self._adopt(inputs, cache, batch, seen, padded.clamp(max=seen))
         return (padded - seen).clamp(min=0)
 
     def _adopt(self, inputs: Sequence[Any], cache: PackedCache, batch: int, seen: int, starts: Tensor) -> None:
         """Pack what was written to the buffers before any compiled graph saw them: `seen` positions."""
-        cache.begin(batch, seen, self.device)
-        for state, layout, planned, site in zip(cache.states, cache.layouts, self.plan.sites, self.sites, strict=True):
+        cache.begin(batch, seen, self.storage.device)
+        for state, layout, planned, site in zip(
+            cache.states, cache.layouts, self.storage.plan.sites, self.sites, strict=True
+        ):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
             if planned.channel_order is not None:
-                key = torch.ops.kvmix.order_channels(key, torch.tensor(planned.channel_order, device=self.device))
+                key = torch.ops.kvmix.order_channels(
+                    key, torch.tensor(planned.channel_order, device=self.storage.device)
+                )
             if planned.key_exponents:
                 key = key * powers_of_two(planned.key_exponents, -1, key)
             if planned.value_exponents:

@@ -14,21 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from kvmix_compile.errors import CacheError
-from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.runtime.cache import KVMixCache
-
-
-@dataclass(frozen=True)
-class _Program:
-    plan: Plan
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    weights: str = ""
-
-
-@dataclass(frozen=True)
-class _Owner:
-    kvmix_program: _Program
+from kvmix_compile.runtime.storage import Storage
 
 
 class PackedCache(KVMixCache):
@@ -37,8 +24,8 @@ class PackedCache(KVMixCache):
     counters: the versions of the StaticCache's own counters when it was last seen; while they stay, so does `seen`.
     """
 
-    def __init__(self, plan: Plan, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-        super().__init__(_Owner(_Program(plan, dtypes, device)))  # type: ignore[arg-type]
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage)
         self.counters: tuple[int, ...] | None = None
 
     def reset(self) -> None:

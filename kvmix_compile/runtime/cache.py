@@ -2,21 +2,20 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
-
-if TYPE_CHECKING:
-    from kvmix_compile.runtime.model import CompiledModel
+from kvmix_compile.runtime.storage import Storage, storage_of
 
 
 class KVMixCache(Cache):
@@ -26,30 +25,20 @@ class KVMixCache(Cache):
     quantized as the plan says. Rows are independent: the padding that leads a row is not stored.
 
     Args:
-        model: what `kvmix_compile.apply` returned.
+        model: what `kvmix_compile.apply` returned, or the Storage of one.
         rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
             model's dtype. Assisted generation raises it by itself, as it needs.
     """
 
     @ordinary_tensors()
-    def __init__(self, model: "CompiledModel", rollback: int = 0) -> None:
+    def __init__(self, model: nn.Module | Storage, rollback: int = 0) -> None:
         super().__init__(layers=[])
-        program = getattr(model, "kvmix_program", None)
-        if program is None:
-            raise CacheError(
-                f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
-                "one of what kvmix_compile.apply(model) returned"
-            )
+        self.storage = model if isinstance(model, Storage) else storage_of(model)
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
             raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
-        self.plan = program.plan
-        self.weights = program.weights
-        self.rollback = rollback
-        self.dtypes = program.dtypes
-        self.device = program.device
         self._lay_out(rollback)
         self.states: list[SiteState] = []
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.storage.device)
         self.seen = 0
         self._furthest = 0
         # What the host knows of the rows without asking the device: that the last place of each is a token, and whether
@@ -110,7 +99,7 @@ class KVMixCache(Cache):
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
             SiteState.allocate(layout, batch, room, dtype, device)
-            for layout, room, dtype in zip(self.layouts, blocks, self.dtypes, strict=True)
+            for layout, room, dtype in zip(self.layouts, blocks, self.storage.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -152,7 +141,7 @@ class KVMixCache(Cache):
         cache_file.write(path, self._header(), self._named_tensors())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: "CompiledModel") -> Self:
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
         """The cache that `save` wrote, on the model's device.
 
         Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
@@ -186,7 +175,7 @@ class KVMixCache(Cache):
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
             blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
-            self._allocate(len(tensors["lengths"]), blocks, self.device)
+            self._allocate(len(tensors["lengths"]), blocks, self.storage.device)
         for name, kept in self._named_tensors().items():
             saved = tensors[name]
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
@@ -198,15 +187,20 @@ class KVMixCache(Cache):
     def _header(self) -> Header:
         return Header(
             model=self.plan.fingerprint,
-            weights=self.weights,
+            weights=self.storage.weights,
             plan=self.plan.as_json(),
-            dtypes=tuple(map(str, self.dtypes)),
+            dtypes=tuple(map(str, self.storage.dtypes)),
             rollback=self.rollback,
             seen=self.seen,
             furthest=self._furthest,
         )
 
     # What it holds
+
+    @property
+    def plan(self) -> Plan:
+        """At which precision each site's keys and values are kept."""
+        return self.storage.plan
 
     @property
     def nbytes(self) -> int:

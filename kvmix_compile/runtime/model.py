@@ -3,8 +3,8 @@ KVMixCache.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,19 +19,17 @@ from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.export import MODEL
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
-from kvmix_compile.passes.graph.devices import move_constants
-from kvmix_compile.passes.rewrite.rewrite import Rewritten, rebind
+from kvmix_compile.passes.rewrite.rewrite import rebind
 from kvmix_compile.report import Report
 from kvmix_compile.runtime.cache import KVMixCache
-from kvmix_compile.runtime.changes import Changes, Steering
+from kvmix_compile.runtime.changes import Changes
 from kvmix_compile.runtime.generating import Request
-from kvmix_compile.runtime.inductor import InductorGraph
 from kvmix_compile.runtime.interface import with_signature_of
 from kvmix_compile.runtime.module_tree import module_tree
-from kvmix_compile.runtime.numbering import Numbering
 from kvmix_compile.runtime.padding import check_padding, put_back, read_padding, reading_waits
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
+from kvmix_compile.runtime.program import Program
 from kvmix_compile.runtime.unavailable import refusals
 
 T = TypeVar("T")
@@ -52,73 +50,6 @@ _SEVERAL_TEXTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_
 
 # What tokenizers return of themselves, zero for every token of a single text.
 _TOKEN_TYPES = "token_type_ids"
-
-
-@dataclass
-class Program:
-    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
-    fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them. `numbering`:
-    what positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing.
-    `steering`: what of the original the graph does not follow. `inductor`: the rewritten graph compiled by Inductor,
-    where that was asked for.
-    """
-
-    rewritten: Rewritten
-    plan: Plan
-    report: Report
-    dtypes: tuple[torch.dtype, ...]
-    parameter_dtype: torch.dtype
-    weights: str
-    device: torch.device
-    vocabulary: int
-    longest_context: int | None
-    returns_tensor: bool
-    cache_name: str
-    logits_follow_autocast: bool
-    steering: Steering
-    embedded: int | None = None
-    numbering: Numbering = Numbering()
-    zero_token_types: bool = False
-    inductor: InductorGraph | None = None
-
-    def under_autocast(self, logits: Tensor) -> Tensor:
-        """Logits in the dtype that the original gives them in, with autocast on or off."""
-        kind = logits.device.type
-        if not self.logits_follow_autocast or not torch.is_autocast_enabled(kind):
-            return logits
-        return logits.to(torch.get_autocast_dtype(kind))
-
-    def follow(self, model: nn.Module) -> None:
-        """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not
-        captured for.
-        """
-        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        if parameter.dtype != self.parameter_dtype:
-            raise InputError(
-                f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: "
-                "convert the original model and call kvmix_compile.apply again"
-            )
-        if self.embedded is not None and embedded_tokens(model) != self.embedded:
-            raise InputError(
-                f"the model was given {embedded_tokens(model)} token embeddings (resize_token_embeddings), and was "
-                f"compiled with {self.embedded}: call kvmix_compile.apply on the original model again"
-            )
-        if parameter.device != self.device:
-            move_constants(self.rewritten.module, parameter.device)
-            self.device = parameter.device
-            if self.inductor is not None:
-                self.compile()
-
-    def compile(self) -> InductorGraph:
-        """Have Inductor compile the rewritten graph, when it is first called."""
-        self.inductor = InductorGraph(self.rewritten.module, self.plan.layouts(), self.dtypes, self.device)
-        return self.inductor
-
-    @property
-    def graph(self) -> Callable[..., Tensor]:
-        """What is called with the arguments of `rewritten.module`."""
-        return self.inductor or self.rewritten.module
 
 
 class CompiledModel(nn.Module):
@@ -355,12 +286,13 @@ class CompiledModel(nn.Module):
                 f"{program.cache_name} is a {type(cache).__name__}; this model keeps its keys and values in a "
                 "kvmix_compile.KVMixCache(model)"
             )
-        if (cache.plan, cache.dtypes, cache.device) != (program.plan, program.dtypes, program.device):
+        storage = program.storage
+        if replace(cache.storage, weights=storage.weights) != storage:
             raise InputError(
                 "this cache was made for a model with another plan, dtype or device; make one with "
                 "kvmix_compile.KVMixCache(model)"
             )
-        if cache.seen and cache.weights != program.weights:
+        if cache.seen and cache.storage.weights != storage.weights:
             raise InputError(
                 "this cache was filled by a model with other weights: make a new kvmix_compile.KVMixCache(model)"
             )
@@ -457,14 +389,6 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
             logits_to_keep=logits_to_keep, cache=cache, past_key_values=past_key_values, return_dict=True,
         )  # fmt: skip
-
-
-def embedded_tokens(model: nn.Module) -> int | None:
-    """For how many tokens a transformers model has embeddings; None where that cannot be told."""
-    try:
-        return len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
 
 
 def returns_tensor(model: nn.Module) -> bool:

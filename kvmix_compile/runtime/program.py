@@ -1,0 +1,97 @@
+"""Program: what a compiled model runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvmix_compile.errors import InputError
+from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.graph.devices import move_constants
+from kvmix_compile.passes.rewrite.rewrite import Rewritten
+from kvmix_compile.report import Report
+from kvmix_compile.runtime.changes import Steering
+from kvmix_compile.runtime.inductor import InductorGraph
+from kvmix_compile.runtime.numbering import Numbering
+from kvmix_compile.runtime.storage import Storage
+
+
+@dataclass
+class Program:
+    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
+    fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
+    `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them. `numbering`:
+    what positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing.
+    `steering`: what of the original the graph does not follow. `inductor`: the rewritten graph compiled by Inductor,
+    where that was asked for.
+    """
+
+    rewritten: Rewritten
+    plan: Plan
+    report: Report
+    dtypes: tuple[torch.dtype, ...]
+    parameter_dtype: torch.dtype
+    weights: str
+    device: torch.device
+    vocabulary: int
+    longest_context: int | None
+    returns_tensor: bool
+    cache_name: str
+    logits_follow_autocast: bool
+    steering: Steering
+    embedded: int | None = None
+    numbering: Numbering = Numbering()
+    zero_token_types: bool = False
+    inductor: InductorGraph | None = None
+
+    def under_autocast(self, logits: Tensor) -> Tensor:
+        """Logits in the dtype that the original gives them in, with autocast on or off."""
+        kind = logits.device.type
+        if not self.logits_follow_autocast or not torch.is_autocast_enabled(kind):
+            return logits
+        return logits.to(torch.get_autocast_dtype(kind))
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow the model to the device that it was moved to; refuse another dtype, which the graph was not
+        captured for.
+        """
+        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        if parameter.dtype != self.parameter_dtype:
+            raise InputError(
+                f"the model was converted from {self.parameter_dtype} to {parameter.dtype} after it was compiled: "
+                "convert the original model and call kvmix_compile.apply again"
+            )
+        if self.embedded is not None and embedded_tokens(model) != self.embedded:
+            raise InputError(
+                f"the model was given {embedded_tokens(model)} token embeddings (resize_token_embeddings), and was "
+                f"compiled with {self.embedded}: call kvmix_compile.apply on the original model again"
+            )
+        if parameter.device != self.device:
+            move_constants(self.rewritten.module, parameter.device)
+            self.device = parameter.device
+            if self.inductor is not None:
+                self.compile()
+
+    def compile(self) -> InductorGraph:
+        """Have Inductor compile the rewritten graph, when it is first called."""
+        self.inductor = InductorGraph(self.rewritten.module, self.plan.layouts(), self.dtypes, self.device)
+        return self.inductor
+
+    @property
+    def storage(self) -> Storage:
+        """What its caches are made for."""
+        return Storage(self.plan, self.dtypes, self.device, self.weights)
+
+    @property
+    def graph(self) -> Callable[..., Tensor]:
+        """What is called with the arguments of `rewritten.module`."""
+        return self.inductor or self.rewritten.module
+
+
+def embedded_tokens(model: nn.Module) -> int | None:
+    """For how many tokens a transformers model has embeddings; None where that cannot be told."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None

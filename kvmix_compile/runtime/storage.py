@@ -1,0 +1,34 @@
+"""Storage: what a model's keys and values are kept as, and whose they are."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvmix_compile.errors import CacheError
+from kvmix_compile.passes.allocate.plan import Plan
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a cache is made for.
+
+    plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
+    of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with.
+    """
+
+    plan: Plan
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    weights: str = ""
+
+
+def storage_of(model: object) -> Storage:
+    """That of a compiled model. Raises CacheError for another."""
+    program = getattr(model, "kvmix_program", None)
+    if program is None:
+        raise CacheError(
+            f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
+            "one of what kvmix_compile.apply(model) returned"
+        )
+    storage: Storage = program.storage
+    return storage
