@@ -187,11 +187,14 @@ def find_in(captured: Captured, report: Report) -> Found:
         sites = find_sites(captured, limit)
     report.sites = tuple(
         SiteReport(
-            site.layer, site.query_heads, site.kv_heads, site.key_dim, site.value_dim, site.attention,
-            site.score_function.scale,
+            layer=site.layer,
+            query_heads=site.query_heads,
+            shape=site.shape,
+            attention=site.attention,
+            scale=site.score_function.scale,
         )
         for site in sites.matched
-    )  # fmt: skip
+    )
     report.refused = sites.refused
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
@@ -215,12 +218,15 @@ def _reasons(refused: Sequence[Refusal]) -> str:
 
 
 def _checked_plan(found: Found, plan: Plan) -> Plan:
-    """The plan, with exponents for what would not fit float16. Raises PlanError where it is another model's."""
+    """The plan, with exponents for what would not fit float16. Raises PlanError where it is another model's, or keeps
+    fewer tokens than a site attends to.
+    """
     plan.check_fingerprint(
         fingerprint(found.captured, found.sites),
         [site.layer for site in found.sites],
-        [(site.kv_heads, site.key_dim, site.value_dim) for site in found.sites],
+        [site.shape for site in found.sites],
     )
+    plan.check_windows([site.window for site in found.sites])
     return with_fitting_exponents(plan, found.captured, found.sites, found.longest_context)
 
 
@@ -264,14 +270,10 @@ def _measure(
 
 def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
-    plan = plan.with_windows([site.mask.size for site in found.sites])
-    precisions = [(site.key, site.value) for site in plan.sites]
-    orders = [site.channel_order for site in plan.sites]
-    exponents = [(site.key_exponents, site.value_exponents) for site in plan.sites]
-    recents = [layout.recent for layout in plan.layouts()]
+    plan = plan.with_windows([site.window for site in found.sites])
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     with report.timed("rewrite"):
-        rewritten = rewrite(found.captured, found.sites, precisions, recents, orders, exponents)
+        rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
     report.notes = tuple(described(plan))
     program = Program(
         rewritten=rewritten,

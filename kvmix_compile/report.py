@@ -5,18 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.passes.match.sites import Refusal
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class SiteReport(Shaped):
     """One attention that was matched: its module's path, heads, dimensions and what it does."""
 
     layer: str
     query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    shape: SiteShape
     attention: str
     scale: float
 

@@ -22,7 +22,7 @@ from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 from kvmix_compile.passes.rewrite.static import rewrite_static
 from kvmix_compile.runtime.inductor import own_compiled_code, symbolic_sizes
-from kvmix_compile.runtime.padding import reading_waits
+from kvmix_compile.runtime.padding import looks_at_masks
 from kvmix_compile.runtime.storage import Storage
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
@@ -80,11 +80,7 @@ class StaticGraph:
         self.sources = [source for source in places if source is not None]
         self.masks, self.counter = MaskReader(lowered, sites), Counter(lowered, sites)
         # Nothing of `lowered` itself is kept: it holds the inputs that were traced with, a cache among them.
-        precisions = [(site.key, site.value) for site in plan.sites]
-        orders = [site.channel_order for site in plan.sites]
-        recents = [layout.recent for layout in plan.layouts()]
-        exponents = [(site.key_exponents, site.value_exponents) for site in plan.sites]
-        rewritten = rewrite_static(lowered, sites, precisions, recents, orders, exponents)
+        rewritten = rewrite_static(lowered, sites, plan.stored_sites())
         self.kept = rewritten.kept
         self.made = {
             output: (index, side)
@@ -120,10 +116,7 @@ class StaticGraph:
             cache.reset()
         starts = self._starts(inputs, cache, batch, tokens, seen)
         self._give_back(given, inputs, cache)
-        cache.begin(batch, tokens, self.storage.device)
-        left = [inputs[place] for place in self.kept]
-        outputs = list(self.compiled(*left, cache.lengths, starts, *cache.tensors()))
-        cache.advance(tokens, starts)
+        outputs = list(cache.run(self.compiled, [inputs[place] for place in self.kept], starts, tokens))
         if not cache.every_row_goes_on:
             cache.every_row_goes_on = bool((cache.lengths > 0).all())
         self.counter.remember(inputs, cache)
@@ -169,10 +162,9 @@ class StaticGraph:
     def _starts(self, inputs: Sequence[Any], cache: PackedCache, batch: int, tokens: int, seen: int) -> Tensor:
         """The padding that leads each row's new tokens, int64 `[batch]`."""
         known = bool(cache.states)
-        # On a GPU a row that decodes has its mask looked at once a block, so that the host need not wait for the
-        # device. Of a short text it is each time: a single token does not show whether there is a bias.
-        is_looked_at = seen < BLOCK_TOKENS or seen % BLOCK_TOKENS == 0 or not reading_waits(self.storage.device)
-        if known and tokens == 1 and not is_looked_at and cache.every_row_goes_on:
+        # Of a short text it is looked at each time: a single token does not show whether there is a bias.
+        is_looked_at = seen < BLOCK_TOKENS or looks_at_masks(tokens, seen, self.storage.device)
+        if known and not is_looked_at and cache.every_row_goes_on:
             return torch.zeros(batch, dtype=torch.int64, device=self.storage.device)
         seen_masks = self.masks.read(inputs)
         padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.storage.device)
@@ -183,20 +175,18 @@ class StaticGraph:
     def _adopt(self, inputs: Sequence[Any], cache: PackedCache, batch: int, seen: int, starts: Tensor) -> None:
         """Pack what was written to the buffers before any compiled graph saw them: `seen` positions."""
         cache.begin(batch, seen, self.storage.device)
-        for state, layout, planned, site in zip(
-            cache.states, cache.layouts, self.storage.plan.sites, self.sites, strict=True
-        ):
+        for state, stored, site in zip(cache.states, self.storage.plan.stored_sites(), self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
-            if planned.channel_order is not None:
-                key = torch.ops.kvmix.order_channels(
-                    key, torch.tensor(planned.channel_order, device=self.storage.device)
-                )
-            if planned.key_exponents:
-                key = key * powers_of_two(planned.key_exponents, -1, key)
-            if planned.value_exponents:
-                value = value * powers_of_two(planned.value_exponents, -1, value)
-            formats = (planned.key.as_ints(), planned.value.as_ints(), layout.recent, layout.window)
+            if stored.channel_order is not None:
+                order = torch.tensor(stored.channel_order, device=self.storage.device)
+                key = torch.ops.kvmix.order_channels(key, order)
+            if stored.key_exponents:
+                key = key * powers_of_two(stored.key_exponents, -1, key)
+            if stored.value_exponents:
+                value = value * powers_of_two(stored.value_exponents, -1, value)
+            layout = stored.layout
+            formats = (layout.key.as_ints(), layout.value.as_ints(), layout.recent, layout.window)
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)
 

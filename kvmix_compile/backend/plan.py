@@ -72,17 +72,17 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     layers = [site.layer for site in sites]
     if not by_layer:
         raise PlanError(f"the plan has no layer {layers[0]!r}: either it was made for another model, or {BROKEN_GRAPH}")
-    shapes = [(site.kv_heads, site.key_dim, site.value_dim) for site in sites]
-    if [by_layer[layer].shape if layer in by_layer else None for layer in layers] != shapes:
-        plan.check_fingerprint(f"not {plan.fingerprint}", layers, shapes)
-    for site in sites:
-        window = by_layer[site.layer].window
-        if 0 < window < site.mask.size:
-            raise PlanError(
-                f"the plan keeps the last {window} tokens of {site.layer}, which attends to {site.mask.size}: make a "
-                "new plan for this model"
-            )
-    return replace(plan, sites=tuple(by_layer[layer] for layer in layers))
+    if not all(site.layer in by_layer and _holds(by_layer[site.layer], site) for site in sites):
+        plan.check_fingerprint(f"not {plan.fingerprint}", layers, [site.shape for site in sites])
+    chosen = replace(plan, sites=tuple(by_layer[layer] for layer in layers))
+    # What a layer that keeps its whole StaticCache attends to shows only when the graph runs.
+    chosen.check_windows([site.window or by_layer[site.layer].window for site in sites])
+    return chosen
+
+
+def _holds(planned: SitePlan, site: AttentionSite) -> bool:
+    """Whether the plan is for keys and values of these heads and dimensions, be the window what it may."""
+    return replace(planned.shape, window=0) == replace(site.shape, window=0)
 
 
 def _planned_for(layer: str, plan: Plan) -> SitePlan | None:

@@ -1,8 +1,8 @@
 """KVMixCache: the compressed keys and values of every site, behind transformers' Cache interface."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
 from kvmix_compile.runtime.storage import Storage, storage_of
+
+T = TypeVar("T")
 
 
 class KVMixCache(Cache):
@@ -81,6 +83,15 @@ class KVMixCache(Cache):
                 state.make_ordinary()
             if state.blocks < needed:
                 state.grow(needed)
+
+    def run(self, graph: Callable[..., T], inputs: Sequence[Any], starts: Tensor, tokens: int, logits: int = 0) -> T:
+        """What a rewritten graph gives for `inputs` and this cache, which then holds `tokens` more in each row, without
+        the padding that leads them: `starts`, int64 `[batch]`. `logits`: as of `begin`.
+        """
+        self.begin(len(starts), tokens, starts.device, logits)
+        outputs = graph(*inputs, self.lengths, starts, *self.tensors())
+        self.advance(tokens, starts)
+        return outputs
 
     def check_batch(self, batch: int) -> None:
         """Raise CacheError for another number of rows than are held."""

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.ambient import as_captured
-from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.export import MODEL
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
@@ -26,7 +25,7 @@ from kvmix_compile.runtime.changes import Changes
 from kvmix_compile.runtime.generating import Request
 from kvmix_compile.runtime.interface import with_signature_of
 from kvmix_compile.runtime.module_tree import module_tree
-from kvmix_compile.runtime.padding import check_padding, put_back, read_padding, reading_waits
+from kvmix_compile.runtime.padding import check_padding, looks_at_masks, put_back, read_padding
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
@@ -211,12 +210,9 @@ class CompiledModel(nn.Module):
             places = places[logits_to_keep.to(places.device)]
         elif logits_to_keep:
             places = places[-logits_to_keep:]
-        cache.begin(batch, tokens, input_ids.device, logits=len(places))
         columns, which = padding.columns(places)
-        logits = program.graph(
-            padding.arrange(input_ids), position_ids, columns, cache.lengths, padding.starts, *cache.tensors()
-        )
-        cache.advance(tokens, padding.starts)
+        inputs = (padding.arrange(input_ids), position_ids, columns)
+        logits = cache.run(program.graph, inputs, padding.starts, tokens, logits=len(places))
         cache.every_row_goes_on = not padding.ends_a_row
         cache.padded = cache.padded or padding.there_is_some
         return put_back(logits, which)
@@ -272,9 +268,7 @@ class CompiledModel(nn.Module):
         """
         if not self.kvmix_program.zero_token_types:
             return False
-        if token_types.shape[-1] == 1 and seen % BLOCK_TOKENS and reading_waits(token_types.device):
-            return True
-        return not bool(token_types.any())
+        return not looks_at_masks(token_types.shape[-1], seen, token_types.device) or not bool(token_types.any())
 
     def _check_cache(self, cache: object) -> int:
         """The number of positions that the cache has seen."""

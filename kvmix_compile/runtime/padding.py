@@ -68,9 +68,8 @@ def read_padding(
     """What the mask says of the coming `tokens`.
 
     `attention_mask`: 1 for tokens and 0 for padding, `[batch, tokens seen + tokens]`. Raises CacheError for another
-    shape, or a mask that does not agree with what the cache holds. On a CPU that is before anything is changed. On a
-    GPU the mask of rows that decode is looked at once in 32 steps, so that the host need not wait for the device: since
-    it goes back to the first token, what was wrong in between is found then.
+    shape, or a mask that does not agree with what the cache holds, as far as `looks_at_masks`: since a mask goes back
+    to the first token, what was wrong in between is found then. On a CPU that is before anything is changed.
     """
     cache.check_batch(batch)
     none = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -88,7 +87,7 @@ def read_padding(
             f"attention_mask {given}; it must be [batch, tokens], here {expected}, those of earlier calls included, 1 "
             "for a token and 0 for padding. Other masks are the model's own and need not be passed"
         )
-    if tokens == 1 and cache.every_row_goes_on and cache.seen % BLOCK_TOKENS and reading_waits(device):
+    if cache.every_row_goes_on and not looks_at_masks(tokens, cache.seen, device):
         return Padding(none, there_is_some=cache.padded)
     valid = attention_mask.to(device) != 0
     if not cache.padded and bool(valid.all()):
@@ -159,6 +158,13 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
 def _leading(padding: Tensor) -> Tensor:
     """How many places lead each row of a boolean `[batch, places]` that are True, int64 `[batch]`."""
     return padding.cumprod(dim=1).sum(dim=1)
+
+
+def looks_at_masks(tokens: int, seen: int, device: torch.device) -> bool:
+    """Whether to look at the mask of a call of so many tokens. On a GPU that of a step of decoding is looked at once in
+    32 steps, so that the host need not wait for the device.
+    """
+    return tokens > 1 or seen % BLOCK_TOKENS == 0 or not reading_waits(device)
 
 
 def reading_waits(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import QUARTERS, UNQUANTIZED_BITS, Precision
+from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_tokens
 from kvmix_compile.passes.files import replacing
 
@@ -30,35 +31,29 @@ class PlanError(KVMixError):
 
 
 @dataclass(frozen=True)
-class SitePlan:
+class SitePlan(Shaped):
     """What one attention site stores.
 
     layer: name of the site in the model, such as "model.layers.3.self_attn".
     key, value: precision of the cached keys and values.
-    kv_heads: heads of the keys and values, before they are repeated for the query heads.
-    key_dim, value_dim: elements of one head's key and of its value.
     channel_quarters: where key has important_bits, of each head a string with a digit for each channel: its quarter of
         the channels, from 0, the most important one, to 3; else empty.
-    window: the most tokens that one attends to, itself included, where attention has a sliding window or chunks; no
-        more are kept. 0: all.
     key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
         (see passes.measure.exponents); empty: by none.
     """
 
     layer: str
+    shape: SiteShape
     key: Precision
     value: Precision
-    kv_heads: int
-    key_dim: int
-    value_dim: int
     channel_quarters: tuple[str, ...] = ()
-    window: int = 0
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.shape) < 1:
-            raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {self.shape}")
+        dimensions = (self.kv_heads, self.key_dim, self.value_dim)
+        if min(dimensions) < 1:
+            raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {dimensions}")
         if self.window < 0:
             raise PlanError(f"{self.layer}: window counts tokens: {self.window} cannot be negative")
         if len(self.channel_quarters) != (self.kv_heads if self.key.important_bits else 0):
@@ -86,26 +81,25 @@ class SitePlan:
         return replace(self, key=untouched, value=untouched, channel_quarters=(), key_exponents=(), value_exponents=())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(kv_heads, key_dim, value_dim)."""
-        return self.kv_heads, self.key_dim, self.value_dim
-
-    @property
     def channel_order(self) -> list[list[int]] | None:
         """For each head its key's channels, the most important quarter first; None where all are kept alike."""
         if not self.channel_quarters:
             return None
         return [sorted(range(self.key_dim), key=quarters.__getitem__) for quarters in self.channel_quarters]
 
-    @property
-    def key_elements(self) -> int:
-        """Key elements of one token."""
-        return self.kv_heads * self.key_dim
 
-    @property
-    def value_elements(self) -> int:
-        """Value elements of one token."""
-        return self.kv_heads * self.value_dim
+@dataclass(frozen=True)
+class StoredSite:
+    """What a rewritten graph is told of one site.
+
+    layout: of its state. channel_order: for each head its key's channels in the order that they are kept in; None: the
+    model's. key_exponents, value_exponents: as in SitePlan.
+    """
+
+    layout: StateLayout
+    channel_order: list[list[int]] | None = None
+    key_exponents: tuple[int, ...] = ()
+    value_exponents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +167,13 @@ class Plan:
             for site in self.sites
         )
 
+    def stored_sites(self) -> tuple[StoredSite, ...]:
+        """What a rewritten graph is told of each site."""
+        return tuple(
+            StoredSite(layout, site.channel_order, site.key_exponents, site.value_exponents)
+            for site, layout in zip(self.sites, self.layouts(), strict=True)
+        )
+
     def cache_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, rollback: int = 0) -> int:
         """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of
         `batch` rows.
@@ -185,10 +186,20 @@ class Plan:
         """The same plan for a model whose sites attend to so many tokens (0: to all). Those of which nothing is ever
         quantized have 16 bits.
         """
-        sites = [replace(site, window=window) for site, window in zip(self.sites, windows, strict=True)]
+        shapes = [replace(site.shape, window=window) for site, window in zip(self.sites, windows, strict=True)]
+        sites = [replace(site, shape=shape) for site, shape in zip(self.sites, shapes, strict=True)]
         return replace(
             self, sites=tuple(site if is_packed(site.window, self.recent) else site.unquantized() for site in sites)
         )
+
+    def check_windows(self, windows: Sequence[int]) -> None:
+        """Raise PlanError where the plan keeps fewer tokens than a site attends to, or attends to at least (0: all)."""
+        for site, window in zip(self.sites, windows, strict=True):
+            if site.window and not 0 < window <= site.window:
+                raise PlanError(
+                    f"the plan keeps the last {site.window} tokens of {site.layer}, which attends to "
+                    f"{window or 'all'}: make a new plan for this model"
+                )
 
     def as_json(self) -> str:
         """What `save` writes: equal for equal plans."""
@@ -224,12 +235,12 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
     def check_fingerprint(
-        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None = None
+        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[SiteShape] | None = None
     ) -> None:
         """Raise PlanError, saying what differs, unless the plan was made for this model.
 
         fingerprint, layers: of the model at hand; `layers` names its attention sites in order.
-        shapes: (kv_heads, key_dim, value_dim) of each site where known, to say more precisely what differs.
+        shapes: of each site where known, to say more precisely what differs.
         """
         planned_layers = [site.layer for site in self.sites]
         if fingerprint == self.fingerprint and list(layers) == planned_layers:
@@ -244,14 +255,15 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     return sum(number * weight for number, weight in weighted) / total if total else float(UNQUANTIZED_BITS)
 
 
-def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None) -> str:
+def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[SiteShape] | None) -> str:
     if len(sites) != len(layers):
         return f"the plan has {len(sites)} attention sites, this model {len(layers)}"
     for site, layer in zip(sites, layers, strict=True):
         if site.layer != layer:
             return f"the plan has an attention site {site.layer!r} where this model has {layer!r}"
     for site, shape in zip(sites, shapes or [], strict=bool(shapes)):
-        for name, planned, actual in zip(("kv_heads", "key_dim", "value_dim"), site.shape, shape, strict=True):
+        for name in ("kv_heads", "key_dim", "value_dim"):
+            planned, actual = getattr(site.shape, name), getattr(shape, name)
             if planned != actual:
                 return f"at {site.layer} the plan has {name}={planned}, this model {name}={actual}"
     return "the attention sites have the same names, but the structure of the model differs"
@@ -319,13 +331,15 @@ def _site_plan(record: object, where: str) -> SitePlan:
         raise PlanError(f"{where} is not a JSON object; save the plan again")
     return SitePlan(
         layer=_field(record, "layer", str, where),
+        shape=SiteShape(
+            kv_heads=_field(record, "kv_heads", int, where),
+            key_dim=_field(record, "key_dim", int, where),
+            value_dim=_field(record, "value_dim", int, where),
+            window=_field(record, "window", int, where) if "window" in record else 0,
+        ),
         key=_precision(_field(record, "key", dict, where), f"the key of {where}"),
         value=_precision(_field(record, "value", dict, where), f"the value of {where}"),
-        kv_heads=_field(record, "kv_heads", int, where),
-        key_dim=_field(record, "key_dim", int, where),
-        value_dim=_field(record, "value_dim", int, where),
         channel_quarters=_channel_quarters(record, where),
-        window=_field(record, "window", int, where) if "window" in record else 0,
         key_exponents=_integers(record, "key_exponents", where),
         value_exponents=_integers(record, "value_exponents", where),
     )

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, UNQUANTIZED_BITS, Axis, Precision
+from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.passes.allocate.knapsack import choose
 
 Policy = Literal["fisher", "kvmix", "uniform"]
@@ -47,30 +48,26 @@ class BudgetError(AllocationError):
 
 
 @dataclass(frozen=True)
-class SiteImportance:
+class SiteImportance(Shaped):
     """What is known about one attention site when bits are allocated.
 
     layer: name of the site in the model.
-    kv_heads, key_dim, value_dim: shape of what it caches for a token.
     key_gradient_norm, value_gradient_norm: s_k and s_v of KVmix, the L2 norms of the loss's gradients with respect to
         the weights of the key and the value projection.
     key_sensitivity, value_sensitivity: the candidate precisions, each with the increase of the loss (nats a token)
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
     channel_quarters: the quarters of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
-    window, key_exponents, value_exponents: as in SitePlan.
+    key_exponents, value_exponents: as in SitePlan.
     """
 
     layer: str
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    shape: SiteShape
     key_gradient_norm: float
     value_gradient_norm: float
     key_sensitivity: Mapping[Precision, float]
     value_sensitivity: Mapping[Precision, float]
     channel_quarters: tuple[str, ...] = ()
-    window: int = 0
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
 

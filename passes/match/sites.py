@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.passes.capture.export import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
@@ -98,7 +99,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(Shaped):
     """One attention whose keys and values are to be cached.
 
     `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have
@@ -111,9 +112,7 @@ class AttentionSite:
     value: fx.Node
     output: fx.Node
     query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    shape: SiteShape
     score_function: ScoreFunction
     sink_logits: fx.Node | None = None
 
@@ -254,9 +253,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         value=value,
         output=output,
         query_heads=query_heads,
-        kv_heads=kv_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
+        shape=SiteShape(kv_heads, key_dim, value_dim, window=score_function.mask.size),
         score_function=score_function,
         sink_logits=attention.sink.logits if attention.sink is not None else None,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.capture.sizes import size_hint
 from kvmix_compile.passes.errors import UnsupportedModelError
@@ -218,9 +219,16 @@ class _Finder:
             self._check_written(buffer, layer)
             self._check_only_repeated(node, buffer, query_heads, layer)
         site = AttentionSite(
-            layer, attention.query, key.new, value.new, attention.output, query_heads, kv_heads, key_dim, value_dim,
-            function, self._sink_logits(attention, query_heads),
-        )  # fmt: skip
+            layer=layer,
+            query=attention.query,
+            key=key.new,
+            value=value.new,
+            output=attention.output,
+            query_heads=query_heads,
+            shape=SiteShape(kv_heads, key_dim, value_dim, window=function.mask.size),
+            score_function=function,
+            sink_logits=self._sink_logits(attention, query_heads),
+        )
         if attention.scores is not None and attention.softmax_input is not None:
             # With a column of sink logits the softmax's input is not of the mask's shape, what it is joined to is.
             masked = attention.softmax_input if attention.sink is None else attention.sink.scores

@@ -77,22 +77,29 @@ def check_reachable(
     """Raise BudgetError or AllocationError where no measurement could make a plan of this budget."""
     unmeasured = tuple(
         SiteImportance(
-            site.layer, site.kv_heads, site.key_dim, site.value_dim, 0.0, 0.0,
-            dict.fromkeys(candidates_for(site.key_dim, Axis.TOKENS), 0.0),
-            dict.fromkeys(candidates_for(site.value_dim, Axis.CHANNELS), 0.0), (), site.mask.size,
+            layer=site.layer,
+            shape=site.shape,
+            key_gradient_norm=0.0,
+            value_gradient_norm=0.0,
+            key_sensitivity=dict.fromkeys(candidates_for(site.key_dim, Axis.TOKENS), 0.0),
+            value_sensitivity=dict.fromkeys(candidates_for(site.value_dim, Axis.CHANNELS), 0.0),
         )
         for site in sites
-    )  # fmt: skip
+    )
     importance = Importance(unmeasured, "", sinks=0, recent=recent, tokens=0, loss=0.0)
     importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
 
 
 def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
-    quarters = site.channel_quarters if key.important_bits else ()
     return SitePlan(
-        site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, quarters, site.window,
-        site.key_exponents if key.is_quantized else (), site.value_exponents if value.is_quantized else (),
-    )  # fmt: skip
+        layer=site.layer,
+        shape=site.shape,
+        key=key,
+        value=value,
+        channel_quarters=site.channel_quarters if key.important_bits else (),
+        key_exponents=site.key_exponents if key.is_quantized else (),
+        value_exponents=site.value_exponents if value.is_quantized else (),
+    )
 
 
 def check_rows(rows: Sequence[Tensor]) -> None:
@@ -156,9 +163,16 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         key_losses |= divided
         channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
     return SiteImportance(
-        site.layer, site.kv_heads, site.key_dim, site.value_dim, key.gradient_norm / rows, value.gradient_norm / rows,
-        key_losses, value.losses(rows), channel_quarters, site.mask.size, key.exponents(), value.exponents(),
-    )  # fmt: skip
+        layer=site.layer,
+        shape=site.shape,
+        key_gradient_norm=key.gradient_norm / rows,
+        value_gradient_norm=value.gradient_norm / rows,
+        key_sensitivity=key_losses,
+        value_sensitivity=value.losses(rows),
+        channel_quarters=channel_quarters,
+        key_exponents=key.exponents(),
+        value_exponents=value.exponents(),
+    )
 
 
 def _state_in(tokens: int, sinks: int, recent: int) -> tuple[int, int]:

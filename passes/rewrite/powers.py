@@ -10,12 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.graph.vocabulary import tensor_of
 from kvmix_compile.passes.match.sites import AttentionSite
-
-# Of keys and of values, as of SitePlan.
-Exponents = tuple[tuple[int, ...], tuple[int, ...]]
-NO_EXPONENTS: Exponents = ((), ())
 
 
 def powers_of_two(exponents: Sequence[int], sign: int, like: Tensor) -> Tensor:
@@ -24,9 +21,9 @@ def powers_of_two(exponents: Sequence[int], sign: int, like: Tensor) -> Tensor:
     return powers.to(like.device, like.dtype)[None, :, None, None]
 
 
-def with_divided_inputs(module: fx.GraphModule, site: AttentionSite, index: int, exponents: Exponents) -> AttentionSite:
+def with_divided_inputs(module: fx.GraphModule, site: AttentionSite, index: int, stored: StoredSite) -> AttentionSite:
     """The site with its keys and values divided, and its queries multiplied. `index`: the site's number."""
-    keys, values = exponents
+    keys, values = stored.key_exponents, stored.value_exponents
     shared = site.query_heads // site.kv_heads
     if keys:
         key = _times(module, site.key, site.output, f"key_powers_{index}", keys, -1)
@@ -40,11 +37,11 @@ def with_divided_inputs(module: fx.GraphModule, site: AttentionSite, index: int,
 
 
 def multiply_output(
-    module: fx.GraphModule, site: AttentionSite, attended: fx.Node, index: int, exponents: Exponents
+    module: fx.GraphModule, site: AttentionSite, attended: fx.Node, index: int, stored: StoredSite
 ) -> None:
     """Multiply what attention gives, wherever it is used, by what the site's values were divided by."""
     shared = site.query_heads // site.kv_heads
-    outputs = [exponent for exponent in exponents[1] for _ in range(shared)]
+    outputs = [exponent for exponent in stored.value_exponents for _ in range(shared)]
     if outputs:
         users = list(attended.users)
         product = _times(module, attended, attended.next, f"output_powers_{index}", outputs, 1)

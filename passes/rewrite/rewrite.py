@@ -12,14 +12,15 @@ from torch import fx, nn
 from torch.fx.node import Argument
 
 from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
-from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.export import MODEL, Captured, bind
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.lengths import check_lengths
 from kvmix_compile.passes.rewrite.positions import shift_positions
-from kvmix_compile.passes.rewrite.powers import NO_EXPONENTS, Exponents, multiply_output, with_divided_inputs
+from kvmix_compile.passes.rewrite.powers import multiply_output, with_divided_inputs
 
 # The six tensors of kernels.format.state.SiteState, in its order.
 STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "tail_key", "tail_value")
@@ -43,28 +44,17 @@ class Rewritten:
 def rewrite(
     captured: Captured,
     sites: Sequence[AttentionSite],
-    precisions: Sequence[tuple[Precision, Precision]],
-    recents: Sequence[int],
-    channel_orders: Sequence[list[list[int]] | None] = (),
-    exponents: Sequence[Exponents] = (),
+    stored: Sequence[StoredSite],
 ) -> Rewritten:
-    """A copy of the captured graph in which every site reads and writes a cache.
+    """A copy of the captured graph in which every site reads and writes a cache, each as `stored` says of it.
 
-    `precisions`: for each site that of its keys and of its values. `recents`: for each the tokens kept in full
-    precision, at most, as of its StateLayout.
-    `channel_orders`: for each site the order in which its cache keeps each key head's channels; None, or nothing at
-    all, for that of the model.
-    `exponents`: for each site those of its keys and of its values, as of SitePlan; nothing at all: none.
     Raises UnsupportedModelError where what is left of the graph computes with the number of rows or tokens.
     """
     graph, copies = _copy(captured.graph)
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (site, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
-        copied = site.mapped(copies)
-        order = channel_orders[index] if channel_orders else None
-        powers = exponents[index] if exponents else NO_EXPONENTS
-        rewrite_site(module, copied, index, (lengths, starts), formats, recent, order, powers)
+    for index, (site, kept) in enumerate(zip(sites, stored, strict=True)):
+        rewrite_site(module, site.mapped(copies), index, (lengths, starts), kept)
     graph.eliminate_dead_code()
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
     counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
@@ -105,27 +95,24 @@ def rewrite_site(
     site: AttentionSite,
     index: int,
     counts: tuple[fx.Node, fx.Node],
-    precisions: tuple[Precision, Precision],
-    recent: int,
-    channel_order: list[list[int]] | None,
-    exponents: Exponents,
+    stored: StoredSite,
 ) -> None:
     """Put the operators in the place of `site.output`, and the site's state behind the inputs of the module's graph.
 
-    `index`: the site's number. `counts`: the inputs lengths and starts. The rest: of this site, as of rewrite.
+    `index`: the site's number. `counts`: the inputs lengths and starts.
     """
     state = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS])
-    if channel_order is not None:
+    if stored.channel_order is not None:
         name = f"channel_order_{index}"
-        constant = torch.tensor(channel_order, device=site.key.meta["val"].device)
+        constant = torch.tensor(stored.channel_order, device=site.key.meta["val"].device)
         module.register_buffer(name, constant, persistent=False)
         site = _with_ordered_channels(module.graph, site, name)
-    site = with_divided_inputs(module, site, index, exponents)
+    site = with_divided_inputs(module, site, index, stored)
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
-    attended = _attend_and_append(module.graph, site, index, (*counts, *state), precisions, recent)
-    multiply_output(module, site, attended, index, exponents)
+    attended = _attend_and_append(module.graph, site, index, (*counts, *state), stored.layout)
+    multiply_output(module, site, attended, index, stored)
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
@@ -147,25 +134,24 @@ def _attend_and_append(
     site: AttentionSite,
     index: int,
     cache: tuple[fx.Node, ...],
-    precisions: tuple[Precision, Precision],
-    recent: int,
+    layout: StateLayout,
 ) -> fx.Node:
     """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
-    `cache`: lengths, starts and the six tensors of the site's state; `precisions`: of keys and of values.
+    `cache`: lengths, starts and the six tensors of the site's state.
     """
     query, key, value, output = site.query, site.key, site.value, site.output
-    formats = tuple(list(precision.as_ints()) for precision in precisions)
+    formats = (list(layout.key.as_ints()), list(layout.value.as_ints()), layout.recent)
     function = site.score_function
     window = function.mask.size if function.mask.kind == "sliding" else 0
     with graph.inserting_before(output):
         attended = graph.call_function(
             torch.ops.kvmix.attend.default,
-            (query, key, value, *cache, *formats, recent, function.scale, function.softcap, window),
+            (query, key, value, *cache, *formats, function.scale, function.softcap, window),
             _extras(graph, site, index),
         )
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
-        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, recent, function.mask.size))
+        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, function.mask.size))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
     return attended

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
-from kvmix_compile.passes.rewrite.powers import NO_EXPONENTS, Exponents
 from kvmix_compile.passes.rewrite.rewrite import add_inputs, rewrite_site
 
 
@@ -33,21 +32,16 @@ class StaticRewritten:
 def rewrite_static(
     lowered: Lowered,
     sites: Sequence[CachedSite],
-    precisions: Sequence[tuple[Precision, Precision]],
-    recents: Sequence[int],
-    channel_orders: Sequence[list[list[int]] | None] = (),
-    exponents: Sequence[Exponents] = (),
+    stored: Sequence[StoredSite],
 ) -> StaticRewritten:
-    """Rewrite the lowered graph, in place. Arguments as of passes.rewrite.rewrite.rewrite.
+    """Rewrite the lowered graph, in place, each site as `stored` says of it.
 
     Raises UnsupportedModelError where something besides attention reads what a site's cache holds.
     """
     graph, inputs = lowered.graph, graph_inputs(lowered.graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (cached, formats, recent) in enumerate(zip(sites, precisions, recents, strict=True)):
-        order = channel_orders[index] if channel_orders else None
-        powers = exponents[index] if exponents else NO_EXPONENTS
-        rewrite_site(lowered.module, cached.site, index, (lengths, starts), formats, recent, order, powers)
+    for index, (cached, kept) in enumerate(zip(sites, stored, strict=True)):
+        rewrite_site(lowered.module, cached.site, index, (lengths, starts), kept)
     buffers = _drop_outputs(graph, sites)
     graph.eliminate_dead_code()
     for cached in sites:

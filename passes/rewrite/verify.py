@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, unpacked_tokens
+from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.export import Captured
 from kvmix_compile.passes.capture.limits import vocabulary_size
 from kvmix_compile.passes.errors import UnsupportedModelError, VerifyError
@@ -44,8 +45,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     Returns the difference (root mean square over the vocabulary) of the worst token, as a share of the logits' standard
     deviation.
     """
-    recents = [_lossless_layout(site).recent for site in sites]
-    trial = _Trial(captured, rewrite(captured, sites, [(Precision(16), Precision(16))] * len(sites), recents))
+    trial = _Trial(captured, rewrite(captured, sites, [StoredSite(_lossless_layout(site)) for site in sites]))
     chunks = list(_chunks(longest_context, constant_reach(trial.rewritten.module.graph, captured)))
     most = longest_context or LARGEST_TRIAL
     with torch.no_grad():

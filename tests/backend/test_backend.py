@@ -55,10 +55,7 @@ def original(name: str) -> PreTrainedModel:
 @cache
 def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) -> Plan:
     sites = find_sites(capture(original(name)), 512).matched
-    planned = tuple(
-        SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, window=site.mask.size)
-        for site in sites
-    )
+    planned = tuple(SitePlan(site.layer, site.shape, key, value) for site in sites)
     return Plan(planned, "by hand", "", SINKS, RECENT)
 
 
@@ -360,7 +357,7 @@ def test_wrong_options_say_what_there_is() -> None:
     with pytest.raises(PlanError, match="made for another model"):
         logits(compiled("llama", plan_for("gpt2")), past, ids(5), 5)
     with pytest.raises(PlanError, match="kv_heads=4, this model kv_heads=2"):
-        sites = tuple(replace(site, kv_heads=4) for site in plan_for("llama").sites)
+        sites = tuple(replace(site, shape=replace(site.shape, kv_heads=4)) for site in plan_for("llama").sites)
         logits(compiled("llama", replace(plan_for("llama"), sites=sites)), past, ids(5), 5)
 
 

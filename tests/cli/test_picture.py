@@ -7,12 +7,15 @@ from rich.console import Console
 
 from kvmix_compile.cli.picture import plan_picture
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.passes.allocate.plan import Plan, SitePlan
+
+SHAPE = SiteShape(kv_heads=2, key_dim=64, value_dim=64)
 
 
 def plan_of(bits: list[tuple[int, int]], layer: str = "model.layers.{}.self_attn") -> Plan:
     sites = tuple(
-        SitePlan(layer.format(index), Precision(key, 32, 4), Precision(value, 32, 16), 2, 64, 64)
+        SitePlan(layer.format(index), SHAPE, Precision(key, 32, 4), Precision(value, 32, 16))
         for index, (key, value) in enumerate(bits)
     )
     return Plan(sites, policy="fisher", fingerprint="f00d", sinks=64, recent=128)
@@ -53,7 +56,7 @@ def test_the_picture_in_full() -> None:
 
 def test_important_channels_are_seen_and_explained() -> None:
     key = Precision(2, 32, 4, important_bits=(4, 4))
-    site = SitePlan("attention", key, Precision(2, 32, 4), 2, 64, 64, ("0123" * 16,) * 2)
+    site = SitePlan("attention", SHAPE, key, Precision(2, 32, 4), ("0123" * 16,) * 2)
     lines = text_of(Plan((site,), policy="fisher", fingerprint="f00d", sinks=64, recent=128))
     assert "keys   3.0 " in lines
     assert any(line.strip().startswith("3.0  4/4/2/2, groups of 32") for line in lines)

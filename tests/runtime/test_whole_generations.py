@@ -13,7 +13,7 @@ logits are also those of the original model on the whole text.
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -85,7 +85,7 @@ def drawn_plan(draw: Random, sites: Sequence[AttentionSite]) -> Plan:
         quarters = [str(channel * QUARTERS // site.key_dim) for channel in range(site.key_dim)]
         heads = site.kv_heads if key.important_bits else 0
         of_heads = tuple("".join(draw.sample(quarters, len(quarters))) for _ in range(heads))
-        planned.append(SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim, of_heads))
+        planned.append(SitePlan(site.layer, replace(site.shape, window=0), key, value, of_heads))
     return Plan(tuple(planned), "drawn", "", draw.randint(0, 8), draw.randint(32, 40))
 
 

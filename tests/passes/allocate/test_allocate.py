@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.passes.allocate import knapsack
 from kvmix_compile.passes.allocate.plan import Plan, SitePlan
 from kvmix_compile.passes.allocate.policies import (
@@ -32,8 +33,7 @@ CANDIDATES = [
 def as_plan(sites: list[SiteImportance], allocation: Allocation) -> Plan:
     return Plan(
         sites=tuple(
-            SitePlan(site.layer, key, value, site.kv_heads, site.key_dim, site.value_dim)
-            for site, (key, value) in zip(sites, allocation, strict=True)
+            SitePlan(site.layer, site.shape, key, value) for site, (key, value) in zip(sites, allocation, strict=True)
         ),
         policy="any",
         fingerprint="any",
@@ -66,9 +66,7 @@ def typical_sites(
     return [
         SiteImportance(
             layer=f"layers.{index}",
-            kv_heads=kv_heads,
-            key_dim=dims(index)[0],
-            value_dim=dims(index)[1],
+            shape=SiteShape(kv_heads, *dims(index)),
             key_gradient_norm=100.0 - index,
             value_gradient_norm=float(index),
             key_sensitivity=typical_sensitivity(8.0 * (count - index) / count),
@@ -90,9 +88,11 @@ def small_sites(draw: st.DrawFn, candidates: Sequence[Precision] = CANDIDATES) -
     return [
         SiteImportance(
             layer=f"layers.{index}",
-            kv_heads=draw(st.sampled_from([1, 3])),
-            key_dim=draw(st.sampled_from([32, 64, 96])),
-            value_dim=draw(st.sampled_from([32, 64])),
+            shape=SiteShape(
+                kv_heads=draw(st.sampled_from([1, 3])),
+                key_dim=draw(st.sampled_from([32, 64, 96])),
+                value_dim=draw(st.sampled_from([32, 64])),
+            ),
             key_gradient_norm=draw(losses),
             value_gradient_norm=draw(losses),
             key_sensitivity=sensitivity(),
@@ -234,7 +234,7 @@ def test_fisher_counts_scales_in_a_storage_budget() -> None:
 
 def test_fisher_keeps_equal_losses_cheap() -> None:
     nothing_matters = dict.fromkeys(CANDIDATES, 0.0)
-    site = SiteImportance("layer", 2, 64, 64, 1.0, 1.0, nothing_matters, nothing_matters)
+    site = SiteImportance("layer", SiteShape(2, 64, 64), 1.0, 1.0, nothing_matters, nothing_matters)
     ((key, value),) = allocate([site], policy="fisher", storage_budget=8.0)
     assert key == value == Precision(2, 32, 4)
 
@@ -322,7 +322,7 @@ def test_a_generous_budget_keeps_everything(policy: Policy, unit: str) -> None:
 @pytest.mark.parametrize("unit", ["budget", "storage_budget"])
 def test_a_budget_for_everything_quantizes_nothing_though_no_loss_is_predicted(unit: str) -> None:
     nothing_read = dict.fromkeys(CANDIDATES, 0.0)
-    site = SiteImportance("layer", 2, 64, 64, 1.0, 1.0, nothing_read, nothing_read)
+    site = SiteImportance("layer", SiteShape(2, 64, 64), 1.0, 1.0, nothing_read, nothing_read)
     ((key, value),) = allocate([site], policy="fisher", **{unit: 16.0})
     assert not key.is_quantized and not value.is_quantized
 
@@ -372,8 +372,10 @@ def test_bad_input_is_named() -> None:
     nan, empty = {Precision(2): float("nan")}, dict[Precision, float]()
     fine = {Precision(2): 0.5}
     with pytest.raises(AllocationError, match="keys of broken"):
-        allocate([SiteImportance("broken", 1, 64, 64, 1.0, 1.0, nan, fine)], policy="fisher", budget=2.3)
+        allocate([SiteImportance("broken", SiteShape(1, 64, 64), 1.0, 1.0, nan, fine)], policy="fisher", budget=2.3)
     with pytest.raises(AllocationError, match="values of broken"):
-        allocate([SiteImportance("broken", 1, 64, 64, 1.0, 1.0, fine, empty)], policy="fisher", budget=2.3)
+        allocate([SiteImportance("broken", SiteShape(1, 64, 64), 1.0, 1.0, fine, empty)], policy="fisher", budget=2.3)
     with pytest.raises(AllocationError, match="value_gradient_norm of broken"):
-        allocate([SiteImportance("broken", 1, 64, 64, 1.0, float("nan"), fine, fine)], policy="kvmix", budget=2.3)
+        allocate(
+            [SiteImportance("broken", SiteShape(1, 64, 64), 1.0, float("nan"), fine, fine)], policy="kvmix", budget=2.3
+        )

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.passes.allocate.plan import Plan, PlanError, SitePlan
 
 PLAN = Plan(
     sites=(
-        SitePlan("layers.0.attention", Precision(3, 32, 4), Precision(2, 32, 4), 2, 64, 64),
-        SitePlan("layers.1.attention", Precision(4, 32, 16), Precision(16), 2, 64, 32),
+        SitePlan("layers.0.attention", SiteShape(2, 64, 64), Precision(3, 32, 4), Precision(2, 32, 4)),
+        SitePlan("layers.1.attention", SiteShape(2, 64, 32), Precision(4, 32, 16), Precision(16)),
     ),
     policy="fisher",
     fingerprint="f00d",
@@ -31,6 +32,7 @@ precisions = st.builds(
     scale_bits=st.sampled_from([4, 16]),
 )
 dims = st.integers(1, 512)
+shapes = st.builds(SiteShape, dims, dims, dims)
 
 
 @st.composite
@@ -40,13 +42,13 @@ def sites_with_important_channels(draw: st.DrawFn) -> SitePlan:
     important_bits = draw(st.sampled_from([(3,), (4, 4), (8, 4, 3)]))
     key = Precision(2, draw(st.sampled_from([16, 32])), 4, important_bits)
     quarters, window = tuple(map("".join, heads)), draw(st.sampled_from([0, 1, 4096]))
-    return SitePlan(draw(st.text()), key, draw(precisions), kv_heads, key_dim, draw(dims), quarters, window)
+    return SitePlan(draw(st.text()), SiteShape(kv_heads, key_dim, draw(dims), window), key, draw(precisions), quarters)
 
 
 plans = st.builds(
     Plan,
     sites=st.lists(
-        st.builds(SitePlan, st.text(), precisions, precisions, dims, dims, dims) | sites_with_important_channels(),
+        st.builds(SitePlan, st.text(), shapes, precisions, precisions) | sites_with_important_channels(),
         min_size=1,
         max_size=4,
     ).map(tuple),
@@ -71,7 +73,7 @@ def test_loading_gives_what_was_saved(file: Path, plan: Plan) -> None:
 
 def test_important_quarters_come_first_and_count_as_such() -> None:
     quarters = ("0000111122223333", "3120" * 4)
-    site = SitePlan("attention", Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), 2, 16, 16, quarters)
+    site = SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), quarters)
     plan = replace(PLAN, sites=(site,))
     assert plan.key_bits == 2.75 and plan.code_bits == 2.375
     first, second = site.channel_order
@@ -93,7 +95,7 @@ def test_important_quarters_come_first_and_count_as_such() -> None:
 )
 def test_quarters_that_are_none_are_refused(important_bits: tuple[int, ...], quarters: tuple[str, ...]) -> None:
     with pytest.raises(PlanError, match="channel_quarters"):
-        SitePlan("attention", Precision(2, 32, 4, important_bits), Precision(2, 32, 4), 2, 16, 16, quarters)
+        SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, important_bits), Precision(2, 32, 4), quarters)
 
 
 @pytest.mark.parametrize("content", [3, [3, "0123"], [None], ["0123"]])
@@ -124,7 +126,9 @@ def test_windows_are_those_of_the_model_at_hand() -> None:
 def test_a_window_that_recent_tokens_hold_is_kept_as_it_is() -> None:
     plan = PLAN.with_windows([129, 130])
     whole, quantized = plan.sites
-    assert whole.key == whole.value == Precision(16) and quantized == replace(PLAN.sites[1], window=130)
+    assert whole.key == whole.value == Precision(16) and quantized == replace(
+        PLAN.sites[1], shape=SiteShape(2, 64, 32, window=130)
+    )
     # 128 keys and values of 2 heads of 64 channels, beside what the other site and the counter of a row take.
     others = replace(plan, sites=(quantized,)).cache_bytes(10**6)
     assert plan.cache_bytes(10**6) - others == 2 * 128 * 2 * 64 * torch.bfloat16.itemsize
@@ -256,7 +260,7 @@ def test_a_plan_knows_its_model() -> None:
     with pytest.raises(PlanError, match="'layers.0.attention' where this model has 'blocks.0'"):
         PLAN.check_fingerprint("beef", ["blocks.0", layers[1]], shapes)
     with pytest.raises(PlanError, match="at layers.1.attention the plan has value_dim=32, this model value_dim=128"):
-        PLAN.check_fingerprint("beef", layers, [shapes[0], (2, 64, 128)])
+        PLAN.check_fingerprint("beef", layers, [shapes[0], SiteShape(2, 64, 128)])
     for known_shapes in (None, shapes):
         with pytest.raises(PlanError, match="another model: .* structure"):
             PLAN.check_fingerprint("beef", layers, known_shapes)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.export import capture
@@ -17,6 +16,7 @@ from kvmix_compile.passes.graph.evaluate import evaluate
 from kvmix_compile.passes.graph.vocabulary import operation
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import rewrite
+from tests.helpers.stored import stored_alike
 
 
 class Cluttered(nn.Module):
@@ -206,7 +206,8 @@ def devices_in(module: fx.GraphModule) -> set[torch.device]:
 def test_constants_follow_the_model() -> None:
     model = plain.hand_written()
     captured = capture(model)
-    module = rewrite(captured, find_sites(captured).matched, [(Precision(16), Precision(16))] * 2, [32] * 2).module
+    sites = find_sites(captured).matched
+    module = rewrite(captured, sites, stored_alike(sites)).module
     meta = torch.device("meta")
     assert torch.device("cpu") in devices_in(captured.module)
     for graph_module in (captured.module, module):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.passes.graph.vocabulary import as_node, operation
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import rewrite
 from kvmix_compile.passes.rewrite.verify import verify
+from tests.helpers.stored import stored_alike
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[Tensor], Tensor]
@@ -62,8 +62,7 @@ def test_they_are_recognised_and_verified(capture_toy, name: str) -> None:
 def test_the_graph_before_and_after(capture_toy) -> None:
     captured = capture_toy(ACCEPTED["less the maximum"])
     (site,) = find_sites(captured).matched
-    precisions = (Precision(16), Precision(16))
-    graph = rewrite(captured, (site,), [precisions], [32]).module.graph
+    graph = rewrite(captured, (site,), stored_alike((site,))).module.graph
     names = {operation(node) for node in graph.nodes}
     assert {"attend", "append"} <= names and not {"softmax", "max", "cat", "matmul"} & names
     (attend,) = (node for node in graph.nodes if operation(node) == "attend")

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.vocabulary import as_node, operation
 from kvmix_compile.passes.match.masks import Mask
@@ -18,6 +17,7 @@ from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.match.slopes import slopes_of
 from kvmix_compile.passes.rewrite.rewrite import rewrite
 from kvmix_compile.passes.rewrite.verify import verify
+from tests.helpers.stored import stored_alike
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 SLOPES = (0.5, 0.3, 0.125, -0.25)
@@ -145,7 +145,7 @@ def test_the_graph_before_and_after(capture_toy) -> None:
     names = {operation(node) for node in captured.graph.nodes}
     assert {"matmul", "softmax"} <= names and "baddbmm" not in names
     sites = find_sites(captured).matched
-    module = rewrite(captured, sites, [(Precision(16), Precision(16))], [32]).module
+    module = rewrite(captured, sites, stored_alike(sites)).module
     assert not {"matmul", "softmax"} & {operation(node) for node in module.graph.nodes}
     (attend,) = (node for node in module.graph.nodes if operation(node) == "attend")
     slopes = module.get_buffer(str(as_node(attend.kwargs["slopes"]).target))

@@ -20,9 +20,10 @@ from kvmix_compile.passes.match.static_cache import CachedSite, find_cached_site
 from kvmix_compile.passes.rewrite.rewrite import STATE_TENSORS
 from kvmix_compile.passes.rewrite.static import StaticRewritten, rewrite_static
 from tests.helpers.cache_argument import with_cache
+from tests.helpers.stored import stored_alike
 
 SLOTS, RECENT = 64, 32
-KEY, VALUE = Precision(3, 32, 4), Precision(2, 16, 16)
+KEY, VALUE = Precision(3, 32, 4), Precision(2, 8, 16)
 
 
 pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
@@ -55,7 +56,7 @@ def model_graphs(name: str, *chunks: int) -> list[tuple[Lowered, tuple[CachedSit
 
 
 def rewritten(graph: Lowered, sites: tuple[CachedSite, ...]) -> StaticRewritten:
-    return rewrite_static(graph, sites, [(KEY, VALUE)] * len(sites), [RECENT] * len(sites))
+    return rewrite_static(graph, sites, stored_alike([cached.site for cached in sites], KEY, VALUE))
 
 
 def operations(graph: Lowered) -> list[str]:

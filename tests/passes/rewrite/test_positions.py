@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.capture.limits import longest_context
 from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
 from kvmix_compile.passes.rewrite.verify import verify
+from tests.helpers.stored import stored_alike
 
 LONG, SHORT = 8192, 256  # rows of tables of positions
 
@@ -80,7 +80,7 @@ def rewritten(turn: Turn) -> tuple[Rewritten, float]:
     torch.manual_seed(0)
     captured = capture(Decoder(turn).eval())
     sites = find_sites(captured).matched
-    return rewrite(captured, sites, [(Precision(16), Precision(16))], [32]), verify(captured, sites, None)
+    return rewrite(captured, sites, stored_alike(sites)), verify(captured, sites, None)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -109,4 +109,4 @@ def test_a_table_limits_the_context() -> None:
 def test_given_positions_are_not_shifted_again(captured) -> None:
     for name in ("llama", "gpt2", "hand_written"):
         sites = find_sites(captured(name)).matched
-        assert not rewrite(captured(name), sites, [(Precision(16), Precision(16))] * 2, [32] * 2).equal_rows
+        assert not rewrite(captured(name), sites, stored_alike(sites)).equal_rows

@@ -1,15 +1,18 @@
 """Rewrite: one attend and one append for each site, and nothing left of what they replace."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, fx
 
 from kvmix_compile.kernels.format.precision import Precision
-from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.capture.export import Captured
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import STATE_TENSORS, Rewritten, rewrite
+from tests.helpers.stored import stored_alike
 
 NAMES = ("llama", "mistral", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "hand_written", "fused_arange")
 RECENT = 32
@@ -22,7 +25,7 @@ REPLACED = {
 
 def rewritten(captured: Captured, key: Precision = KEY, value: Precision = VALUE) -> Rewritten:
     sites = find_sites(captured, 512).matched
-    return rewrite(captured, sites, [(key, value)] * len(sites), [RECENT] * len(sites))
+    return rewrite(captured, sites, stored_alike(sites, key, value))
 
 
 def calls(result: Rewritten) -> list[str]:
@@ -96,10 +99,7 @@ def test_the_captured_graph_stays_as_it_was(captured, name: str) -> None:
 
 def states(result: Rewritten, key: Precision, value: Precision, blocks: int) -> list[SiteState]:
     return [
-        SiteState.allocate(
-            StateLayout(site.kv_heads, site.key_dim, site.value_dim, key, value, 4, RECENT), 2, blocks, torch.float32
-        )
-        for site in result.sites
+        SiteState.allocate(stored.layout, 2, blocks, torch.float32) for stored in stored_alike(result.sites, key, value)
     ]
 
 
@@ -133,7 +133,8 @@ def with_orders(captured: Captured, key: Precision) -> Rewritten:
     sites = find_sites(captured, 512).matched
     generator = torch.Generator().manual_seed(0)
     order = [torch.randperm(sites[1].key_dim, generator=generator).tolist() for _ in range(sites[1].kv_heads)]
-    return rewrite(captured, sites, [(key, Precision(16))] * 2, [RECENT] * 2, [None, order])
+    first, second = stored_alike(sites, key)
+    return rewrite(captured, sites, [first, replace(second, channel_order=order)])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "fused_arange"])
