@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.compiler import CALIBRATION_LENGTH
+from kvmix_compile.config import TAILS
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans
 from kvmix_compile.evaluate.held_out import token_ids
@@ -31,7 +32,6 @@ from kvmix_compile.passes.capture.limits import longest_context
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure import sensitivity
 from kvmix_compile.passes.measure.importance import Importance, measure
-from kvmix_compile.tails import TAILS
 
 RESULTS = Path(__file__).parent / "results"
 SINKS, RECENT = TAILS["window"]

@@ -8,10 +8,11 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_model, check_tokenizer, read_plan
 from kvmix_compile.calibration import Calibration, build_calibration
+from kvmix_compile.config import Config, Tail
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
+from kvmix_compile.model_check import check_model
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.export import Captured, capture
@@ -34,7 +35,6 @@ from kvmix_compile.runtime.inductor import check_compiler
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.runtime.program import Program, embedded_tokens
-from kvmix_compile.tails import Tail, unquantized_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,10 +58,10 @@ def apply(
     budget: float | None = None,
     storage_budget: float | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
-    policy: Policy = "fisher",
+    policy: Policy = Config.policy,
     tokenizer: Any = None,
     calibration: Any = None,
-    tail: Tail = "window",
+    tail: Tail = Config.tail,
     sinks: int | None = None,
     recent: int | None = None,
     compile: bool = False,
@@ -94,28 +94,25 @@ def apply(
             CompilationError; each says what to do.
     """
     check_model(model)
-    sinks, recent = unquantized_tokens(tail, sinks, recent)
-    check_bits(plan, budget, storage_budget, policy)
+    config = Config(plan, budget, storage_budget, policy, tokenizer, calibration, tail, sinks, recent).checked()
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
-    plan = read_plan(plan)
-    report = Report(type(model).__name__)
-    if plan is None:
-        chosen = _given_calibration(model, report, tokenizer, calibration)
-        if budget is None and storage_budget is None:
-            budget = DEFAULT_BUDGET
+    report, given = Report(type(model).__name__), config.given_plan
+    text = None if given else _given_calibration(model, report, config)
     found = find(model, report)
-    if plan is not None:
-        plan = _checked_plan(found, plan)
+    if given:
+        given = _checked_plan(found, given)
     else:
-        check_reachable(found.sites, recent=recent, budget=budget, storage_budget=storage_budget, policy=policy)
+        check_reachable(
+            found.sites,
+            recent=config.unquantized[1],
+            budget=config.budget,
+            storage_budget=config.storage_budget,
+            policy=config.policy,
+        )
     if verify:
         _verify(found, report)
-    if plan is None:
-        importance = _measure(model, found, report, chosen, tokenizer, calibration, sinks, recent, progress)
-        with report.timed("allocate"):
-            plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
-    twin = build(model, found, plan, report)
+    twin = build(model, found, given or _planned(found, report, config, text, progress), report)
     if compile:
         with report.timed("compile"):
             cast(CompiledModel, twin).kvmix_program.compile().prepare()
@@ -139,7 +136,7 @@ def analyze(
     *,
     tokenizer: Any = None,
     calibration: Any = None,
-    tail: Tail = "window",
+    tail: Tail = Config.tail,
     sinks: int | None = None,
     recent: int | None = None,
     progress: bool = False,
@@ -148,13 +145,13 @@ def analyze(
     plans of it.
     """
     check_model(model)
-    sinks, recent = unquantized_tokens(tail, sinks, recent)
+    config = Config(tokenizer=tokenizer, calibration=calibration, tail=tail, sinks=sinks, recent=recent).checked()
     report = Report(type(model).__name__)
-    chosen = _given_calibration(model, report, tokenizer, calibration)
+    text = _given_calibration(model, report, config)
     check_weights(model)
     with report.timed("capture"):
         captured = capture_to_measure(model, CALIBRATION_LENGTH)
-    return _measure(model, find_in(captured, report), report, chosen, tokenizer, calibration, sinks, recent, progress)
+    return _measure(find_in(captured, report), report, config, text, progress)
 
 
 @as_captured()
@@ -235,35 +232,36 @@ def _verify(found: Found, report: Report) -> None:
         report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
 
 
-def _given_calibration(model: nn.Module, report: Report, tokenizer: Any, calibration: Any) -> Calibration | None:
+def _given_calibration(model: nn.Module, report: Report, config: Config) -> Calibration | None:
     """What to measure on, made before anything else so that it is refused then; None where the model is to write it."""
-    check_tokenizer(tokenizer)
-    if tokenizer is None and calibration is None:
+    if config.tokenizer is None and config.calibration is None:
         return None
+    text = _calibration(model, report, config, CALIBRATION_LENGTH)
+    check_rows(text.rows)
+    return text
+
+
+def _calibration(model: nn.Module, report: Report, config: Config, length: int) -> Calibration:
     with report.timed("calibration text"), untouched(model):
-        chosen = build_calibration(model, tokenizer, calibration, length=CALIBRATION_LENGTH)
-    check_rows(chosen.rows)
-    return chosen
+        return build_calibration(model, config.tokenizer, config.calibration, length=length)
 
 
-def _measure(
-    model: nn.Module,
-    found: Found,
-    report: Report,
-    chosen: Calibration | None,
-    tokenizer: Any,
-    calibration: Any,
-    sinks: int,
-    recent: int,
-    progress: bool,
-) -> Importance:
+def _planned(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Plan:
+    importance = _measure(found, report, config, text, progress)
+    with report.timed("allocate"):
+        return importance.allocate(budget=config.budget, storage_budget=config.storage_budget, policy=config.policy)
+
+
+def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
+    """`text`: what to measure on, made anew where it is longer than the model's context, or not yet made."""
+    model = found.captured.model
     length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
-    if chosen is None or chosen.longest > length:
-        with report.timed("calibration text"), untouched(model):
-            chosen = build_calibration(model, tokenizer, calibration, length=length)
-    report.calibration = chosen.source
+    if text is None or text.longest > length:
+        text = _calibration(model, report, config, length)
+    report.calibration = text.source
     device = next(parameter.device for parameter in model.parameters())
-    rows = [row.to(device) for row in chosen.rows]
+    rows = [row.to(device) for row in text.rows]
+    sinks, recent = config.unquantized
     with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
 

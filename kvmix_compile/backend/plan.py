@@ -1,6 +1,5 @@
 """Plan: what `torch.compile(.., backend="kvmix", options=..)` is told, and the plan that follows from it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,16 +10,14 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 
-from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits, check_tokenizer, read_plan
 from kvmix_compile.backend.calls import compiled_call
 from kvmix_compile.backend.equality import same
 from kvmix_compile.compiler import analyze
+from kvmix_compile.config import Config
 from kvmix_compile.errors import InputError, PlanError
 from kvmix_compile.passes.allocate.plan import Plan, SitePlan
-from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.match.sites import AttentionSite, traced_model
-from kvmix_compile.tails import Tail, unquantized_tokens
 
 BROKEN_GRAPH = (
     "Dynamo broke the model's graph and hands over a part of it: see TORCH_LOGS=graph_breaks; for transformers' models "
@@ -29,21 +26,11 @@ BROKEN_GRAPH = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of the backend; all but `backend` mean what they mean to `kvmix_compile.apply`.
-
-    backend: what compiles the rest of the graph, any backend of torch.compile.
+class Options(Config):
+    """The options of the backend: those of `kvmix_compile.apply`, and `backend`, what compiles the rest of the graph,
+    any backend of torch.compile.
     """
 
-    plan: Plan | str | os.PathLike[str] | None = None
-    budget: float | None = None
-    storage_budget: float | None = None
-    policy: Policy = "fisher"
-    calibration: Any = None
-    tokenizer: Any = None
-    tail: Tail = "window"
-    sinks: int | None = None
-    recent: int | None = None
     backend: Any = "inductor"
 
     @classmethod
@@ -52,13 +39,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"backend 'kvmix' has no option {unknown[0]!r}; it takes {', '.join(known)}")
-        options = cls(**given)
-        check_bits(options.plan, options.budget, options.storage_budget, options.policy)
-        unquantized_tokens(options.tail, options.sinks, options.recent)
-        check_tokenizer(options.tokenizer)
-        if options.budget is None and options.storage_budget is None:
-            options = replace(options, budget=DEFAULT_BUDGET)
-        return options
+        return cls(**given).checked()
 
 
 def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
@@ -67,7 +48,7 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     Raises PlanError where the plan was made for another model, what kvmix_compile.analyze raises, and InputError where
     there is only a budget and no model to measure.
     """
-    plan = read_plan(options.plan) or _planned(options, sites[0].output)
+    plan = options.given_plan or _planned(options, sites[0].output)
     by_layer = {site.layer: planned for site in sites if (planned := _planned_for(site.layer, plan)) is not None}
     layers = [site.layer for site in sites]
     if not by_layer:

@@ -9,7 +9,6 @@ from rich.console import Console
 from transformers import TextStreamer
 from typer.core import TyperGroup
 
-from kvmix_compile.arguments import DEFAULT_BUDGET, check_bits
 from kvmix_compile.cli.evaluate import evaluate
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
@@ -17,6 +16,7 @@ from kvmix_compile.cli.picture import plan_picture
 from kvmix_compile.cli.prompts import chat_prompt
 from kvmix_compile.cli.tables import CacheSize, sites_table, times
 from kvmix_compile.compiler import apply, diagnose
+from kvmix_compile.config import DEFAULT_BUDGET, Config
 from kvmix_compile.errors import InputError, KVMixError
 from kvmix_compile.evaluate.records import check_writable
 from kvmix_compile.runtime.cache import KVMixCache
@@ -69,19 +69,17 @@ def make_plan(
     storage_budget: Annotated[
         float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
     ] = None,
-    policy: PolicyName = "fisher",
+    policy: PolicyName = Config.policy,
     calibration: CalibrationFile = None,
     output: Annotated[Path | None, typer.Option(help="Where to save the plan, as JSON.")] = None,
 ) -> None:
     """Measure what matters in MODEL, spend a budget of bits, and show the plan."""
     start = perf_counter()
-    if budget is None and storage_budget is None:
-        budget = DEFAULT_BUDGET
-    check_bits(None, budget, storage_budget, policy)  # type: ignore[arg-type]
+    config = Config(budget=budget, storage_budget=storage_budget, policy=policy).checked()  # type: ignore[arg-type]
     if output is not None:
         check_writable(output)
     importance = analyze_on(load_model(name), calibration)
-    plan = importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)  # type: ignore[arg-type]
+    plan = importance.allocate(budget=config.budget, storage_budget=config.storage_budget, policy=config.policy)
     console = Console()
     console.print(plan_picture(plan))
     console.print(f"measured on {importance.tokens} tokens in {perf_counter() - start:.1f} s")
@@ -102,7 +100,7 @@ def generate(
 ) -> None:
     """Stream what MODEL writes with a compressed cache, greedily; then, on standard error, the size of that cache."""
     text = _prompt(prompt, prompt_file)
-    check_bits(plan, budget, None, "fisher")
+    Config(plan=plan, budget=budget).checked()
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
     wrapped = chat and bool(tokenizer.chat_template)  # a template writes its own special tokens

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvmix_compile.arguments import DEFAULT_BUDGET
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
 from kvmix_compile.cli.tables import passkey_table, results_table
+from kvmix_compile.config import DEFAULT_BUDGET
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans

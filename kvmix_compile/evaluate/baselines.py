@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, QuantizedCache
 
+from kvmix_compile.config import TAILS
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.configurations import Configuration
 from kvmix_compile.kernels.format.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
-from kvmix_compile.tails import TAILS
 
 # KIVI (arXiv 2402.02750): keys and values in 2 bits, groups of 32, the last 128 tokens unquantized, no sinks.
 KIVI_BITS = 2.0

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kvmix_compile
+from kvmix_compile.config import unquantized_tokens
 from kvmix_compile.errors import PlanError
 from kvmix_compile.models_zoo.plain import fused_arange
-from kvmix_compile.tails import unquantized_tokens
 
 
 @pytest.mark.parametrize(
