@@ -28,7 +28,6 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.export import capture
-from kvmix_compile.passes.capture.limits import longest_context
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure import sensitivity
 from kvmix_compile.passes.measure.importance import Importance, measure
@@ -45,7 +44,7 @@ class Bench:
     def __init__(self) -> None:
         self.model, self.tokenizer = load_smollm2()
         self.captured = capture(self.model)
-        self.sites = find_sites(self.captured, longest_context(self.captured)).matched
+        self.sites = find_sites(self.captured).matched
 
     def importance(
         self, sinks: int = SINKS, recent: int = RECENT, tokens: int = 2048, text: str | None = None

@@ -15,8 +15,8 @@ from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
-from kvmix_compile.passes.capture.export import Captured, capture
-from kvmix_compile.passes.capture.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.capture.logits import follow_autocast
 from kvmix_compile.passes.capture.signature import cache_name, parameters_of
 from kvmix_compile.passes.capture.weights import check_weights
@@ -48,7 +48,6 @@ class Found:
 
     captured: Captured
     sites: tuple[AttentionSite, ...]
-    longest_context: int | None
 
 
 @as_captured()
@@ -178,10 +177,9 @@ def find(model: nn.Module, report: Report) -> Found:
 
 def find_in(captured: Captured, report: Report) -> Found:
     """Find a captured model's sites; what is found goes into the report too."""
-    name = type(captured.model).__name__
+    name = captured.name
     with report.timed("find sites"):
-        limit = longest_context(captured)
-        sites = find_sites(captured, limit)
+        sites = find_sites(captured)
     report.sites = tuple(
         SiteReport(
             layer=site.layer,
@@ -200,7 +198,7 @@ def find_in(captured: Captured, report: Report) -> Found:
             f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
-    return Found(captured, sites.matched, limit)
+    return Found(captured, sites.matched)
 
 
 def _reasons(refused: Sequence[Refusal]) -> str:
@@ -224,12 +222,12 @@ def _checked_plan(found: Found, plan: Plan) -> Plan:
         [site.shape for site in found.sites],
     )
     plan.check_windows([site.window for site in found.sites])
-    return with_fitting_exponents(plan, found.captured, found.sites, found.longest_context)
+    return with_fitting_exponents(plan, found.captured, found.sites)
 
 
 def _verify(found: Found, report: Report) -> None:
     with report.timed("verify"), untouched(found.captured.model):
-        report.verified = verify_rewrite(found.captured, found.sites, found.longest_context)
+        report.verified = verify_rewrite(found.captured, found.sites)
 
 
 def _given_calibration(model: nn.Module, report: Report, config: Config) -> Calibration | None:
@@ -255,12 +253,11 @@ def _planned(found: Found, report: Report, config: Config, text: Calibration | N
 def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
     """`text`: what to measure on, made anew where it is longer than the model's context, or not yet made."""
     model = found.captured.model
-    length = min(CALIBRATION_LENGTH, found.longest_context or CALIBRATION_LENGTH)
+    length = min(CALIBRATION_LENGTH, found.captured.longest_context or CALIBRATION_LENGTH)
     if text is None or text.longest > length:
         text = _calibration(model, report, config, length)
     report.calibration = text.source
-    device = next(parameter.device for parameter in model.parameters())
-    rows = [row.to(device) for row in text.rows]
+    rows = [row.to(found.captured.parameter.device) for row in text.rows]
     sinks, recent = config.unquantized
     with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
@@ -269,7 +266,7 @@ def _measure(found: Found, report: Report, config: Config, text: Calibration | N
 def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
     plan = plan.with_windows([site.window for site in found.sites])
-    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    parameter = found.captured.parameter
     with report.timed("rewrite"):
         rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
     report.notes = tuple(described(plan))
@@ -281,8 +278,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         parameter_dtype=parameter.dtype,
         weights=weights_fingerprint(model),
         device=parameter.device,
-        vocabulary=vocabulary_size(found.captured),
-        longest_context=found.longest_context,
+        vocabulary=found.captured.vocabulary,
+        longest_context=found.captured.longest_context,
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
         logits_follow_autocast=follow_autocast(found.captured.graph),

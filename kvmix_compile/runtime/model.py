@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.allocate.plan import Plan
-from kvmix_compile.passes.capture.export import MODEL
+from kvmix_compile.passes.capture.captured import MODEL
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
 from kvmix_compile.passes.rewrite.rewrite import rebind
 from kvmix_compile.report import Report

@@ -5,7 +5,6 @@ live model through `get_attr` nodes, so that nothing is copied and `model.to(dev
 """
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from kvmix_compile.kernels.ambient import as_captured
+from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.logits import select_early
 from kvmix_compile.passes.capture.randomness import refuse_randomness
 from kvmix_compile.passes.capture.regions import inline_regions
@@ -31,39 +31,9 @@ from kvmix_compile.passes.untouched.writes import write_to_copies
 # and none is specialised as a broadcast.
 EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS = 3, 11, 5
 
-MODEL = "model"
 
 # No sequence is longer; export's own infinity compares as larger.
 UNLIMITED = 2**31
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model as a graph, and the graph's symbols.
-
-    `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
-    and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads`
-    and `written`: which attributes the model's forward reads, and which it changes.
-    """
-
-    module: fx.GraphModule
-    batch: torch.SymInt
-    tokens: torch.SymInt
-    most_tokens: int | None
-    has_position_input: bool
-    reads: Reads
-    written: Written
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
-
-    @property
-    def model(self) -> nn.Module:
-        return self.module.get_submodule(MODEL)
-
-    def placeholder(self, name: str) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)
 
 
 class _LogitsOnly(nn.Module):

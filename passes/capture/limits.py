@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.capture.export import Captured
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.position_tables import reads_table
@@ -15,45 +14,42 @@ from kvmix_compile.passes.graph.vocabulary import LAYOUT, argument, as_node, ope
 COUNTING = frozenset({"arange", "cumsum"})
 
 
-def vocabulary_size(captured: Captured) -> int:
-    """The number of token ids that the graph can embed."""
-    tokens = captured.placeholder("input_ids")
-    rows = [_rows(node) for node in _embeddings(captured.graph) if tokens in _index_sources(node)]
-    return min(rows) if rows else int(_logits(captured.graph).shape[-1])
+def vocabulary_size(graph: fx.Graph, input_ids: fx.Node) -> int:
+    """As Captured.vocabulary."""
+    rows = [_rows(node) for node in _embeddings(graph) if input_ids in _index_sources(node)]
+    return min(rows) if rows else int(_logits(graph).shape[-1])
 
 
-def longest_context(captured: Captured) -> int | None:
-    """How many positions the model has: what its configuration says, or the rows of its position tables.
-
-    None: no limit found. Raises CaptureError where the graph holds for fewer tokens and no table explains it.
+def longest_context(
+    graph: fx.Graph, dataflow: Dataflow, tokens: torch.SymInt, configured: object, most_tokens: int | None
+) -> int | None:
+    """As Captured.longest_context. `configured`: what the model's configuration says, if it does; `most_tokens`: for
+    how many export's graph holds.
     """
-    tables = _position_tables(captured)
-    configured = getattr(getattr(captured.model, "config", None), "max_position_embeddings", None)
-    if captured.most_tokens is not None and captured.most_tokens not in {configured, *tables}:
+    tables = _position_tables(graph, dataflow, tokens)
+    if most_tokens is not None and most_tokens not in {configured, *tables}:
         raise CaptureError(
-            f"the model's forward takes another path for a sequence beyond {captured.most_tokens}, at "
-            f"{line_of_bound(captured.tokens)}; kvmix_compile needs one graph that serves every length"
+            f"the model's forward takes another path for a sequence beyond {most_tokens}, at {line_of_bound(tokens)}; "
+            "kvmix_compile needs one graph that serves every length"
         )
     if isinstance(configured, int):
-        return min([configured, *([captured.most_tokens] if captured.most_tokens else [])])
+        return min([configured, *([most_tokens] if most_tokens else [])])
     return min(tables, default=None)
 
 
-def _position_tables(captured: Captured) -> list[int]:
+def _position_tables(graph: fx.Graph, dataflow: Dataflow, tokens: torch.SymInt) -> list[int]:
     """The rows of each table that is looked up or cut by position."""
-    dataflow = Dataflow(captured.graph)
     token_dependent = dataflow.token_dependent
     # What depends on neither tokens nor positions is looked up at a constant, such as the type of a segment.
     looked_up = [
         _rows(node)
-        for node in _embeddings(captured.graph)
+        for node in _embeddings(graph)
         if node.args[1] not in token_dependent and _depends_on_positions(as_node(node.args[1]), dataflow)
     ]
     cut = [
         node.all_input_nodes[0].meta["val"].shape[argument(node, 1, "dim", 0)]
-        for node in captured.graph.nodes
-        if node not in token_dependent
-        and (reads_table(node, captured.tokens) or _reads_end_of_table(node, captured.tokens))
+        for node in graph.nodes
+        if node not in token_dependent and (reads_table(node, tokens) or _reads_end_of_table(node, tokens))
     ]
     return looked_up + [rows for rows in cut if isinstance(rows, int)]
 

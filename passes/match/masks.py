@@ -15,9 +15,9 @@ import torch
 from sympy import Integer
 from torch import Tensor, fx
 
-from kvmix_compile.passes.capture.export import UNLIMITED, Captured
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import UNLIMITED
 from kvmix_compile.passes.errors import UnsupportedModelError
-from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
 from kvmix_compile.passes.graph.vocabulary import SHAPE_ONLY, graph_inputs, operation, tensor_of
 from kvmix_compile.passes.match.sink_logits import PROBED_LOGIT, SinkLogits, without_column
@@ -70,10 +70,9 @@ class ScoreFunction:
 class Probe:
     """Evaluates what depends on positions alone, each mask once however many layers share it."""
 
-    def __init__(self, captured: Captured, dataflow: Dataflow, longest_context: int | None) -> None:
-        self.captured = captured
-        self.dataflow = dataflow
-        self.longest_context = longest_context
+    def __init__(self, captured: Captured) -> None:
+        self.captured, self.dataflow = captured, captured.dataflow
+        self.longest_context = captured.longest_context
         self._recognised: dict[tuple[fx.Node, int], tuple[Mask, tuple[float, ...]]] = {}
 
     def mask_and_slopes(self, node: fx.Node, layer: str) -> tuple[Mask, tuple[float, ...]]:

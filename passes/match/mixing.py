@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.capture.export import Captured, first_line
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import first_line
 from kvmix_compile.passes.errors import CaptureError
-from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.vocabulary import CUMULATIVE, TOKEN_MIXING, argument, operation, tensor_of
 from kvmix_compile.passes.match.sites import module_path
 
@@ -23,7 +23,7 @@ LAST_INDEX = 2**31
 
 def suspects(captured: Captured) -> str:
     """Why a graph cannot be given a KV cache, in half a sentence: the operations that may mix tokens, and where."""
-    token_dependent = Dataflow(captured.graph).token_dependent
+    token_dependent = captured.dataflow.token_dependent
     found = [
         f"{operation(node)} in {module_path(node) or 'the model'}"
         for node in captured.graph.nodes
@@ -46,7 +46,7 @@ def running(captured: Captured) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise CaptureError(
-            f"the graph that torch.export made of {type(captured.model).__name__} does not run for every length: "
+            f"the graph that torch.export made of {captured.name} does not run for every length: "
             f"{suspects(captured)} ({first_line(error)})"
         ) from error
 

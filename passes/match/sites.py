@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
-from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
@@ -153,13 +153,12 @@ class Sites:
     refused: tuple[Refusal, ...]
 
 
-def find_sites(captured: Captured, longest_context: int | None = None) -> Sites:
-    """Every attention of the graph: matched, or refused with a reason.
+def find_sites(captured: Captured) -> Sites:
+    """Every attention of the graph: matched, or refused with a reason. Windows beyond the model's context are none.
 
-    `longest_context` (tokens): windows beyond it are no windows.
+    Raises CaptureError where the graph holds for fewer tokens than the model has positions.
     """
-    dataflow = Dataflow(captured.graph)
-    probe = Probe(captured, dataflow, longest_context)
+    dataflow, probe = captured.dataflow, Probe(captured)
     matched: list[AttentionSite] = []
     refused: list[Refusal] = []
     for layer, node in named(_candidates(captured, dataflow)):

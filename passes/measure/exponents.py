@@ -14,8 +14,7 @@ from torch import Tensor, fx
 
 from kvmix_compile.kernels.format.packing import FLOAT16_MAX
 from kvmix_compile.passes.allocate.plan import MOST_EXPONENT, Plan, SitePlan
-from kvmix_compile.passes.capture.export import Captured
-from kvmix_compile.passes.capture.limits import vocabulary_size
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
@@ -47,9 +46,7 @@ def exponents_of(largest: Tensor) -> tuple[int, ...]:
     return tuple(exponents.tolist()) if not bool(fits.all()) else ()
 
 
-def with_fitting_exponents(
-    plan: Plan, captured: Captured, sites: Sequence[AttentionSite], longest_context: int | None
-) -> Plan:
+def with_fitting_exponents(plan: Plan, captured: Captured, sites: Sequence[AttentionSite]) -> Plan:
     """The plan with exponents for what it quantizes and would not fit: it may have been made for other weights, or by
     hand. The model is run on a few tokens.
 
@@ -57,7 +54,7 @@ def with_fitting_exponents(
     """
     if not any(site.key.is_quantized or site.value.is_quantized for site in plan.sites):
         return plan
-    tokens = min(plan.sinks + PROBE_TOKENS, longest_context or plan.sinks + PROBE_TOKENS)
+    tokens = min(plan.sinks + PROBE_TOKENS, captured.longest_context or plan.sinks + PROBE_TOKENS)
     seen = _Ranges(captured, sites).on(tokens, min(plan.sinks, tokens - 1))
     return replace(plan, sites=tuple(_fitting(site, *seen[site.layer]) for site in plan.sites))
 
@@ -91,10 +88,8 @@ class _Ranges(fx.Interpreter):
     def on(self, tokens: int, first: int) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer the magnitudes `[heads]` of the largest elements of keys and of values, from token `first` on."""
         self.first = first
-        device = self.sites[0].key.meta["val"].device
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary_size(self.captured), (1, tokens), generator=generator).to(device)
-        positions = torch.arange(tokens, device=device)
+        ids = self.captured.random_ids(1, tokens)
+        positions = torch.arange(tokens, device=ids.device)
         given = {"input_ids": ids, "position_ids": positions[None], "logit_positions": positions[-1:]}
         with torch.no_grad(), running(self.captured):
             self.run(*(given[node.name] for node in graph_inputs(self.captured.graph)))

@@ -25,9 +25,8 @@ from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BIT
 from kvmix_compile.kernels.format.state import is_packed
 from kvmix_compile.passes.allocate.plan import Plan, SitePlan
 from kvmix_compile.passes.allocate.policies import Policy, SiteImportance, allocate
-from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import CalibrationError
-from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
@@ -190,9 +189,9 @@ class _Recorder(fx.Interpreter):
         super().__init__(captured.module)
         self.captured = captured
         self.sites = sites
-        dataflow = Dataflow(captured.graph)
         self.projections = [
-            (find_projection(site.key, dataflow), find_projection(site.value, dataflow)) for site in sites
+            (find_projection(site.key, captured.dataflow), find_projection(site.value, captured.dataflow))
+            for site in sites
         ]
         found = [projection for pair in self.projections for projection in pair if projection is not None]
         self.differentiated = {site.output for site in sites} | {projection.output for projection in found}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from kvmix_compile.passes.capture.export import Captured, capture, logits_of
-from kvmix_compile.passes.capture.limits import longest_context, vocabulary_size
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture, logits_of
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.rounding import TOLERANCE
 
@@ -35,7 +35,7 @@ def capture_to_measure(model: nn.Module, most_tokens: int) -> Captured:
                 captured = capture(model)
         except CaptureError:
             raise refused from refused.__cause__
-        if not _agrees(captured, min(most_tokens, longest_context(captured) or most_tokens)):
+        if not _agrees(captured, min(most_tokens, captured.longest_context or most_tokens)):
             raise refused from refused.__cause__
         return captured
 
@@ -55,13 +55,11 @@ def _no_log_of_failures() -> Iterator[None]:
 @torch.no_grad()
 def _agrees(captured: Captured, tokens: int) -> bool:
     """Whether the graph gives the model's logits for texts of two lengths."""
-    parameter = next(parameter for parameter in captured.model.parameters() if parameter.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
     for length in (min(16, tokens), tokens):
-        ids = torch.randint(vocabulary_size(captured), (1, length), generator=generator).to(parameter.device)
+        ids = captured.random_ids(1, length)
         positions = torch.arange(length, device=ids.device)
         found, expected = captured.module(ids, positions[None], positions), logits_of(captured.model(ids))
         difference = (found - expected).float().square().mean().sqrt() / expected.float().std()
-        if not difference <= TOLERANCE[parameter.dtype]:
+        if not difference <= TOLERANCE[captured.parameter.dtype]:
             return False
     return True

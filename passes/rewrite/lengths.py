@@ -16,7 +16,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils._sympy.printers import PythonPrinter
 
-from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.position_tables import reads_table
 from kvmix_compile.passes.graph.source_lines import line_of_guard, line_of_node

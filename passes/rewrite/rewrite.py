@@ -14,7 +14,8 @@ from torch.fx.node import Argument
 from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
 from kvmix_compile.kernels.format.state import StateLayout
 from kvmix_compile.passes.allocate.plan import StoredSite
-from kvmix_compile.passes.capture.export import MODEL, Captured, bind
+from kvmix_compile.passes.capture.captured import MODEL, Captured
+from kvmix_compile.passes.capture.export import bind
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.sites import AttentionSite

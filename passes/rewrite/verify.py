@@ -14,8 +14,7 @@ from torch import Tensor
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, unpacked_tokens
 from kvmix_compile.passes.allocate.plan import StoredSite
-from kvmix_compile.passes.capture.export import Captured
-from kvmix_compile.passes.capture.limits import vocabulary_size
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError, VerifyError
 from kvmix_compile.passes.graph.rounding import TOLERANCE, coarsest_dtype, difference
 from kvmix_compile.passes.match.mixing import constant_reach, running, suspects
@@ -38,7 +37,7 @@ LARGEST_TRIAL = 4096
 TRIALS = 3
 
 
-def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: int | None) -> float:
+def verify(captured: Captured, sites: Sequence[AttentionSite]) -> float:
     """Raise VerifyError unless the rewritten graph gives the model's logits, and UnsupportedModelError where it holds
     for some sizes only.
 
@@ -46,10 +45,10 @@ def verify(captured: Captured, sites: Sequence[AttentionSite], longest_context: 
     deviation.
     """
     trial = _Trial(captured, rewrite(captured, sites, [StoredSite(_lossless_layout(site)) for site in sites]))
-    chunks = list(_chunks(longest_context, constant_reach(trial.rewritten.module.graph, captured)))
-    most = longest_context or LARGEST_TRIAL
+    chunks = list(_chunks(captured.longest_context, constant_reach(trial.rewritten.module.graph, captured)))
+    most = captured.longest_context or LARGEST_TRIAL
     with torch.no_grad():
-        for assumption in broken_assumptions(captured, longest_context):
+        for assumption in broken_assumptions(captured, captured.longest_context):
             trial.check_assumption(assumption)
         shares = [
             *(trial.check_whole(rows, min(tokens, most), what) for rows, tokens, what in WHOLE),
@@ -70,7 +69,7 @@ class _Trial:
         share = self._whole(rows, tokens)
         if not share <= self._tolerance:
             raise VerifyError(
-                f"the graph that was made of {type(self.captured.model).__name__} gives other logits for {what} than "
+                f"the graph that was made of {self.captured.name} gives other logits for {what} than "
                 f"the model itself, by {share:.2g} standard deviations: its forward does something else there, which "
                 "is not supported"
             )
@@ -84,7 +83,7 @@ class _Trial:
         sizes = dict.fromkeys([*within[:TRIALS], *within[-1:]])
         if not sizes or not all(self._agrees(rows, tokens) for rows, tokens in sizes):
             raise UnsupportedModelError(
-                f"the graph of {type(self.captured.model).__name__} holds where {assumption.text} and not for every "
+                f"the graph of {self.captured.name} holds where {assumption.text} and not for every "
                 f"number of rows and tokens: its forward takes another path for others, at {assumption.where}, which "
                 "is not supported"
             )
@@ -94,7 +93,7 @@ class _Trial:
         has one, and of one that is padded from the model on the whole row. Raises VerifyError where there is one.
         """
         padding = 0 if self.rewritten.equal_rows else min(PADDING, chunks[0] - 1)
-        ids, model = self._ids(2, sum(chunks)), self.captured.model
+        ids, model = self.captured.random_ids(2, sum(chunks)), self.captured.model
         first, second = original.in_chunks(model, ids[:1], chunks), original.whole(model, ids[1:, padding:])
         if first is None:
             first = original.whole(model, ids[:1])
@@ -133,7 +132,7 @@ class _Trial:
 
     def _whole(self, rows: int, tokens: int) -> float:
         """The difference in one call; none where the model itself cannot be called so."""
-        ids = self._ids(rows, tokens)
+        ids = self.captured.random_ids(rows, tokens)
         try:
             expected = original.whole(self.captured.model, ids)
         except torch.OutOfMemoryError:
@@ -158,15 +157,6 @@ class _Trial:
             logits.append(self.rewritten.module(part, positions, every, lengths, starts, *tensors).float())
             lengths, starts = lengths + part.shape[1] - starts, torch.zeros_like(starts)
         return torch.cat(logits, dim=1)
-
-    def _ids(self, rows: int, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary_size(self.captured), (rows, tokens), generator=generator)
-        return ids.to(self._parameter.device)
-
-    @property
-    def _parameter(self) -> Tensor:
-        return next(parameter for parameter in self.captured.model.parameters() if parameter.is_floating_point())
 
     @property
     def _tolerance(self) -> float:

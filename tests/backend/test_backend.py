@@ -54,7 +54,7 @@ def original(name: str) -> PreTrainedModel:
 
 @cache
 def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) -> Plan:
-    sites = find_sites(capture(original(name)), 512).matched
+    sites = find_sites(capture(original(name))).matched
     planned = tuple(SitePlan(site.layer, site.shape, key, value) for site in sites)
     return Plan(planned, "by hand", "", SINKS, RECENT)
 
@@ -133,7 +133,7 @@ def with_fingerprint(name: str) -> Plan:
     from kvmix_compile.passes.measure.importance import fingerprint
 
     captured = capture(original(name))
-    return replace(low(name), fingerprint=fingerprint(captured, find_sites(captured, 512).matched))
+    return replace(low(name), fingerprint=fingerprint(captured, find_sites(captured).matched))
 
 
 def test_a_plan_with_a_shorter_window_than_the_models_is_refused() -> None:
@@ -392,7 +392,7 @@ def test_a_plan_is_found_for_a_part_of_a_broken_graph() -> None:
 
 
 def test_a_path_that_could_be_two_layers_has_no_plan() -> None:
-    site = find_sites(capture(original("llama")), 512).matched[0]
+    site = find_sites(capture(original("llama"))).matched[0]
     with pytest.raises(PlanError, match="no layer 'self_attn'.*graph_breaks"):
         choose_plan(Options(plan=low("llama")), [replace(site, layer="self_attn")])
 

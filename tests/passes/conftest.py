@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import RECIPES, tiny
-from kvmix_compile.passes.capture.export import Captured, capture
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

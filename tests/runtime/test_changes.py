@@ -14,7 +14,7 @@ import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import CaptureError, InputError
 from kvmix_compile.models_zoo.tiny import tiny
-from kvmix_compile.passes.capture.export import MODEL
+from kvmix_compile.passes.capture.captured import MODEL
 from tests.helpers.lora import LoraLinear, put_on, take_off
 from tests.helpers.stateful import stateful
 from tests.helpers.toy_llama import ids, lossless

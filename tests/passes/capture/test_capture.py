@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
-from kvmix_compile.passes.capture.export import Captured, capture, logits_of
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture, logits_of
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 

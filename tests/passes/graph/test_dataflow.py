@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvmix_compile.passes.capture.export import Captured, capture
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.vocabulary import operation
 

@@ -8,7 +8,6 @@ from torch import Tensor, fx, nn
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.export import capture
-from kvmix_compile.passes.capture.limits import longest_context, vocabulary_size
 from kvmix_compile.passes.errors import CaptureError, UnsupportedModelError
 from kvmix_compile.passes.graph.devices import move_constants
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
@@ -127,16 +126,16 @@ def test_an_operation_that_does_not_take_the_probe_is_a_refusal() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon"])
 def test_limits_of_transformers_models(captured, name: str) -> None:
-    assert vocabulary_size(captured(name)) == 128
-    assert longest_context(captured(name)) == 512
+    assert captured(name).vocabulary == 128
+    assert captured(name).longest_context == 512
 
 
 def test_limits_of_plain_models(captured) -> None:
-    assert vocabulary_size(captured("fused_arange")) == vocabulary_size(captured("hand_written")) == 128
-    assert longest_context(captured("fused_arange")) == 512
-    assert longest_context(captured("hand_written")) is None
+    assert captured("fused_arange").vocabulary == captured("hand_written").vocabulary == 128
+    assert captured("fused_arange").longest_context == 512
+    assert captured("hand_written").longest_context is None
     small = capture(plain.fused_arange(vocabulary=40, max_positions=77))
-    assert (vocabulary_size(small), longest_context(small)) == (40, 77)
+    assert (small.vocabulary, small.longest_context) == (40, 77)
 
 
 def test_a_table_whose_end_is_read_limits_positions() -> None:
@@ -144,14 +143,14 @@ def test_a_table_whose_end_is_read_limits_positions() -> None:
     model = tiny("mpt")
     del model.config.max_position_embeddings
     captured = capture(model)
-    assert longest_context(captured) == model.config.max_seq_len
-    assert not find_sites(captured, longest_context(captured)).refused
+    assert captured.longest_context == model.config.max_seq_len
+    assert not find_sites(captured).refused
 
 
 def test_a_vocabulary_smaller_than_the_logits_counts() -> None:
     model = tiny("llama", num_hidden_layers=1)
     model.model.embed_tokens = nn.Embedding(100, 128)
-    assert vocabulary_size(capture(model)) == 100
+    assert capture(model).vocabulary == 100
 
 
 class SegmentTypes(nn.Module):
@@ -167,7 +166,7 @@ class SegmentTypes(nn.Module):
 
 def test_a_table_looked_up_at_a_constant_limits_nothing() -> None:
     captured = capture(SegmentTypes().eval())
-    assert (vocabulary_size(captured), longest_context(captured)) == (64, None)
+    assert (captured.vocabulary, captured.longest_context) == (64, None)
 
 
 class OtherPath(nn.Module):
@@ -184,7 +183,7 @@ class OtherPath(nn.Module):
 
 def test_a_limit_that_no_table_explains_is_another_path() -> None:
     with pytest.raises(CaptureError, match="another path for a sequence beyond 99"):
-        longest_context(capture(OtherPath().eval()))
+        find_sites(capture(OtherPath().eval()))
 
 
 # Device

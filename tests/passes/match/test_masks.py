@@ -1,6 +1,7 @@
 """Masks by probing: what lies between scores and softmax is recognised by what it does."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction, recognise
 from kvmix_compile.passes.match.sites import find_sites
@@ -177,17 +179,23 @@ def test_a_score_function_is_recognised_however_it_is_spelled(capture_toy, name:
     assert site.score_function.slopes == pytest.approx(expected.slopes, rel=1e-5)
 
 
+def within(captured: Captured, positions: int) -> Captured:
+    """As if the model's configuration said that it has so many positions."""
+    captured.model.config = SimpleNamespace(max_position_embeddings=positions)
+    return captured
+
+
 def test_a_window_in_a_mask_made_beforehand_is_found(capture_toy) -> None:
     """Nothing in the graph says how long it is: GPT-Neo keeps such a table for all its positions."""
     table = causal(torch.empty(400, 400)) & (distance(torch.empty(400, 400)) < 300)
     captured = capture_toy(attention(lambda s: s.masked_fill(~table[: s.shape[-2], : s.shape[-1]], -INFINITY)))
-    (site,) = find_sites(captured, longest_context=400).matched
+    (site,) = find_sites(within(captured, 400)).matched
     assert site.mask == Mask("sliding", 300)
 
 
 def test_a_window_beyond_the_models_positions_is_none(capture_toy) -> None:
     captured = capture_toy(attention(lambda s: s.masked_fill(~causal(s) | (distance(s) >= 100), -INFINITY)))
-    (site,) = find_sites(captured, longest_context=64).matched
+    (site,) = find_sites(within(captured, 64)).matched
     assert site.mask == Mask("causal")
 
 

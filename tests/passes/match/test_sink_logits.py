@@ -56,7 +56,7 @@ def test_they_are_recognised_and_verified(capture_toy, name: str) -> None:
     (site,) = sites.matched
     assert site.score_function == ScoreFunction(pytest.approx(0.25), 0.0, Mask("causal"))
     assert site.attention == "causal, sink logits"
-    assert verify(captured, sites.matched, None) < 1e-4
+    assert verify(captured, sites.matched) < 1e-4
 
 
 def test_the_graph_before_and_after(capture_toy) -> None:

@@ -40,7 +40,7 @@ SHAPES: dict[str, tuple[int, int, int, list[Mask]]] = {
 def test_every_layer_of_every_architecture_is_found(captured, name: str) -> None:
     assert set(SHAPES) >= set(TINY)
     query_heads, kv_heads, head_dim, masks = SHAPES[name]
-    sites = find_sites(captured(name), 512)
+    sites = find_sites(captured(name))
     assert sites.refused == ()
     assert [site.mask for site in sites.matched] == masks
     for index, site in enumerate(sites.matched):
@@ -55,7 +55,7 @@ def test_every_layer_of_every_architecture_is_found(captured, name: str) -> None
 @pytest.mark.parametrize("name", SHAPES)
 def test_heads_are_taken_before_they_are_repeated(captured, name: str) -> None:
     graph = captured(name)
-    for site in find_sites(graph, 512).matched:
+    for site in find_sites(graph).matched:
         for node, heads in ((site.query, site.query_heads), (site.key, site.kv_heads), (site.value, site.kv_heads)):
             value = tensor_of(node)
             assert value is not None and value.dim() == 4 and value.shape[1] == heads

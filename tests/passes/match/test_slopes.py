@@ -137,7 +137,7 @@ def test_it_is_recognised_and_verified(capture_toy, name: str) -> None:
     function = site.score_function
     assert function.mask == Mask("causal") and function.scale == pytest.approx(0.25, rel=1e-4)
     assert function.slopes == pytest.approx(SLOPES, rel=1e-4)
-    assert verify(captured, sites.matched, None) < 1e-4
+    assert verify(captured, sites.matched) < 1e-4
 
 
 def test_the_graph_before_and_after(capture_toy) -> None:
@@ -160,7 +160,7 @@ def test_one_slope_serves_all_heads(capture_toy) -> None:
     captured = capture_toy(attend)
     sites = find_sites(captured).matched
     assert sites[0].score_function.slopes == pytest.approx((0.5,))
-    assert verify(captured, sites, None) < 1e-4
+    assert verify(captured, sites) < 1e-4
 
 
 def distances_of(query: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from kvmix_compile.kernels.format.packing import dequantize_block, quantize_bloc
 from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
-from kvmix_compile.passes.capture.export import Captured, capture, logits_of
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture, logits_of
 from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure.importance import Importance, fingerprint, measure
@@ -28,7 +29,7 @@ def rows() -> list[Tensor]:
 
 
 def measured(captured: Captured, on_rows: list[Tensor] | None = None) -> Importance:
-    sites = find_sites(captured, 512).matched
+    sites = find_sites(captured).matched
     return measure(captured, sites, on_rows or rows(), sinks=SINKS, recent=RECENT)
 
 
@@ -319,7 +320,7 @@ def test_what_a_chunk_reads_from_storage_counts_wherever_the_row_ends() -> None:
     """Of 96 tokens in chunks of 64, those from 36 to 63 read the blocks that begin behind the sinks."""
     captured = capture(tiny("llama4", attention_chunk_size=64))
     row = torch.randint(3, 128, (96,), generator=torch.Generator().manual_seed(0))
-    chunked = [site for site in find_sites(captured, 512).matched if site.score_function.mask.kind == "chunked"]
+    chunked = [site for site in find_sites(captured).matched if site.score_function.mask.kind == "chunked"]
     site = measure(captured, chunked[:1], [row], sinks=4, recent=32).sites[0]
     assert chunked and min(loss for precision, loss in site.key_sensitivity.items() if precision.is_quantized) > 0
     assert min(loss for precision, loss in site.value_sensitivity.items() if precision.is_quantized) > 0

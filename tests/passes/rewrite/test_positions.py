@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmix_compile.passes.capture.export import capture
-from kvmix_compile.passes.capture.limits import longest_context
 from kvmix_compile.passes.errors import VerifyError
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
@@ -80,7 +79,7 @@ def rewritten(turn: Turn) -> tuple[Rewritten, float]:
     torch.manual_seed(0)
     captured = capture(Decoder(turn).eval())
     sites = find_sites(captured).matched
-    return rewrite(captured, sites, stored_alike(sites)), verify(captured, sites, None)
+    return rewrite(captured, sites, stored_alike(sites)), verify(captured, sites)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -103,7 +102,7 @@ def test_counting_that_is_not_understood_is_noticed(name: str) -> None:
 
 def test_a_table_limits_the_context() -> None:
     captured = capture(Decoder(COUNTED["a small table"]).eval())
-    assert longest_context(captured) == SHORT
+    assert captured.longest_context == SHORT
 
 
 def test_given_positions_are_not_shifted_again(captured) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.passes.capture.export import Captured
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import STATE_TENSORS, Rewritten, rewrite
@@ -24,7 +24,7 @@ REPLACED = {
 
 
 def rewritten(captured: Captured, key: Precision = KEY, value: Precision = VALUE) -> Rewritten:
-    sites = find_sites(captured, 512).matched
+    sites = find_sites(captured).matched
     return rewrite(captured, sites, stored_alike(sites, key, value))
 
 
@@ -130,7 +130,7 @@ def test_one_token_after_a_prompt_reads_the_cache(captured) -> None:
 
 def with_orders(captured: Captured, key: Precision) -> Rewritten:
     """Each head's channels of the second site in an order of its own, those of the first in the model's."""
-    sites = find_sites(captured, 512).matched
+    sites = find_sites(captured).matched
     generator = torch.Generator().manual_seed(0)
     order = [torch.randperm(sites[1].key_dim, generator=generator).tolist() for _ in range(sites[1].kv_heads)]
     first, second = stored_alike(sites, key)

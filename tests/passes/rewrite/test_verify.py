@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import TINY
-from kvmix_compile.passes.capture.export import Captured, capture
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.errors import CaptureError, VerifyError
 from kvmix_compile.passes.graph.vocabulary import operation
 from kvmix_compile.passes.match.sites import find_sites
@@ -17,8 +18,8 @@ from kvmix_compile.passes.rewrite import verify as verify_module
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
 
 
-def verify(captured: Captured, longest_context: int | None = 512) -> float:
-    return verify_module.verify(captured, find_sites(captured, longest_context).matched, longest_context)
+def verify(captured: Captured) -> float:
+    return verify_module.verify(captured, find_sites(captured).matched)
 
 
 @pytest.mark.parametrize("name", [*TINY, "hand_written", "fused_arange"])
@@ -28,7 +29,7 @@ def test_every_architecture_passes_with_room_to_spare(captured, name: str) -> No
 
 @pytest.mark.parametrize("longest_context", [1, 7, 8, 20, 50])
 def test_a_model_of_few_positions_is_verified_on_as_many(longest_context: int) -> None:
-    assert verify(capture(plain.fused_arange(max_positions=longest_context)), longest_context) < 1e-4
+    assert verify(capture(plain.fused_arange(max_positions=longest_context))) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -121,7 +122,7 @@ def test_keys_of_the_past_used_elsewhere_are_noticed(capture_toy) -> None:
 def test_a_site_left_out_is_noticed(captured) -> None:
     sites = find_sites(captured("llama")).matched
     with pytest.raises(VerifyError):
-        verify_module.verify(captured("llama"), sites[:1], 512)
+        verify_module.verify(captured("llama"), sites[:1])
 
 
 # Rewritten graphs that are wrong

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import DECODERS, SPECIAL, tiny
-from kvmix_compile.passes.capture.export import Captured, capture, logits_of
+from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.export import capture, logits_of
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.untouched.reach import reach
 from kvmix_compile.passes.untouched.untouched import untouched
