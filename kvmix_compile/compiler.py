@@ -82,7 +82,8 @@ def apply(
             calibration, on tokens that the model itself samples.
         tail: which tokens of each row stay in the model's dtype: "window", the first 64 and the last 128, or "rpc", the
             paper's, none of the first and the last 40.
-        sinks, recent: other numbers of first and of last tokens; recent is at least 32.
+        sinks: another number of first tokens.
+        recent: another number of last tokens, at least 32.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
             minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.

@@ -1,0 +1,1 @@
+"""Models to try and to test on, none of them downloaded."""

@@ -43,6 +43,8 @@ def rotate(states: Tensor, positions: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
+    """Two linear maps with a GELU between them."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, 2 * config.width, bias=False)
@@ -78,6 +80,8 @@ class HandWrittenAttention(nn.Module):
 
 
 class HandWrittenBlock(nn.Module):
+    """Hand-written attention and a feed-forward network, each behind a norm."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -127,6 +131,8 @@ class FusedAttention(nn.Module):
 
 
 class FusedBlock(nn.Module):
+    """Fused attention and a feed-forward network, each behind a norm."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)

@@ -115,6 +115,7 @@ def append_kernel(
     RECENT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
+    """One unit of one row, head and side, as the head of this file divides the work."""
     state_head = tl.program_id(0).to(tl.int64)
     row, head = state_head // HEADS, state_head % HEADS
     unit = tl.program_id(1)

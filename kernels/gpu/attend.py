@@ -91,6 +91,7 @@ def attend_kernel(
     QUERIES: tl.constexpr,  # rows of a tile of queries
     BLOCKS: tl.constexpr,  # packed blocks of a tile of tokens
 ):
+    """One tile of queries over one split of its tokens: values averaged, and what their weights sum to."""
     first_query = tl.program_id(0) * QUERIES
     row = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -334,6 +335,7 @@ def combine_kernel(
     DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Join the splits of one query, some of its channels."""
     query = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, PADDED_SPLITS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

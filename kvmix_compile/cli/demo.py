@@ -51,6 +51,7 @@ class Prompt:
 
 
 def main() -> None:
+    """Run the demo on SmolLM2, quietly but for its own words."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     run(*load_smollm2(), Console(highlight=False), Size())
@@ -105,6 +106,7 @@ def make_prompt(tokenizer: Any, passages: list[str]) -> Prompt:
 
 
 def describe(prompt: Prompt, compressed: Any, console: Console) -> None:
+    """Say what the model will read, and what it will be asked."""
     plan, tokens = compressed.kvmix_plan, prompt.text.shape[1]
     first, last = prompt.fact
     console.print(f"The model reads {tokens} tokens of Python's documentation. One sentence is about something else:")

@@ -21,6 +21,7 @@ class CacheSize:
 
     @classmethod
     def of(cls, cache: KVMixCache) -> "CacheSize":
+        """What a cache occupies now."""
         tokens = int(cache.lengths.sum())
         per_token = sum(site.key_elements + site.value_elements for site in cache.plan.sites)
         return cls(tokens, tokens * per_token, cache.nbytes)
@@ -38,6 +39,7 @@ class CacheSize:
 
 
 def megabytes(count: int) -> str:
+    """A number of bytes, written in megabytes of a million."""
     return f"{count / 1e6:.2f} MB"
 
 

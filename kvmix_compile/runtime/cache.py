@@ -236,6 +236,7 @@ class KVMixCache(Cache):
         return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The most tokens there can be: -1, for no limit."""
         return -1
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -244,10 +245,12 @@ class KVMixCache(Cache):
 
     @property
     def max_cache_len(self) -> int:
+        """The most tokens there can be: -1, for no limit."""
         return -1
 
     @property
     def max_batch_size(self) -> int:
+        """Rows; there can be no more than there are."""
         return self.batch_size
 
     def __len__(self) -> int:
@@ -258,30 +261,37 @@ class KVMixCache(Cache):
 
     @property
     def batch_size(self) -> int:
+        """Rows held; 0 before the first call."""
         return self.lengths.shape[0]
 
     @property
     def is_initialized(self) -> bool:
+        """Whether anything was read into the cache yet."""
         return bool(self.states)
 
     @property
     def is_compileable(self) -> bool:
+        """False: `generate` must not compile the twin by itself; see `apply(compile=True)`."""
         return False
 
     @property
     def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back at any time."""
         return self.rollback > 0 or self.records_past
 
     @property
     def is_sliding(self) -> list[bool]:
+        """False of every layer: a window's layout is this cache's own affair."""
         return [False] * len(self)
 
     @property
     def is_linear(self) -> list[bool]:
+        """False of every layer: none has linear attention."""
         return [False] * len(self)
 
     @property
     def is_dummy(self) -> list[bool]:
+        """False of every layer: each holds keys and values."""
         return [False] * len(self)
 
     def activate_past_recording(self) -> None:
@@ -291,9 +301,11 @@ class KVMixCache(Cache):
         self.records_past = True
 
     def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether `activate_past_recording` was called."""
         return self.records_past
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Always a CacheError: only the compiled model fills its cache."""
         raise CacheError(
             "a KVMixCache is filled by the compiled model that it was made for; pass it to that model, not to the "
             "original one"

@@ -80,6 +80,7 @@ def without_column(scores: Tensor) -> Tensor:
 
 
 def not_understood(layer: str) -> UnsupportedModelError:
+    """The error for a column beside the scores that is no sink logit."""
     return UnsupportedModelError(
         f"{layer}: what it concatenates to its attention scores is not a learned number for each head that is dropped "
         "after the softmax"

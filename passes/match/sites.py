@@ -267,6 +267,7 @@ def _fused_mask(attention: Attention, probe: Probe) -> tuple[Mask, tuple[float, 
 
 
 def unequal_heads(layer: str, query_heads: int, key_heads: int, value_heads: int) -> UnsupportedModelError:
+    """The error for numbers of heads that do not go together."""
     return UnsupportedModelError(
         f"{layer}: {query_heads} query heads attend to {key_heads} heads of keys and {value_heads} of values, where "
         "keys and values must have equally many heads, and queries a multiple"
@@ -274,6 +275,7 @@ def unequal_heads(layer: str, query_heads: int, key_heads: int, value_heads: int
 
 
 def unmasked(layer: str) -> UnsupportedModelError:
+    """The error for attention without a mask."""
     return UnsupportedModelError(
         f"{layer}: its attention has no mask, so that a token attends to later ones: an encoder or a bidirectional "
         "model has no KV cache to compress"

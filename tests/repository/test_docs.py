@@ -1,6 +1,10 @@
-"""The README's and the documentation's Python runs as it stands, with a tiny model in the place of SmolLM2."""
+"""The README's and the documentation's Python runs as it stands, with a tiny model in the place of SmolLM2. What pages
+link to, files that they name, and names that they describe are there.
+"""
 
 import re
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,13 @@ from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.cache_argument import CACHE_ARGUMENT
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+PAGES = (
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+)
+# Folders that pages name files of, and files that they name of others.
+FOLDERS = ("kvmix_compile", "passes", "kernels", "models_zoo", "benchmarks", "tests")
+OTHERS = {"argparse.py", "transformer.h"}
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -34,3 +44,30 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert all((page.parent / link).exists() for link in links), links
+
+
+def file_names() -> set[str]:
+    """Every file's path, and every end of it."""
+    parts = [path.relative_to(ROOT).parts for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    return OTHERS | {"/".join(names[begin:]) for names in parts for begin in range(len(names))}
+
+
+FILE_NAMES = file_names()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_are_called_what_they_are(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    linked = re.findall(r"\[([^\]\s]+\.(?:py|h|cpp|md|toml|txt))\]\(([^)#]+)", text)
+    assert [(name, path) for name, path in linked if not path.endswith(name)] == []
+    named = re.findall(r"(?<![\w./*-])(?:\w+/)*\w+\.(?:py|h|cpp)\b", text)
+    assert [name for name in named if name not in FILE_NAMES] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_described_are_there(page: Path) -> None:
+    for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        parts = name.split(".")
+        # The longest beginning that is all lower case is a module, or a function in one.
+        end = next((index for index, part in enumerate(parts) if part != part.lower()), len(parts) - 1)
+        assert reduce(getattr, parts[end:], import_module(".".join(parts[:end]))) is not None
