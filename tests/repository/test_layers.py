@@ -15,8 +15,8 @@ ROOMS = (
     "passes.errors", "passes.files",
     "passes.graph", "passes.untouched", "passes.capture", "passes.match", "passes.allocate", "passes.rewrite",
     "passes.measure", "passes",
-    "errors", "english", "progress", "tails", "report",
-    "runtime", "calibration", "arguments", "compiler",
+    "errors", "english", "progress", "config", "report",
+    "runtime", "calibration", "model_check", "compiler",
     "models_zoo", "backend", "evaluate", "cli",
     "",  # kvmix_compile itself, which only hands names on
 )  # fmt: skip
