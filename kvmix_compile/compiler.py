@@ -34,6 +34,7 @@ from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import check_compiler
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
+from kvmix_compile.runtime.padding import takes_padding
 from kvmix_compile.runtime.program import Program, embedded_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -192,6 +193,7 @@ def find_in(captured: Captured, report: Report) -> Found:
         for site in sites.matched
     )
     report.refused = sites.refused
+    report.passes = (*captured.passes, sites.record)
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
     if not sites.matched:
@@ -271,6 +273,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     with report.timed("rewrite"):
         rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
     report.notes = tuple(described(plan))
+    report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,
         plan=plan,
@@ -292,6 +295,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         program.numbering = _numbering(model, cast(CompiledModel, twin))
         if "token_type_ids" in parameters_of(model.forward):
             program.zero_token_types = ignores_zeros(model, "token_type_ids", program.vocabulary)
+    if not takes_padding(rewritten, program.numbering):
+        report.notes += ("rows cannot be padded: the model counts its positions itself, so pass rows of equal length",)
     return twin  # type: ignore[return-value]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
+from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.match.sites import Refusal
 
 
@@ -28,6 +29,7 @@ class Report:
         logits' standard deviation; None where it was not checked.
     calibration: what the importance was measured on; None where a plan was given.
     notes: what is kept otherwise than usual, and why.
+    passes: what each pass over the graph matched and what it left, in their order.
     seconds: how long each stage took.
     """
 
@@ -38,6 +40,7 @@ class Report:
     calibration: str | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -62,6 +65,7 @@ class Report:
         if self.calibration is not None:
             lines.append(f"calibrated on {self.calibration}")
         lines += self.notes
+        lines += [f"pass {record.name}: {record}" for record in self.passes]
         if self.problem is not None:
             lines.append(f"PROBLEM: {self.problem}")
         if self.seconds:

@@ -134,8 +134,8 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
 
     `ends_are_kept`: whether the logits of the last place of each row are asked for, and not all.
     """
-    shared = rewritten.equal_rows and (numbering.is_input or padding.order is not None or padding.is_enclosed)
-    if shared or (numbering.padded is None and not numbering.is_input):
+    moved = padding.order is not None or padding.is_enclosed
+    if not takes_padding(rewritten, numbering) or (rewritten.equal_rows and moved):
         left = "" if numbering.is_input or numbering.padded is None else "pad on the left, or "
         raise InputError(
             "this model counts its positions itself, from the beginning of the batch, so its rows cannot be padded so: "
@@ -153,6 +153,13 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
             "attention_mask has padding after the last token of a row, and logits_to_keep asks for what would follow "
             f"the padding: {ADVICE}"
         )
+
+
+def takes_padding(rewritten: Rewritten, numbering: Numbering) -> bool:
+    """Whether rows may begin with padding, as batches of prompts of several lengths do."""
+    if numbering.is_input:
+        return not rewritten.equal_rows
+    return numbering.padded is not None
 
 
 def _leading(padding: Tensor) -> Tensor:

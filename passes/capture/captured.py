@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from kvmix_compile.passes.capture import limits
 from kvmix_compile.passes.graph.dataflow import Dataflow
+from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.untouched.reads import Reads
 from kvmix_compile.passes.untouched.untouched import Written
 
@@ -21,7 +22,7 @@ class Captured:
 
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
     and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads`
-    and `written`: which attributes the model's forward reads, and which it changes.
+    and `written`: which attributes the model's forward reads, and which it changes. `passes`: what made it of export's.
     """
 
     module: fx.GraphModule
@@ -31,6 +32,7 @@ class Captured:
     has_position_input: bool
     reads: Reads
     written: Written
+    passes: tuple[PassRecord, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

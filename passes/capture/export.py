@@ -20,6 +20,7 @@ from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.edit import clean_up
 from kvmix_compile.passes.graph.products import take_out_additions
+from kvmix_compile.passes.graph.record import recorded
 from kvmix_compile.passes.graph.source_lines import line_of_bound
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.untouched.first_run import added_since, make_real, names_held
@@ -166,9 +167,10 @@ def first_line(error: Exception) -> str:
 
 
 def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, written: Written) -> Captured:
-    inline_regions(program.graph_module)
-    refuse_randomness(program.graph_module.graph)
-    graph, constants = program.graph_module.graph, nn.Module()
+    exported = program.graph_module
+    passes = [recorded("regions", exported, lambda: inline_regions(exported))[0]]
+    refuse_randomness(exported.graph)
+    graph, constants = exported.graph, nn.Module()
     for spec, node in zip(
         program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
     ):
@@ -197,12 +199,14 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, writ
     root.add_module(MODEL, wrapper.model)
     for name, buffer in constants.named_buffers():
         root.register_buffer(name, buffer, persistent=False)
-    take_out_additions(graph)
     module = bind(root, graph)
-    write_to_copies(module)
-    clean_up(module)
+    passes += [
+        recorded("products", module, lambda: take_out_additions(module.graph))[0],
+        recorded("writes", module, lambda: write_to_copies(module))[0],
+        recorded("clean up", module, lambda: clean_up(module))[0],
+    ]
     if "logits_to_keep" not in wrapper.parameters_taken:
-        select_early(module.graph)
+        passes.append(recorded("logits", module, lambda: select_early(module.graph))[0])
         module.recompile()
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
@@ -212,7 +216,16 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, writ
             "take any batch"
         )
     has_position_input = "position_ids" in wrapper.parameters_taken
-    return Captured(module, batch, tokens, _bound(program, tokens, "sequence"), has_position_input, reads, written)
+    return Captured(
+        module=module,
+        batch=batch,
+        tokens=tokens,
+        most_tokens=_bound(program, tokens, "sequence"),
+        has_position_input=has_position_input,
+        reads=reads,
+        written=written,
+        passes=tuple(passes),
+    )
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -7,6 +7,7 @@ grouped queries.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,6 +21,7 @@ from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
+from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.graph.vocabulary import (
     LAYOUT,
     argument,
@@ -151,6 +153,13 @@ class Sites:
 
     matched: tuple[AttentionSite, ...]
     refused: tuple[Refusal, ...]
+
+    @property
+    def record(self) -> PassRecord:
+        """How many attentions of each kind were matched, and what was refused."""
+        kinds = Counter(site.attention for site in self.matched)
+        skipped = tuple(f"{refusal.layer}: {refusal.reason}" for refusal in self.refused)
+        return PassRecord("sites", tuple(f"{number} {kind}" for kind, number in kinds.items()), skipped)
 
 
 def find_sites(captured: Captured) -> Sites:

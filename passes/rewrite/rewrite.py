@@ -17,6 +17,7 @@ from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.record import PassRecord, recorded
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.lengths import check_lengths
@@ -35,11 +36,13 @@ class Rewritten:
     are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six
     tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, the same
     for all rows: on from the first of `position_ids` where it takes none, else from the first of `lengths`.
+    `passes`: what was done.
     """
 
     module: fx.GraphModule
     sites: tuple[AttentionSite, ...]
     equal_rows: bool
+    passes: tuple[PassRecord, ...] = ()
 
 
 def rewrite(
@@ -54,16 +57,20 @@ def rewrite(
     graph, copies = _copy(captured.graph)
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
-    for index, (site, kept) in enumerate(zip(sites, stored, strict=True)):
-        rewrite_site(module, site.mapped(copies), index, (lengths, starts), kept)
-    graph.eliminate_dead_code()
+
+    def rewrite_sites() -> None:
+        for index, (site, kept) in enumerate(zip(sites, stored, strict=True)):
+            rewrite_site(module, site.mapped(copies), index, (lengths, starts), kept)
+        graph.eliminate_dead_code()
+
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
     counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
-    shifted = shift_positions(graph, counts, captured.tokens)
+    sites_done, _ = recorded("rewrite", module, rewrite_sites)
+    positions_done, shifted = recorded("positions", module, lambda: shift_positions(graph, counts, captured.tokens))
     accept_any_strides(graph)
-    clean_up(module)
+    clean_up_done, _ = recorded("clean up", module, lambda: clean_up(module))
     check_lengths(graph, captured)
-    return Rewritten(module, tuple(sites), shifted)
+    return Rewritten(module, tuple(sites), shifted, (sites_done, positions_done, clean_up_done))
 
 
 def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:

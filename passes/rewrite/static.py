@@ -12,6 +12,7 @@ from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.record import recorded
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.rewrite.rewrite import add_inputs, rewrite_site
@@ -38,7 +39,15 @@ def rewrite_static(
 
     Raises UnsupportedModelError where something besides attention reads what a site's cache holds.
     """
-    graph, inputs = lowered.graph, graph_inputs(lowered.graph)
+    inputs = graph_inputs(lowered.graph)
+    _, buffers = recorded("static rewrite", lowered.module, lambda: _rewrite(lowered, sites, stored))
+    left = set(graph_inputs(lowered.graph))
+    return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)
+
+
+def _rewrite(lowered: Lowered, sites: Sequence[CachedSite], stored: Sequence[StoredSite]) -> dict[int, Buffer]:
+    """In place; returns which outputs stood for buffers."""
+    graph = lowered.graph
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
     for index, (cached, kept) in enumerate(zip(sites, stored, strict=True)):
         rewrite_site(lowered.module, cached.site, index, (lengths, starts), kept)
@@ -49,8 +58,7 @@ def rewrite_static(
             _drop_buffer(graph, buffer, cached.site.layer)
     accept_any_strides(graph)
     clean_up(lowered.module)
-    left = set(graph_inputs(graph))
-    return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)
+    return buffers
 
 
 def _drop_outputs(graph: fx.Graph, sites: Sequence[CachedSite]) -> dict[int, Buffer]:
