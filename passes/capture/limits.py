@@ -8,7 +8,7 @@ from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.position_tables import reads_table
 from kvmix_compile.passes.graph.source_lines import line_of_bound
-from kvmix_compile.passes.graph.vocabulary import LAYOUT, argument, as_node, operation, tensor_of
+from kvmix_compile.passes.graph.vocabulary import argument, as_node, behind_layout, operation, tensor_of
 
 # What numbers tokens.
 COUNTING = frozenset({"arange", "cumsum"})
@@ -16,7 +16,7 @@ COUNTING = frozenset({"arange", "cumsum"})
 
 def vocabulary_size(graph: fx.Graph, input_ids: fx.Node) -> int:
     """As Captured.vocabulary."""
-    rows = [_rows(node) for node in _embeddings(graph) if input_ids in _index_sources(node)]
+    rows = [_rows(node) for node in _embeddings(graph) if input_ids in behind_layout(as_node(node.args[1]))]
     return min(rows) if rows else int(_logits(graph).shape[-1])
 
 
@@ -78,16 +78,6 @@ def _rows(embedding: fx.Node) -> int:
     table = tensor_of(embedding.args[0])
     assert table is not None
     return int(table.shape[0])
-
-
-def _index_sources(embedding: fx.Node) -> set[fx.Node]:
-    """The node that an embedding looks up, and those behind it through views."""
-    node = as_node(embedding.args[1])
-    found = {node}
-    while operation(node) in LAYOUT and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        found.add(node)
-    return found
 
 
 def _logits(graph: fx.Graph) -> Tensor:

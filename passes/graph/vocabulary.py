@@ -4,6 +4,8 @@ Export writes ATen overloads (`aten.add.Tensor`), Dynamo writes functions, opera
 `operator.add`, `.add`). Matchers speak of `operation(node) == "add"` and never of targets.
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -107,6 +109,20 @@ def as_node(value: object) -> fx.Node:
     """`value`, which the caller knows to be a node and not a constant."""
     assert isinstance(value, fx.Node), value
     return value
+
+
+def behind_layout(node: fx.Node) -> Iterator[fx.Node]:
+    """`node`, what it is a rearrangement of, what that is one of, and so on."""
+    yield node
+    while operation(node) in LAYOUT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def unarranged(node: fx.Node) -> fx.Node:
+    """The node that `node` is a rearrangement of, itself if of none."""
+    *_, source = behind_layout(node)
+    return source
 
 
 def graph_inputs(graph: fx.Graph) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
-from kvmix_compile.passes.graph.vocabulary import LAYOUT, argument, as_node, operation, tensor_of
+from kvmix_compile.passes.graph.vocabulary import argument, as_node, operation, tensor_of, unarranged
 
 # What the column is given while the scores beside it are probed: a number like no other.
 PROBED_LOGIT = 0.71875
@@ -43,9 +43,7 @@ class SinkLogits:
         if len(joins) > 1 or not isinstance(parts, list | tuple) or len(parts) != 2 or not is_last:
             raise not_understood(layer)
         scores, column = (as_node(part) for part in parts)
-        logits = column
-        while operation(logits) in LAYOUT and logits.all_input_nodes:
-            logits = logits.all_input_nodes[0]
+        logits = unarranged(column)
         if column in dataflow.token_dependent or logits.op not in ("get_attr", "placeholder"):
             raise not_understood(layer)
         return cls(logits, column, scores)

@@ -30,6 +30,7 @@ from kvmix_compile.passes.graph.vocabulary import (
     is_active_dropout,
     operation,
     tensor_of,
+    unarranged,
 )
 from kvmix_compile.passes.match.masks import Mask, Probe, ScoreFunction
 from kvmix_compile.passes.match.sink_logits import SinkLogits
@@ -315,9 +316,7 @@ def _scores_behind(softmax: fx.Node, dataflow: Dataflow, layer: str) -> fx.Node:
             return node
         behind = [source for source in node.all_input_nodes if source in dataflow.token_dependent]
         if operation(node) == "matmul" or not behind:
-            other = max(open_ends) if behind else node
-            while operation(other) in LAYOUT and other.all_input_nodes:
-                other = other.all_input_nodes[0]
+            other = unarranged(max(open_ends) if behind else node)
             raise UnsupportedModelError(
                 f"{layer}: its attention weights are not a softmax over query-key products alone: what "
                 f"{operation(other)} gives of the tokens takes part"

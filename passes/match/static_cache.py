@@ -26,7 +26,15 @@ from kvmix_compile.passes.capture.sizes import size_hint
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
-from kvmix_compile.passes.graph.vocabulary import LAYOUT, PROJECTIONS, as_node, graph_inputs, operation, tensor_of
+from kvmix_compile.passes.graph.vocabulary import (
+    LAYOUT,
+    PROJECTIONS,
+    as_node,
+    graph_inputs,
+    operation,
+    tensor_of,
+    unarranged,
+)
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction, function_of, scale_and_softcap, unbiased
 from kvmix_compile.passes.match.sink_logits import SinkLogits
 from kvmix_compile.passes.match.sites import (
@@ -112,10 +120,7 @@ class _Finder:
         yield from (buffer.tensor for buffer in self.buffers.values())
         for node in self.lowered.graph.nodes:
             if operation(node) == "embedding":
-                source = node.args[1]
-                while isinstance(source, fx.Node) and operation(source) in LAYOUT and source.all_input_nodes:
-                    source = source.all_input_nodes[0]
-                yield source
+                yield unarranged(as_node(node.args[1]))
         for node, value in self.example.items():
             is_weight = not isinstance(value, Tensor) or isinstance(value, nn.Parameter)
             if not is_weight and value.is_floating_point() and value.dim() == 3:
@@ -180,7 +185,7 @@ class _Finder:
         """The buffer that attention's keys or values are read from, through layout operations alone."""
         current = node
         while current not in self.buffers:
-            if {_root(source) for source in (current, *current.all_input_nodes)} & self.written_inputs:
+            if {unarranged(source) for source in (current, *current.all_input_nodes)} & self.written_inputs:
                 raise UnsupportedModelError(
                     f"{layer}: it reads a cache that is written in a way that is not understood: use transformers' "
                     "StaticCache, or kvmix_compile.apply"
@@ -382,13 +387,6 @@ def _joined_between(first: fx.Node, last: fx.Node) -> frozenset[fx.Node]:
             way.add(node)
             pending.extend(node.all_input_nodes)
     return frozenset(source for node in way - {first} for source in node.all_input_nodes if source not in way)
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The node that `node` is a rearrangement of."""
-    while operation(node) in LAYOUT and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _hints(node: fx.Node) -> tuple[int, ...]:
