@@ -27,7 +27,7 @@ class Counter:
         if positions:
             self.read = subgraph(lowered.module, positions[:1])
             behind = Dataflow(lowered.graph).ancestors(positions[0])
-            self.sources = [place for place, node in enumerate(graph_inputs(lowered.graph)) if node in behind]
+            self.sources = [index for index, node in enumerate(graph_inputs(lowered.graph)) if node in behind]
         # Only windows: a window that is not yet full says it by its size.
         key = sites[0].key
         self.held: Size | None = None
@@ -64,7 +64,7 @@ class Counter:
 
     def _versions(self, inputs: Sequence[Any]) -> tuple[int, ...] | None:
         """What changes whenever a counter is written to; None where it cannot be told, or costs nothing to look."""
-        counters = [inputs[place] for place in self.sources if isinstance(inputs[place], Tensor)]
+        counters = [inputs[index] for index in self.sources if isinstance(inputs[index], Tensor)]
         if not counters or any(counter.device.type == "cpu" or counter.is_inference() for counter in counters):
             return None
         return tuple(number for counter in counters for number in (id(counter), counter._version))

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from kvmix_compile.backend.counting import Counter
 from kvmix_compile.backend.layers import buffer_behind
 from kvmix_compile.backend.padding import MaskReader, padding
-from kvmix_compile.backend.storage import PackedCache, Place, belongs_to, give_back, given_back, place_of
+from kvmix_compile.backend.storage import PackedCache, PackedSite, belongs_to, packed_site_of, release, released
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
@@ -33,7 +33,7 @@ TRACED_BLOCKS = 1009
 
 
 @dataclass(frozen=True)
-class _BufferPlace:
+class _BufferSource:
     """Where a buffer comes from when the graph is called: an input, or (None) the graph itself; and its sizes."""
 
     source: int | None
@@ -48,18 +48,18 @@ class _BufferPlace:
 
 
 @dataclass(frozen=True)
-class _SitePlace:
+class _SiteSource:
     """What is left to know of a site when its graph is called. `whole`: its attention is to the new tokens alone."""
 
     layer: str
     is_indexed: bool
     whole: bool
-    key: _BufferPlace
-    value: _BufferPlace
+    key: _BufferSource
+    value: _BufferSource
 
     @classmethod
     def of(cls, cached: CachedSite, lowered: Lowered) -> Self:
-        key, value = _BufferPlace.of(cached.key, lowered), _BufferPlace.of(cached.value, lowered)
+        key, value = _BufferSource.of(cached.key, lowered), _BufferSource.of(cached.value, lowered)
         is_indexed = cached.key.form == "indexed"
         return cls(cached.site.layer, is_indexed, is_indexed and cached.mask is None, key, value)
 
@@ -75,9 +75,9 @@ class StaticGraph:
         keys = [cached.site.key.meta["val"] for cached in sites]
         self.storage = Storage(plan, tuple(key.dtype for key in keys), keys[0].device)
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
-        self.sites = [_SitePlace.of(cached, lowered) for cached in sites]
-        places = [place.source for site in self.sites for place in (site.key, site.value)]
-        self.sources = [source for source in places if source is not None]
+        self.sites = [_SiteSource.of(cached, lowered) for cached in sites]
+        sources = [side.source for site in self.sites for side in (site.key, site.value)]
+        self.sources = [source for source in sources if source is not None]
         self.masks, self.counter = MaskReader(lowered, sites), Counter(lowered, sites)
         # Nothing of `lowered` itself is kept: it holds the inputs that were traced with, a cache among them.
         rewritten = rewrite_static(lowered, sites, plan.stored_sites())
@@ -91,7 +91,7 @@ class StaticGraph:
         }
         state = self._fake_state(lowered, keys[0].shape[0])
         with torch.no_grad(), own_compiled_code():
-            self.compiled = compiler(rewritten.module, [*(lowered.fakes[place] for place in self.kept), *state])
+            self.compiled = compiler(rewritten.module, [*(lowered.fakes[index] for index in self.kept), *state])
 
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
@@ -115,25 +115,25 @@ class StaticGraph:
         if seen == 0:
             cache.reset()
         starts = self._starts(inputs, cache, batch, tokens, seen)
-        self._give_back(given, inputs, cache)
-        outputs = list(cache.run(self.compiled, [inputs[place] for place in self.kept], starts, tokens))
+        self._release(given, inputs, cache)
+        outputs = list(cache.run(self.compiled, [inputs[index] for index in self.kept], starts, tokens))
         if not cache.every_row_goes_on:
             cache.every_row_goes_on = bool((cache.lengths > 0).all())
         self.counter.remember(inputs, cache)
         for output, (index, side) in self.made.items():
-            place = (self.sites[index].key, self.sites[index].value)[side]
-            shape = tuple(size(inputs) for size in place.shape)
-            outputs[output] = given_back(shape, place.dtype, self.storage.device, Place(cache, index))
+            buffer = (self.sites[index].key, self.sites[index].value)[side]
+            shape = tuple(size(inputs) for size in buffer.shape)
+            outputs[output] = released(shape, buffer.dtype, self.storage.device, PackedSite(cache, index))
         return outputs
 
     def _cache_of(self, inputs: Sequence[Any]) -> PackedCache:
         """The packed cache that this call's buffers belong to, a new one where they belong to none."""
-        sources = [place.source for site in self.sites for place in (site.key, site.value)]
-        places = [None if source is None else place_of(inputs[source]) for source in sources]
-        caches = {id(place.cache): place.cache for place in places if place is not None}
+        sources = [side.source for site in self.sites for side in (site.key, site.value)]
+        owners = [None if source is None else packed_site_of(inputs[source]) for source in sources]
+        caches = {id(owner.cache): owner.cache for owner in owners if owner is not None}
         if not caches:
             return PackedCache(self.storage)
-        if len(caches) > 1 or None in places:
+        if len(caches) > 1 or None in owners:
             raise CacheError("the layers of this cache come from different caches: begin with a new StaticCache")
         (cache,) = caches.values()
         if cache.plan != self.storage.plan:
@@ -177,7 +177,7 @@ class StaticGraph:
         cache.begin(batch, seen, self.storage.device)
         for state, stored, site in zip(cache.states, self.storage.plan.stored_sites(), self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
-            key, value = (_history(inputs[place], seen) for place in (site.key.source, site.value.source))
+            key, value = (_history(inputs[source], seen) for source in (site.key.source, site.value.source))
             if stored.channel_order is not None:
                 order = torch.tensor(stored.channel_order, device=self.storage.device)
                 key = torch.ops.kvmix.order_channels(key, order)
@@ -190,13 +190,13 @@ class StaticGraph:
             torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
         cache.advance(seen, starts)
 
-    def _give_back(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:
+    def _release(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:
         """Of the inputs that were given, some stand in for the buffers among `inputs`."""
         for index, site in enumerate(self.sites):
             for source in (site.key.source, site.value.source):
-                if source is not None and place_of(inputs[source]) is None:
-                    give_back(inputs[source], Place(cache, index))
-                    belongs_to(given[source], Place(cache, index))
+                if source is not None and packed_site_of(inputs[source]) is None:
+                    release(inputs[source], PackedSite(cache, index))
+                    belongs_to(given[source], PackedSite(cache, index))
 
 
 def _history(buffer: Tensor, seen: int) -> Tensor:

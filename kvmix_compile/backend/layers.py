@@ -1,8 +1,8 @@
 """Layers: what transformers' static layers do differently once this backend is imported.
 
-Dynamo guards on a tensor's strides, and a buffer that is given back changes its own. So that no graph is compiled
-twice, this backend's graphs take *stand-ins* in the place of buffers that were made outside of a graph: they look from
-the beginning as the buffers will when they are given back. Where Dynamo traces for this backend, a layer swaps its
+Dynamo guards on a tensor's strides, and a buffer that is released changes its own. So that no graph is compiled
+twice, this backend's graphs take *stand-ins* in place of buffers that were made outside of a graph: they look from
+the beginning as the buffers will when they are released. Where Dynamo traces for this backend, a layer swaps its
 buffers for their stand-ins; anywhere else it keeps its buffers, and its methods do what they did.
 """
 
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from kvmix_compile.backend.calls import called_to_be_packed, traced_to_be_packed
-from kvmix_compile.backend.storage import is_given_back, place_of, without_storage
+from kvmix_compile.backend.storage import is_released, packed_site_of, without_storage
 from kvmix_compile.errors import CacheError
 
 Side = Literal["keys", "values"]
@@ -84,17 +84,17 @@ def _initialize_with_stand_ins(layer: Any, key_states: Tensor, value_states: Ten
 
 
 def _reset_packed(layer: Any) -> None:
-    """A layer that was given back is as good as new: the next tokens make its buffers again."""
-    if is_given_back(layer.keys):
+    """A layer that was released is as good as new: the next tokens make its buffers again."""
+    if is_released(layer.keys):
         layer.keys = layer.values = layer.kvmix_stand_ins = None
         layer.is_initialized = False
     _reset(layer)
 
 
 def _reorder_packed(layer: Any, beam_idx: torch.LongTensor) -> None:
-    place = place_of(layer.keys) if isinstance(layer.keys, Tensor) else None
-    if place is not None:
-        place.cache.reorder_site(place.site, beam_idx)
+    packed_site = packed_site_of(layer.keys) if isinstance(layer.keys, Tensor) else None
+    if packed_site is not None:
+        packed_site.cache.reorder_site(packed_site.site, beam_idx)
         return
     _reorder_cache(layer, beam_idx)
     if layer.kvmix_stand_ins is not None and layer.keys.shape != layer.kvmix_stand_ins.keys.shape:
@@ -114,10 +114,10 @@ def _as_traced_or_refused(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_may_be_written(layer: StaticLayer) -> None:
-    """Outside of the compiled graphs nobody can write to a layer that was given back, and a model that was compiled to
+    """Outside of the compiled graphs nobody can write to a layer that was released, and a model that was compiled to
     pack its cache does not fill one with 16 bits.
     """
-    if is_given_back(layer.keys):
+    if is_released(layer.keys):
         raise CacheError(
             "this StaticCache is kept packed by a model compiled with backend 'kvmix', and the model was now called "
             f"without being compiled: call the compiled model, or the cache's reset() first; {GAVE_UP}"

@@ -8,7 +8,7 @@ from torch import fx
 
 from kvmix_compile.backend.calls import compiled_call
 from kvmix_compile.backend.plan import BROKEN_GRAPH
-from kvmix_compile.backend.storage import is_given_back
+from kvmix_compile.backend.storage import is_released
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation, tensor_of
@@ -22,7 +22,7 @@ def check_left(lowered: Lowered, sites: Sequence[CachedSite]) -> None:
     """
     replaced = {buffer.tensor for cached in sites for buffer in (cached.key, cached.value)}
     for node, value in zip(graph_inputs(lowered.graph), lowered.inputs, strict=True):
-        if node.users and node not in replaced and is_given_back(value):
+        if node.users and node not in replaced and is_released(value):
             raise UnsupportedModelError(
                 f"{module_path(next(iter(node.users)))}: the keys or values of a StaticCache are used without the "
                 f"attention to them, which cannot be done with packed ones; {BROKEN_GRAPH}"

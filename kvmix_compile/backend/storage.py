@@ -1,6 +1,6 @@
-"""Storage: a StaticCache's buffers are given back, and a packed cache belongs to them instead.
+"""Storage: a StaticCache's buffers are released, and a packed cache belongs to them instead.
 
-A buffer that was given back has the same shape, over a few elements that are not numbers and that all buffers share, so
+A buffer that was released has the same shape, over a few elements that are not numbers and that all buffers share, so
 that whoever reads it by mistake sees it. The packed cache lives as long as the buffers do.
 """
 
@@ -47,45 +47,45 @@ class PackedCache(KVMixCache):
 
 
 @dataclass(frozen=True)
-class Place:
+class PackedSite:
     """Where the keys and values of a layer are kept: site `site` of a packed cache."""
 
     cache: PackedCache
     site: int
 
 
-_places = WeakTensorKeyDictionary()
+_packed_sites = WeakTensorKeyDictionary()
 
 # Every step in any direction leads to the next element: little memory for any shape, and PyTorch lets Dynamo trace
 # writes to it, which it does not with strides of zero.
 _STRIDES = (1, 1, 1, 1)
 
 
-def place_of(buffer: Tensor) -> Place | None:
-    """Where what this buffer held is kept now, if it was given back."""
-    place = _places.get(buffer)
-    if place is None and is_given_back(buffer):
+def packed_site_of(buffer: Tensor) -> PackedSite | None:
+    """Where what this buffer held is kept now, if it was released."""
+    packed_site = _packed_sites.get(buffer)
+    if packed_site is None and is_released(buffer):
         raise CacheError(
             "this StaticCache is a copy of one whose keys and values are kept packed, and copies do not have them: "
             "begin with a new StaticCache"
         )
-    return place
+    return packed_site
 
 
-def is_given_back(buffer: object) -> bool:
+def is_released(buffer: object) -> bool:
     """Whether the buffer has no storage of its own."""
     return isinstance(buffer, Tensor) and buffer.stride() == _STRIDES
 
 
-def given_back(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, place: Place) -> Tensor:
+def released(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, site: PackedSite) -> Tensor:
     """A new buffer that never had a storage of its own."""
     buffer = _without_storage(shape, dtype, device)
-    _places[buffer] = place
+    _packed_sites[buffer] = site
     return buffer
 
 
 def without_storage(like: Tensor) -> Tensor:
-    """What a buffer looks like when it was given back."""
+    """What a buffer looks like when it was released."""
     return _without_storage(tuple(like.shape), like.dtype, like.device)
 
 
@@ -95,19 +95,19 @@ def _without_storage(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     return torch.empty(0, dtype=dtype, device=device).set_(_few_elements(shape, dtype, device), 0, shape, _STRIDES)
 
 
-def belongs_to(buffer: Tensor, place: Place) -> None:
+def belongs_to(buffer: Tensor, site: PackedSite) -> None:
     """What the buffer held is kept there from now on."""
-    _places[buffer] = place
+    _packed_sites[buffer] = site
 
 
 @torch.no_grad()
-def give_back(buffer: Tensor, place: Place) -> None:
+def release(buffer: Tensor, site: PackedSite) -> None:
     """Free a buffer's storage, in place."""
     storage = _few_elements(tuple(buffer.shape), buffer.dtype, buffer.device)
     buffer.set_(storage, 0, buffer.shape, _STRIDES)
     # What transformers marks with a fixed address is compiled for that one tensor.
     buffer.__dict__.pop("_dynamo_static_input_type", None)
-    _places[buffer] = place
+    _packed_sites[buffer] = site
 
 
 def packed_cache(cache: Cache) -> PackedCache | None:
@@ -117,8 +117,8 @@ def packed_cache(cache: Cache) -> PackedCache | None:
     """
     for layer in cache.layers:
         keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and (place := place_of(keys)) is not None:
-            return place.cache
+        if isinstance(keys, Tensor) and (packed_site := packed_site_of(keys)) is not None:
+            return packed_site.cache
     return None
 
 

@@ -43,7 +43,7 @@ class KVMixCache(Cache):
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.storage.device)
         self.seen = 0
         self._furthest = 0
-        # What the host knows of the rows without asking the device: that the last place of each is a token, and whether
+        # What the host knows of the rows without asking the device: that the last slot of each is a token, and whether
         # there may be padding in any.
         self.every_row_goes_on = False
         self.padded = False

@@ -36,7 +36,7 @@ _VALUES = (bool, int, float, complex, str, bytes, Enum, torch.dtype, frozenset, 
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Holder:
     """Names and values that belong together: of an object, or (`kind`) of one of the dictionaries of a module."""
 
     path: str
@@ -60,15 +60,15 @@ class Steering:
     @classmethod
     def of(cls, model: nn.Module, reads: Reads, written: Written) -> "Steering":
         """From what the model's forward was seen to read and to change."""
-        places = list(_places(model))
-        own = {place.of(name) for place in places for name in written.by_owner(place.owner)}
+        holders = list(_holders(model))
+        own = {holder.of(name) for holder in holders for name in written.by_owner(holder.owner)}
         own |= {
-            place.of(name)
-            for place in places
-            for name, value in place.held.items()
+            holder.of(name)
+            for holder in holders
+            for name, value in holder.held.items()
             if any(written.by_owner(container) for container in _containers(value))
         }
-        return cls({place.path: _read(place, reads) for place in places if not place.kind}, frozenset(own))
+        return cls({holder.path: _read(holder, reads) for holder in holders if not holder.kind}, frozenset(own))
 
 
 class Changes:
@@ -79,11 +79,11 @@ class Changes:
         modules = list(model.named_modules())
         self.types = tuple((path, module, type(module)) for path, module in modules)
         self.forwards = tuple((kind, kind.forward) for kind in {type(module) for _, module in modules})
-        own = list(_places(model))
+        own = list(_holders(model))
         # A twin has the original's parameters and buffers; its own hooks run when it is called, around its graph.
-        twins = [it for it in _places(twin) if it.kind not in _TENSORS and (it.path or it.kind not in _HOOKS)]
-        self.values = tuple(entry for place in (*own, *twins) for entry in self._entries(place))
-        self.sizes = tuple((place, place.held, len(place.held)) for place in (*own, *twins) if place.kind)
+        twins = [it for it in _holders(twin) if it.kind not in _TENSORS and (it.path or it.kind not in _HOOKS)]
+        self.values = tuple(entry for holder in (*own, *twins) for entry in self._entries(holder))
+        self.sizes = tuple((holder, holder.held, len(holder.held)) for holder in (*own, *twins) if holder.kind)
         self.twins = frozenset(map(id, twins))
 
     def check(self) -> None:
@@ -94,55 +94,57 @@ class Changes:
         for kind, forward in self.forwards:
             if kind.forward is not forward:
                 raise _error(f"the forward of {kind.__name__} was replaced")
-        for place, held, name, otherwise, see, then in self.values:
+        for holder, held, name, otherwise, see, then in self.values:
             now = held.get(name, otherwise)
             if now is then:  # as nearly all are; what can be written to is never seen as itself
                 continue
             now = see(now)
             if not _is_same(now, then) and (name != "training" or now):
-                raise _error(_described(place, name, now, then), id(place) in self.twins)
-        for place, held, size in self.sizes:
+                raise _error(_described(holder, name, now, then), id(holder) in self.twins)
+        for holder, held, size in self.sizes:
             if len(held) != size:
-                self._check_added(place)
+                self._check_added(holder)
 
-    def _entries(self, place: _Place) -> Iterator[tuple[_Place, dict[str, Any], str, Any, Callable[[Any], Any], Any]]:
-        """What is watched at a place: by which name, what its class has by that name, how it is looked at, and what is
+    def _entries(
+        self, holder: _Holder
+    ) -> Iterator[tuple[_Holder, dict[str, Any], str, Any, Callable[[Any], Any], Any]]:
+        """What is watched of a holder: by which name, what its class has by that name, how it is looked at, and what is
         seen now.
         """
-        see = _SEEN_AS.get(place.kind, _frozen)
-        for name in list(place.held) if place.kind else sorted(self.steering.read.get(place.path, ())):
-            if place.of(name) not in self.steering.own:
-                otherwise = MISSING if place.kind else getattr(type(place.owner), name, MISSING)
+        see = _SEEN_AS.get(holder.kind, _frozen)
+        for name in list(holder.held) if holder.kind else sorted(self.steering.read.get(holder.path, ())):
+            if holder.of(name) not in self.steering.own:
+                otherwise = MISSING if holder.kind else getattr(type(holder.owner), name, MISSING)
                 if isinstance(otherwise, (*_CONTAINERS, Tensor)):  # state, which instances share
                     otherwise = MISSING
-                yield place, place.held, name, otherwise, see, see(place.held.get(name, otherwise))
+                yield holder, holder.held, name, otherwise, see, see(holder.held.get(name, otherwise))
 
-    def _check_added(self, place: _Place) -> None:
-        known = {name for other, _, name, *_ in self.values if other is place}
-        for name in place.held.keys() - known:
-            is_read = place.kind not in _TENSORS or name in self.steering.read[place.path]
-            if is_read and place.of(name) not in self.steering.own:
-                raise _error(_described(place, name, place.held[name], MISSING), id(place) in self.twins)
+    def _check_added(self, holder: _Holder) -> None:
+        known = {name for other, _, name, *_ in self.values if other is holder}
+        for name in holder.held.keys() - known:
+            is_read = holder.kind not in _TENSORS or name in self.steering.read[holder.path]
+            if is_read and holder.of(name) not in self.steering.own:
+                raise _error(_described(holder, name, holder.held[name], MISSING), id(holder) in self.twins)
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _holders(model: nn.Module) -> Iterator[_Holder]:
     """The attributes of each module and of the configs that they hold, each once, and the dictionaries of a module."""
     for path, module in model.named_modules():
         held = vars(module)
-        yield _Place(path, module, held)
+        yield _Holder(path, module, held)
         for kind in ("_modules", *_HOOKS, *_TENSORS):
-            yield _Place(path, held[kind], held[kind], kind)
+            yield _Holder(path, held[kind], held[kind], kind)
     for path, config in configs_of(model):
-        yield _Place(path, config, attributes(config) or {})
+        yield _Holder(path, config, attributes(config) or {})
 
 
-def _read(place: _Place, reads: Reads) -> frozenset[str]:
-    """Which of the attributes at a place are read, or would be if there were such."""
-    if isinstance(place.owner, SimpleNamespace):
-        return frozenset(place.held)
-    read = {name for name in reads.get(id(place.owner), ()) if not name.startswith("__")} - _ANSWERED
-    if isinstance(place.owner, nn.Module):
-        children = (name for kind in ("_modules", *_TENSORS) for name in place.held[kind])
+def _read(holder: _Holder, reads: Reads) -> frozenset[str]:
+    """Which of the attributes of a holder are read, or would be if there were such."""
+    if isinstance(holder.owner, SimpleNamespace):
+        return frozenset(holder.held)
+    read = {name for name in reads.get(id(holder.owner), ()) if not name.startswith("__")} - _ANSWERED
+    if isinstance(holder.owner, nn.Module):
+        children = (name for kind in ("_modules", *_TENSORS) for name in holder.held[kind])
         read = (read - _STANDARD).difference(children) | _OF_MODULES
     return frozenset(read)
 
@@ -187,9 +189,9 @@ def _is_same(now: Any, then: Any) -> bool:
     return isinstance(then, _VALUES) and bool(now == then)
 
 
-def _described(place: _Place, name: str, now: Any, then: Any) -> str:
-    path, owner = f"{place.path}.{name}".lstrip("."), place.path or "the model"
-    if place.kind in _HOOKS:
+def _described(holder: _Holder, name: str, now: Any, then: Any) -> str:
+    path, owner = f"{holder.path}.{name}".lstrip("."), holder.path or "the model"
+    if holder.kind in _HOOKS:
         return f"a forward hook of {owner} was {'registered' if then is MISSING else 'removed'}"
     if name == "training":
         return f"{owner} was put into training mode"

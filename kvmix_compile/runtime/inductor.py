@@ -120,7 +120,7 @@ def symbolic_sizes(mode: FakeTensorMode, name: str, layouts: Sequence[StateLayou
     """
     windows = dict.fromkeys(layout.window for layout in layouts)
     return {
-        window: symbolic_size(mode, f"{name}_{window}", traced + place) for place, window in enumerate(windows)
+        window: symbolic_size(mode, f"{name}_{window}", traced + index) for index, window in enumerate(windows)
     }  # fmt: skip
 
 

@@ -205,14 +205,14 @@ class CompiledModel(nn.Module):
             position_ids = given_positions(position_ids, padding, tokens, program.longest_context, must_follow)
         else:
             raise InputError("this model takes no position_ids: it counts its positions itself")
-        places = torch.arange(tokens, device=input_ids.device)
+        wanted = torch.arange(tokens, device=input_ids.device)
         if isinstance(logits_to_keep, Tensor):
-            places = places[logits_to_keep.to(places.device)]
+            wanted = wanted[logits_to_keep.to(wanted.device)]
         elif logits_to_keep:
-            places = places[-logits_to_keep:]
-        columns, which = padding.columns(places)
+            wanted = wanted[-logits_to_keep:]
+        columns, which = padding.columns(wanted)
         inputs = (padding.arrange(input_ids), position_ids, columns)
-        logits = cache.run(program.graph, inputs, padding.starts, tokens, logits=len(places))
+        logits = cache.run(program.graph, inputs, padding.starts, tokens, logits=len(wanted))
         cache.every_row_goes_on = not padding.ends_a_row
         cache.padded = cache.padded or padding.there_is_some
         return put_back(logits, which)

@@ -29,14 +29,14 @@ class Numbering:
     """What a model's forward makes of positions.
 
     is_input: they can be given to it, as `position_ids`. has_mask: it takes an `attention_mask`. from_zero: without
-    padding it numbers the places of a row 0, 1, 2, .. padded: what it numbers so in a row with padding, all places or
+    padding it numbers the slots of a row 0, 1, 2, .. padded: what it numbers so in a row with padding, all slots or
     the tokens alone; None: neither, or it takes no padding.
     """
 
     is_input: bool = True
     has_mask: bool = True
     from_zero: bool = True
-    padded: Literal["places", "tokens"] | None = None
+    padded: Literal["slots", "tokens"] | None = None
 
 
 # Runs the twin as if the model numbered so: (numbering, input_ids, attention_mask) -> logits, with nothing cached.
@@ -44,7 +44,7 @@ Run = Callable[[Numbering, Tensor, Tensor | None], Tensor]
 
 
 def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | None) -> Numbering:
-    """How `model` numbers places. `run`: its twin; `vocabulary`, `longest`: the ids and positions that it has."""
+    """How `model` numbers slots. `run`: its twin; `vocabulary`, `longest`: the ids and positions that it has."""
     trial = _Trial(model, run, _ids(model, vocabulary, min(TOKENS, longest or TOKENS)))
     taken = parameters_of(model.forward)
     numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
@@ -54,9 +54,9 @@ def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | N
         # Its own rows are never padded; a twin's may be, and count their own tokens.
         return replace(numbering, padded="tokens" if numbering.is_input else None)
     for padding in ((*IN_FRONT, *BETWEEN), IN_FRONT):
-        places, tokens = trial.shares([replace(numbering, padded=padded) for padded in ("places", "tokens")], padding)
-        if min(places, tokens) <= trial.tolerance:
-            return replace(numbering, padded="tokens" if tokens * CLEARLY < places else "places")
+        slots, tokens = trial.shares([replace(numbering, padded=padded) for padded in ("slots", "tokens")], padding)
+        if min(slots, tokens) <= trial.tolerance:
+            return replace(numbering, padded="tokens" if tokens * CLEARLY < slots else "slots")
     return numbering
 
 
@@ -78,12 +78,12 @@ class _Trial:
     @torch.no_grad()
     def shares(self, numberings: Sequence[Numbering], padding: Sequence[int] = ()) -> list[float]:
         """For each numbering the worst token's difference, as a share of the logits' standard deviation; infinite where
-        the twin refuses `padding` at such places.
+        the twin refuses `padding` at such slots.
         """
         mask = None
         if padding:
             mask = torch.ones_like(self.ids)
-            mask[:, [place for place in padding if place < self.ids.shape[1] - 1]] = 0
+            mask[:, [slot for slot in padding if slot < self.ids.shape[1] - 1]] = 0
         twins = [self._of_twin(numbering, mask) for numbering in numberings]
         if all(twin is None for twin in twins):
             return [torch.inf] * len(twins)

@@ -24,12 +24,12 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Padding:
-    """What is padding among the coming places of each row, `tokens` of them.
+    """What is padding among the coming slots of each row, `tokens` of them.
 
-    starts: how many, int64 `[batch]`. order: the places of a row's padding and then those of its tokens, int64
+    starts: how many, int64 `[batch]`. order: the slots of a row's padding and then those of its tokens, int64
     `[batch, tokens]`; None where padding leads every row. comes: there is some. there_is_some: there is, or was in
     earlier calls. is_enclosed: in some row a coming token has padding between it and an earlier token. ends_a_text: the
-    last place of some row is padding behind tokens. ends_a_row: the last place of some row is padding.
+    last slot of some row is padding behind tokens. ends_a_row: the last slot of some row is padding.
     """
 
     starts: Tensor
@@ -41,22 +41,22 @@ class Padding:
     ends_a_row: bool = False
 
     def arrange(self, values: Tensor) -> Tensor:
-        """`values`, `[batch, tokens]` by place, with each row's padding in front."""
+        """`values`, `[batch, tokens]` by slot, with each row's padding in front."""
         return values if self.order is None else values.gather(1, self.order)
 
-    def columns(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where the logits of `places`, int64 `[places]`, come from: the columns, int64 `[columns]`, of what `arrange`
-        gave that are to be computed, and which of these is each row's, int64 `[batch, places]`; None: each in turn.
+    def columns(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where the logits of `slots`, int64 `[slots]`, come from: the columns, int64 `[columns]`, of what `arrange`
+        gave that are to be computed, and which of these is each row's, int64 `[batch, slots]`; None: each in turn.
         """
         if self.order is None:
-            return places, None
-        wanted = self.order.argsort(dim=1)[:, places]
+            return slots, None
+        wanted = self.order.argsort(dim=1)[:, slots]
         columns, which = wanted.unique(return_inverse=True)
         return columns, which
 
 
 def put_back(logits: Tensor, which: Tensor | None) -> Tensor:
-    """Logits `[batch, places, vocabulary]` of the columns that `Padding.columns` gave."""
+    """Logits `[batch, slots, vocabulary]` of the columns that `Padding.columns` gave."""
     if which is None:
         return logits
     return logits[torch.arange(len(logits), device=logits.device)[:, None], which]
@@ -104,7 +104,7 @@ def _every_row_goes_on(valid: Tensor, lengths: Tensor) -> bool:
 
 
 def _read(valid: Tensor, lengths: Tensor, tokens: int) -> Padding:
-    """`valid`: where tokens are, boolean `[batch, places seen + tokens]`; `lengths`: of what is held."""
+    """`valid`: where tokens are, boolean `[batch, slots seen + tokens]`; `lengths`: of what is held."""
     held, coming = valid[:, :-tokens], valid[:, -tokens:]
     starts = tokens - coming.sum(dim=1)
     last = valid[:, -1]
@@ -132,7 +132,7 @@ def _read(valid: Tensor, lengths: Tensor, tokens: int) -> Padding:
 def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, ends_are_kept: bool) -> None:
     """Raise InputError for padding of which the model makes something that the operators do not.
 
-    `ends_are_kept`: whether the logits of the last place of each row are asked for, and not all.
+    `ends_are_kept`: whether the logits of the last slot of each row are asked for, and not all.
     """
     moved = padding.order is not None or padding.is_enclosed
     if not takes_padding(rewritten, numbering) or (rewritten.equal_rows and moved):
@@ -163,7 +163,7 @@ def takes_padding(rewritten: Rewritten, numbering: Numbering) -> bool:
 
 
 def _leading(padding: Tensor) -> Tensor:
-    """How many places lead each row of a boolean `[batch, places]` that are True, int64 `[batch]`."""
+    """How many slots lead each row of a boolean `[batch, slots]` that are True, int64 `[batch]`."""
     return padding.cumprod(dim=1).sum(dim=1)
 
 

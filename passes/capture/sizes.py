@@ -30,12 +30,12 @@ def size_reader(size: Any, lowered: Lowered) -> Size:
 
 
 def _symbol_reader(symbol: Symbol, lowered: Lowered) -> Size:
-    for place, fake in enumerate(lowered.fakes):
+    for index, fake in enumerate(lowered.fakes):
         if _is(fake, symbol):
-            return _input(place)
+            return _input(index)
         for axis, extent in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
             if _is(extent, symbol):
-                return _extent(place, axis)
+                return _extent(index, axis)
     raise UnsupportedModelError(
         f"a size of its cache, {symbol}, is none of the sizes of its inputs: compile with dynamic=False"
     )
@@ -45,9 +45,9 @@ def _is(size: Any, symbol: Symbol) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr == symbol
 
 
-def _input(place: int) -> Size:
-    return lambda inputs: int(inputs[place])
+def _input(index: int) -> Size:
+    return lambda inputs: int(inputs[index])
 
 
-def _extent(place: int, axis: int) -> Size:
-    return lambda inputs: int(inputs[place].shape[axis])
+def _extent(index: int, axis: int) -> Size:
+    return lambda inputs: int(inputs[index].shape[axis])

@@ -18,7 +18,7 @@ def take_out_additions(graph: fx.Graph) -> None:
 
 def _sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
     added, *factors = node.args[:3]
-    beta, alpha = (argument(node, 3 + place, name, 1) for place, name in enumerate(("beta", "alpha")))
+    beta, alpha = (argument(node, 3 + index, name, 1) for index, name in enumerate(("beta", "alpha")))
     product = graph.call_function(ops.aten.bmm.default, tuple(factors))
     product.meta = dict(node.meta)
     total = _times(graph, product, alpha)

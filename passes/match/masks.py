@@ -198,11 +198,11 @@ def scale_and_softcap(
     bias = run(no_scores)
     largest_bias = bias.masked_fill(~allowed, 0).abs().max().item()
     # A score is looked at where the bias leaves it the most digits, as late in the text as possible.
-    place = int(bias.abs().masked_fill(~allowed, torch.inf).flatten().flip(0).argmin()) + 1
+    last = int(bias.abs().masked_fill(~allowed, torch.inf).flatten().flip(0).argmin()) + 1
 
     def at(score: float) -> float:
         """What a score becomes where attention is allowed, its bias aside."""
-        return (run(no_scores + score) - bias).flatten()[-place].item()
+        return (run(no_scores + score) - bias).flatten()[-last].item()
 
     # A soft cap is what remains of a score without bounds; without one the function is linear.
     unbounded = at(SATURATING) / SATURATING

@@ -69,11 +69,11 @@ def _moves(node: fx.Node, rank: int) -> Iterator[tuple[int, int]]:
         axis, numbers = argument(node, 1, "dim", 0), node.args[2:]
         yield from ((axis, number) for number in numbers if type(number) is int)  # type: ignore[misc]
     elif operation(node) == "roll":
-        shifts, axes = (argument(node, place, name, ()) for place, name in ((1, "shifts"), (2, "dims")))
+        shifts, axes = (argument(node, index, name, ()) for index, name in ((1, "shifts"), (2, "dims")))
         yield from ((axis, shift) for shift, axis in zip(shifts, axes, strict=False) if type(shift) is int)  # type: ignore[call-overload]
     else:  # padding is listed in pairs, the last axis first
         widths: Any = argument(node, 1, "pad", ())
-        yield from ((rank - 1 - place // 2, width) for place, width in enumerate(widths) if type(width) is int)
+        yield from ((rank - 1 - index // 2, width) for index, width in enumerate(widths) if type(width) is int)
 
 
 def _may_mix_tokens(node: fx.Node, captured: Captured) -> bool:

@@ -354,10 +354,10 @@ def _buffers(graph: fx.Graph) -> Iterator[Buffer]:
 def _window(tensor: fx.Node, written: fx.Node, source: fx.Node) -> Iterator[Buffer]:
     """A sliding-window layer's buffer, `source` being what is copied to it."""
     for put in _writes_of_a_slot(source):
-        rolled, place, new = cast(Any, put.args[:3])
-        one_slot = isinstance(place, list | tuple) and len(place) == 3 and list(place[:2]) == [None, None]
+        rolled, index, new = cast(Any, put.args[:3])
+        one_slot = isinstance(index, list | tuple) and len(index) == 3 and list(index[:2]) == [None, None]
         if one_slot and operation(rolled) == "roll" and rolled.args in [(tensor, [-1], [axis]) for axis in _TOKENS]:
-            yield Buffer(tensor, written, new, written, "rolled", slot=place[2], holds_all=False)
+            yield Buffer(tensor, written, new, written, "rolled", slot=index[2], holds_all=False)
         return
     full: Any = source.args[0] if operation(source) == "slice" and source.args[1] in _TOKENS else source
     if operation(full) == "cat" and full.args[1:] and full.args[1] in _TOKENS:

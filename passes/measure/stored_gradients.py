@@ -18,7 +18,7 @@ def stored_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slope: Tensor,
+    gradient: Tensor,
     function: ScoreFunction,
     sinks: int,
     recent: int,
@@ -27,23 +27,23 @@ def stored_gradients(
     """Gradients with respect to the stored keys and values of one row.
 
     `query` `[query heads, tokens, key_dim]`, `key` `[kv_heads, tokens, key_dim]`, `value` `[kv_heads, tokens,
-    value_dim]`; `slope` `[query heads, tokens, value_dim]`, the gradient with respect to attention's output. A token
+    value_dim]`; `gradient` `[query heads, tokens, value_dim]`, that with respect to attention's output. A token
     is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never. `sink_logits`
     `[query heads]`: scores without values.
     Returns float32 of the shapes of `key` and `value`.
     """
     heads = key.shape[0]
     attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
-    alibi_slopes = query.new_tensor(function.slopes or (0.0,), dtype=torch.float32).expand(len(query))
+    slopes = query.new_tensor(function.slopes or (0.0,), dtype=torch.float32).expand(len(query))
     # Without any, minus infinity takes no part in a softmax.
     logits = query.new_full((len(query),), -torch.inf) if sink_logits is None else sink_logits
-    queries, slopes, logits, alibi_slopes = (
-        part.float().unflatten(0, (heads, -1)) for part in (query, slope, logits, alibi_slopes)
+    queries, gradients, logits, slopes = (
+        part.float().unflatten(0, (heads, -1)) for part in (query, gradient, logits, slopes)
     )
     # A head at a time: its weights are a matrix of tokens by tokens for each query head.
     pairs = [
         _of_head(_Head(*parts), function, attends, stored)
-        for parts in zip(queries, key.float(), value.float(), slopes, logits, alibi_slopes, strict=True)
+        for parts in zip(queries, key.float(), value.float(), gradients, logits, slopes, strict=True)
     ]
     key_gradients, value_gradients = zip(*pairs, strict=True)
     return torch.stack(key_gradients), torch.stack(value_gradients)
@@ -65,31 +65,31 @@ def _reads(
 
 @dataclass(frozen=True)
 class _Head:
-    """One head of keys and values `[tokens, dim]`; of the query heads of its group `query` and `slope` `[query heads,
-    tokens, dim]`, `sink_logits` and `alibi_slopes` `[query heads]`.
+    """One head of keys and values `[tokens, dim]`; of the query heads of its group `query` and `gradient` `[query
+    heads, tokens, dim]`, `sink_logits` and ALiBi's `slopes` `[query heads]`.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    slope: Tensor
+    gradient: Tensor
     sink_logits: Tensor
-    alibi_slopes: Tensor
+    slopes: Tensor
 
 
 def _of_head(head: _Head, function: ScoreFunction, attends: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-    query, key, slope = head.query, head.key, head.slope
+    query, key, gradient = head.query, head.key, head.gradient
     scores = query @ key.T * function.scale
     bend = torch.ones_like(scores)
     if function.softcap:
         capped = torch.tanh(scores / function.softcap)
         scores, bend = capped * function.softcap, 1 - capped.square()
     token = torch.arange(len(key), device=key.device)
-    scores = scores + head.alibi_slopes[:, None, None] * (token - token[:, None])
+    scores = scores + head.slopes[:, None, None] * (token - token[:, None])
     sink = head.sink_logits[:, None, None].expand(-1, len(key), 1)
     weights = torch.cat([scores.masked_fill(~attends, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1]
-    mean = (slope * (weights @ head.value)).sum(-1, keepdim=True)
+    mean = (gradient * (weights @ head.value)).sum(-1, keepdim=True)
     weights_read = weights * stored
-    score_gradients = weights_read * (slope @ head.value.T - mean) * bend
+    score_gradients = weights_read * (gradient @ head.value.T - mean) * bend
     key_gradient = (score_gradients.mT @ query).sum(0) * function.scale
-    return key_gradient, (weights_read.mT @ slope).sum(0)
+    return key_gradient, (weights_read.mT @ gradient).sum(0)

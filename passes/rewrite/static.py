@@ -20,9 +20,9 @@ from kvmix_compile.passes.rewrite.rewrite import add_inputs, rewrite_site
 
 @dataclass(frozen=True)
 class StaticRewritten:
-    """`module` takes those inputs of the lowered graph that are left, `kept` by their places there, then `lengths`,
+    """`module` takes those inputs of the lowered graph that are left, `kept` by their index there, then `lengths`,
     `starts` and the six tensors of each site in turn (as passes.rewrite.rewrite.Rewritten). It returns a tuple in which
-    `buffers` says which places stand for a buffer that the graph used to make, and are None.
+    `buffers` says which outputs stand for a buffer that the graph used to make, and are None.
     """
 
     module: fx.GraphModule
@@ -42,7 +42,7 @@ def rewrite_static(
     inputs = graph_inputs(lowered.graph)
     _, buffers = recorded("static rewrite", lowered.module, lambda: _rewrite(lowered, sites, stored))
     left = set(graph_inputs(lowered.graph))
-    return StaticRewritten(lowered.module, tuple(place for place, node in enumerate(inputs) if node in left), buffers)
+    return StaticRewritten(lowered.module, tuple(index for index, node in enumerate(inputs) if node in left), buffers)
 
 
 def _rewrite(lowered: Lowered, sites: Sequence[CachedSite], stored: Sequence[StoredSite]) -> dict[int, Buffer]:
@@ -65,8 +65,8 @@ def _drop_outputs(graph: fx.Graph, sites: Sequence[CachedSite]) -> dict[int, Buf
     output = next(node for node in graph.nodes if node.op == "output")
     made = {buffer.written: buffer for cached in sites for buffer in (cached.key, cached.value)}
     returned = list(output.args[0])
-    buffers = {place: made[node] for place, node in enumerate(returned) if node in made}
-    output.args = (tuple(None if place in buffers else node for place, node in enumerate(returned)),)
+    buffers = {index: made[node] for index, node in enumerate(returned) if node in made}
+    output.args = (tuple(None if index in buffers else node for index, node in enumerate(returned)),)
     return buffers
 
 

@@ -240,7 +240,7 @@ def storage_of(past: StaticCache) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, buffers)}.values())
 
 
-def test_the_16_bit_storage_is_given_back() -> None:
+def test_the_16_bit_storage_is_released() -> None:
     past, adopted = static_cache("llama"), static_cache("llama")
     full = 2 * 2 * 2 * 2 * SLOTS * 32 * 4  # layers, sides, rows, heads, slots, channels, bytes
     model = compiled("llama", low("llama"))
@@ -269,11 +269,11 @@ def test_a_dropped_cache_frees_its_state() -> None:
     model, past = compiled("llama"), static_cache("llama")
     logits(model, past, ids(41), 40)
     gc.collect()
-    before, packed = len(storage_module._places), held(past)
+    before, packed = len(storage_module._packed_sites), held(past)
     tensors = {tensor.data_ptr() for tensor in packed.tensors()}
     del past, packed
     gc.collect()
-    assert len(storage_module._places) == before - 4
+    assert len(storage_module._packed_sites) == before - 4
     alive = {item.data_ptr() for item in gc.get_objects() if type(item) is Tensor and item.device.type == "cpu"}
     assert not tensors & alive
 

@@ -102,7 +102,7 @@ def test_padding_is_the_originals_or_refused(name: str) -> None:
 
 
 def test_learned_positions_count_padding_and_those_of_a_mask_do_not() -> None:
-    assert pair("gpt2")[1].kvmix_program.numbering.padded == "places"
+    assert pair("gpt2")[1].kvmix_program.numbering.padded == "slots"
     assert pair("opt")[1].kvmix_program.numbering.padded == "tokens"
 
 
@@ -177,10 +177,10 @@ def test_generate_takes_the_pad_id_in_a_text_as_with_the_original(name: str) -> 
     assert torch.equal(twin.generate(text, **options), model.generate(text, **options))
 
 
-@pytest.mark.parametrize(("name", "place"), [("mistral", 20), ("llama", 59), ("mistral", 59)])
-def test_where_it_cannot_the_refusal_says_who_made_the_mask(name: str, place: int) -> None:
+@pytest.mark.parametrize(("name", "slot"), [("mistral", 20), ("llama", 59), ("mistral", 59)])
+def test_where_it_cannot_the_refusal_says_who_made_the_mask(name: str, slot: int) -> None:
     twin, text = pair(name)[1], ids(1, 60)
-    text[0, place] = 0
+    text[0, slot] = 0
     with pytest.raises(InputError, match=r"pad_token_id.*torch\.ones_like\(input_ids\)"):
         twin.generate(text, **GREEDY, pad_token_id=0)
 
