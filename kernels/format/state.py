@@ -196,9 +196,19 @@ class SiteState:
         return self.packed_k.shape[0]
 
     @property
+    def sinks(self) -> int:
+        """First tokens of a row that are never quantized."""
+        return self.sink_k.shape[2]
+
+    @property
     def blocks(self) -> int:
         """Packed blocks there is room for in each row."""
         return self.packed_k.shape[2]
+
+    @property
+    def tail_slots(self) -> int:
+        """Tokens the tail has room for."""
+        return self.tail_k.shape[2]
 
     @property
     def nbytes(self) -> int:

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import quantize_block
 from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append
 from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+from tests.kernels.storage_of import storage_of
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
@@ -55,7 +57,7 @@ def empty_state(layout: StateLayout, batch: int, length: int, dtype: torch.dtype
 
 
 def append_chunk(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor) -> None:
-    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent, layout.window)
+    append(Chunk(key=k, value=v, lengths=lengths, starts=starts), state, storage_of(layout))
 
 
 def append_in_chunks(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, cuts: list[int]) -> None:

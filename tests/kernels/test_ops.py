@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.storage_of import storage_of
 
 LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
 IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
@@ -26,7 +28,7 @@ def filled_state(layout: StateLayout = LAYOUT) -> tuple[SiteState, Tensor]:
     state = SiteState.allocate(layout, 2, 6, torch.float32)
     _, k, v = chunk(100)
     lengths, starts = torch.tensor([0, 0]), torch.tensor([0, 20])
-    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+    append(Chunk(key=k, value=v, lengths=lengths, starts=starts), state, storage_of(layout))
     return state, torch.tensor([100, 80])
 
 
@@ -60,9 +62,9 @@ def test_the_operators_are_the_reference(layout: StateLayout) -> None:
     torch.ops.kvmix.append.default(
         *(*inputs, *state.tensors(), layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     )
-    options = (layout.key, layout.value, layout.recent)
-    torch.testing.assert_close(attended, attend(q, *inputs, *other.tensors(), *options, Weighting(0.25, 5.0, 30)))
-    append(*inputs, *other.tensors(), *options)
+    records = Chunk(*inputs), other, storage_of(layout)
+    torch.testing.assert_close(attended, attend(q, *records, Weighting(0.25, 5.0, 30)))
+    append(*records)
     assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
 
 
