@@ -1,8 +1,9 @@
 """The operators a compiled graph calls: torch.ops.kvmix.append, attend and order_channels.
 
-A precision travels through a schema as the integers of Precision.as_ints. Devices without a kernel of their own run the
-reference; one that has its own registers it under the device's dispatch key. Whatever autocast is on, a state keeps its
-dtype: queries, keys and values are converted to it, and what is attended comes back in the dtype of the queries.
+Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
+the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
+registers it under the device's dispatch key. Whatever autocast is on, a state keeps its dtype: queries, keys and values
+are converted to it, and what is attended comes back in the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -41,6 +42,30 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def append_arguments(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[Any, ...]:
+    """What torch.ops.kvmix.append takes, in its order. In a graph nodes stand in the records for tensors."""
+    key, value = storage.key.as_ints(), storage.value.as_ints()
+    return *chunk, *state.tensors(), key, value, storage.recent, storage.window
+
+
+def attend_arguments(
+    query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What torch.ops.kvmix.attend takes: in its order what every model needs, and by name what few do. In a graph
+    nodes stand in the records for tensors.
+    """
+    key, value = storage.key.as_ints(), storage.value.as_ints()
+    stored = (query, *chunk, *state.tensors(), key, value, storage.recent)
+    extras: dict[str, Any] = {}
+    if weighting.attention_chunk:
+        extras["attention_chunk"] = weighting.attention_chunk
+    if weighting.sink_logits is not None:
+        extras["sink_logits"] = weighting.sink_logits
+    if weighting.slopes is not None:
+        extras["slopes"] = weighting.slopes
+    return (*stored, weighting.scale, weighting.softcap, weighting.sliding_window), extras
 
 
 def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Callable[..., None]:

@@ -12,8 +12,11 @@ from kvmix_compile.backend.layers import buffer_behind
 from kvmix_compile.backend.padding import MaskReader, padding
 from kvmix_compile.backend.storage import PackedCache, Place, belongs_to, give_back, given_back, place_of
 from kvmix_compile.errors import CacheError
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.capture.sizes import Size, size_reader
@@ -191,8 +194,9 @@ class StaticGraph:
                 key = key * powers_of_two(planned.key_exponents, -1, key)
             if planned.value_exponents:
                 value = value * powers_of_two(planned.value_exponents, -1, value)
-            formats = (planned.key.as_ints(), planned.value.as_ints(), layout.recent, layout.window)
-            torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
+            chunk = Chunk(key=key, value=value, lengths=cache.lengths, starts=starts)
+            storage = Storage(key=planned.key, value=planned.value, recent=layout.recent, window=layout.window)
+            torch.ops.kvmix.append(*append_arguments(chunk, state, storage))
         cache.advance(seen, starts)
 
     def _give_back(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:
