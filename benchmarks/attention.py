@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from benchmarks.errors import is_out_of_memory, one_line
 from kvmix_compile.evaluate.records import circumstances
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.ops import append_arguments, attend_arguments
+from kvmix_compile.kernels.weighting import Weighting
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,15 +140,16 @@ def operators(shape: Shape, q: Tensor) -> tuple[Runs, int]:
     k, v = (q[:, : shape.kv_heads].clone() for _ in range(2))
     lengths = torch.full((shape.batch,), shape.tokens, device=q.device)
     starts = torch.zeros_like(lengths)
-    inputs = (k, v, lengths, starts, *state.tensors())
+    storage = layout.storage
+    records = Chunk(key=k, value=v, lengths=lengths, starts=starts), state, storage
     # With a multiple of 32 tokens, sinks and recent ones the next token completes a block, and the one after it none.
-    next_inputs = (k, v, lengths + 1, starts, *state.tensors())
-    ints = (layout.key.as_ints(), layout.value.as_ints(), layout.recent)
-    scale = shape.head_dim**-0.5
+    next_records = Chunk(key=k, value=v, lengths=lengths + 1, starts=starts), state, storage
+    attended, _ = attend_arguments(q, *records, Weighting(shape.head_dim**-0.5))
+    appended, next_appended = append_arguments(*records), append_arguments(*next_records)
     runs = {
-        "attend": lambda: torch.ops.kvmix.attend.default(q, *inputs, *ints, scale, 0.0, 0),
-        "append": lambda: torch.ops.kvmix.append.default(*inputs, *ints),
-        "append_token": lambda: torch.ops.kvmix.append.default(*next_inputs, *ints),
+        "attend": lambda: torch.ops.kvmix.attend.default(*attended),
+        "append": lambda: torch.ops.kvmix.append.default(*appended),
+        "append_token": lambda: torch.ops.kvmix.append.default(*next_appended),
     }
     return runs, state.nbytes
 

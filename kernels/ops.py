@@ -1,8 +1,9 @@
 """The operators a compiled graph calls: torch.ops.kvmix.append, attend and order_channels.
 
-A precision travels through a schema as the integers of Precision.as_ints. Devices without a kernel of their own run the
-reference; one that has its own registers it under the device's dispatch key. Whatever autocast is on, a state keeps its
-dtype: queries, keys and values are converted to it, and what is attended comes back in the dtype of the queries.
+Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
+the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
+registers it under the device's dispatch key. Whatever autocast is on, a state keeps its dtype: queries, keys and values
+are converted to it, and what is attended comes back in the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu import dispatch
 from kvmix_compile.kernels.weighting import Weighting
 
@@ -40,57 +44,124 @@ _library.define(
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@lru_cache
-def _precision(*ints: int) -> Precision:
-    return Precision.from_ints(ints)
+def append_arguments(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[Any, ...]:
+    """What torch.ops.kvmix.append takes, in its order. In a graph nodes stand in the records for tensors."""
+    key, value = storage.key.as_ints(), storage.value.as_ints()
+    return *chunk, *state.tensors(), key, value, storage.recent, storage.window
+
+
+def attend_arguments(
+    query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What torch.ops.kvmix.attend takes: in its order what every model needs, and by name what few do. In a graph
+    nodes stand in the records for tensors.
+    """
+    key, value = storage.key.as_ints(), storage.value.as_ints()
+    stored = (query, *chunk, *state.tensors(), key, value, storage.recent)
+    extras: dict[str, Any] = {}
+    if weighting.attention_chunk:
+        extras["attention_chunk"] = weighting.attention_chunk
+    if weighting.sink_logits is not None:
+        extras["sink_logits"] = weighting.sink_logits
+    if weighting.slopes is not None:
+        extras["slopes"] = weighting.slopes
+    return (*stored, weighting.scale, weighting.softcap, weighting.sliding_window), extras
+
+
+def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Callable[..., None]:
+    """A kernel of append as an operator, which is called as its schema says."""
+
+    def operator(
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        sink_k: Tensor,
+        sink_v: Tensor,
+        packed_k: Tensor,
+        packed_v: Tensor,
+        tail_k: Tensor,
+        tail_v: Tensor,
+        key: list[int],
+        value: list[int],
+        recent: int,
+        window: int = 0,
+    ) -> None:
+        _without_autocast(
+            k.device,
+            kernel,
+            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
+            SiteState(sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, tail_k=tail_k, tail_v=tail_v),
+            _storage(tuple(key), tuple(value), recent, window),
+        )
+
+    return operator
+
+
+def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weighting], Tensor]) -> Callable[..., Tensor]:
+    """A kernel of attend as an operator, which is called as its schema says."""
+
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        sink_k: Tensor,
+        sink_v: Tensor,
+        packed_k: Tensor,
+        packed_v: Tensor,
+        tail_k: Tensor,
+        tail_v: Tensor,
+        key: list[int],
+        value: list[int],
+        recent: int,
+        scale: float,
+        softcap: float,
+        sliding_window: int,
+        attention_chunk: int = 0,
+        sink_logits: Tensor | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        weighting = _weighting(scale, softcap, sliding_window, attention_chunk)
+        if sink_logits is not None or slopes is not None:
+            weighting = replace(weighting, sink_logits=sink_logits, slopes=slopes)
+        attended = _without_autocast(
+            q.device,
+            kernel,
+            _as_stored(q, sink_k),
+            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
+            SiteState(sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, tail_k=tail_k, tail_v=tail_v),
+            _storage(tuple(key), tuple(value), recent, weighting.window),
+            weighting,
+        )
+        return _as_stored(attended, q)
+
+    return operator
+
+
+# Made for each site, not for each call: a decode step calls every site's operators for a single token.
+@lru_cache(maxsize=1024)
+def _storage(key: tuple[int, ...], value: tuple[int, ...], recent: int, window: int) -> Storage:
+    return Storage(key=Precision.from_ints(key), value=Precision.from_ints(value), recent=recent, window=window)
 
 
 @lru_cache
-def _weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int = 0) -> Weighting:
-    return Weighting(scale, softcap, sliding_window, attention_chunk)
+def _weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int) -> Weighting:
+    return Weighting(scale=scale, softcap=softcap, sliding_window=sliding_window, attention_chunk=attention_chunk)
 
 
-def _append_operator(kernel: Callable[..., None]) -> Callable[..., None]:
-    """A kernel of append as an operator, to which precisions come as integers."""
-
-    def operator(*arguments: Any) -> None:
-        key, value, *numbers = arguments[10:]
-        stored = (_stored_as(arguments[4], tensor) for tensor in arguments[:2])
-        kernel(*stored, *arguments[2:10], _precision(*key), _precision(*value), *numbers)
-
-    return _without_autocast(operator)
+def _as_stored(tensor: Tensor, stored: Tensor) -> Tensor:
+    """In the dtype of what is stored."""
+    return tensor if tensor.dtype == stored.dtype else tensor.to(stored.dtype)
 
 
-def _attend_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel of attend as an operator, to which precisions come as integers and the weighting in pieces."""
-
-    def operator(*arguments: Any) -> Tensor:
-        key, value, recent, *numbers = arguments[11:18]
-        weighting = _weighting(*numbers)
-        if any(by_head is not None for by_head in arguments[18:]):
-            weighting = replace(weighting, **dict(zip(("sink_logits", "slopes"), arguments[18:], strict=False)))
-        stored = (_stored_as(arguments[5], tensor) for tensor in arguments[:3])
-        attended = kernel(*stored, *arguments[3:11], _precision(*key), _precision(*value), recent, weighting)
-        return _stored_as(arguments[0], attended)
-
-    return _without_autocast(operator)
-
-
-def _stored_as(other: Tensor, tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
-
-
-def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(device: torch.device, kernel: Callable[..., Any], *records: Any) -> Any:
     """Autocast is about what a model computes: what a kernel is made of computes in the dtypes that it asks for."""
-
-    def called(*arguments: Any) -> Any:
-        device = arguments[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return operator(*arguments)
-        with torch.autocast(device, enabled=False):
-            return operator(*arguments)
-
-    return called
+    if not torch.is_autocast_enabled(device.type):
+        return kernel(*records)
+    with torch.autocast(device.type, enabled=False):
+        return kernel(*records)
 
 
 def _order_channels(x: Tensor, order: Tensor) -> Tensor:

@@ -1,11 +1,7 @@
 """append and attend in plain PyTorch: the specification every other kernel is held to, and the CPU's way of running.
 
-Shapes: B rows, H heads of keys and values, Hq query heads (a multiple of H), M new tokens.
-- q [B, Hq, M, key_dim], k [B, H, M, key_dim], v [B, H, M, value_dim]: any strides.
-- lengths int64 [B]: tokens each row holds already.
-- starts int64 [B]: the padding tokens a row's chunk begins with, 0 to M; token j >= start is the row's token number
-  length + j - start.
-- the six tensors of a SiteState (state.py).
+Shapes: those of Chunk (chunk.py) and of SiteState (format/state.py), for B rows, H heads of keys and values and M new
+tokens; a query is [B, Hq, M, key_dim] with any strides, Hq a multiple of H.
 No gradient flows through either operation.
 Rows never see each other. Neighbouring rows of one length and start are worked on together.
 """
@@ -20,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import dequantize_into, quantize_block
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
-from kvmix_compile.kernels.format.state import packed_blocks, required_blocks
+from kvmix_compile.kernels.format.state import SiteState, packed_blocks, required_blocks
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 
 # Elements of the largest temporary with a query and a key dimension: 256 MB in float32.
@@ -76,66 +74,32 @@ class _Side:
 
 
 @torch.no_grad()
-def append(
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
-    window: int = 0,
-) -> None:
+def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """Writes a chunk's keys and values into the state, in place, packing the blocks that are recent no more.
 
-    lengths are those before the chunk and are left as they are. Shapes: see the head of this file.
-    window: the most tokens that one attends to, itself included; 0: all. Blocks of earlier ones may be overwritten.
+    The chunk's lengths are those before it and are left as they are.
     Raises KVMixError, with nothing written, where the packed blocks have no room.
     """
-    keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
-    values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
-    groups = list(_row_groups(lengths, starts))
-    longest = max((group.length + k.shape[2] - group.start for group in groups), default=0)
-    _check_room(longest, keys, window)
+    keys, values = _sides(chunk, state, storage)
+    groups = list(_row_groups(chunk))
+    longest = max((group.length + chunk.key.shape[2] - group.start for group in groups), default=0)
+    _check_room(longest, state, storage)
     for group in groups:
         _append_rows(keys.of(group), group.length)
         _append_rows(values.of(group), group.length)
 
 
 @torch.no_grad()
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
-    weighting: Weighting,
-) -> Tensor:
+def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
     """Causal attention of a chunk's queries to the past as stored and to the chunk itself in full precision.
 
-    Returns [B, Hq, M, value_dim] in q's dtype, contiguous; zeros for padding. Shapes: see the head of this file.
+    Returns [B, Hq, M, value_dim] in the query's dtype, contiguous; zeros for padding.
     """
-    keys = _Side(k, sink_k, packed_k, tail_k, key, Axis.TOKENS, recent)
-    values = _Side(v, sink_v, packed_v, tail_v, value, Axis.CHANNELS, recent)
+    keys, values = _sides(chunk, state, storage)
     outputs = []
-    _check_room(max(lengths.tolist(), default=0), keys, weighting.window)
-    for group in _row_groups(lengths, starts):
-        queries = q[group.rows, :, group.start :]
+    _check_room(max(chunk.lengths.tolist(), default=0), state, storage)
+    for group in _row_groups(chunk):
+        queries = query[group.rows, :, group.start :]
         its_weighting = weighting.of_length(group.length + queries.shape[2])
         first = its_weighting.first_visible(group.length)
         if queries.shape[2]:
@@ -143,24 +107,47 @@ def attend(
             all_values = _history(values.of(group), first, group.length)
             attended = _causal_attention(queries, all_keys, all_values, first, its_weighting)
         else:
-            attended = queries.new_empty(*queries.shape[:-1], v.shape[-1])
+            attended = queries.new_empty(*queries.shape[:-1], chunk.value.shape[-1])
         outputs.append(F.pad(attended, (0, 0, group.start, 0)) if group.start else attended)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).contiguous()
 
 
-def _row_groups(lengths: Tensor, starts: Tensor) -> Iterator[_RowGroup]:
+def _sides(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[_Side, _Side]:
+    keys = _Side(
+        chunk=chunk.key,
+        sink=state.sink_k,
+        packed=state.packed_k,
+        tail=state.tail_k,
+        precision=storage.key,
+        axis=Axis.TOKENS,
+        recent=storage.recent,
+    )
+    values = _Side(
+        chunk=chunk.value,
+        sink=state.sink_v,
+        packed=state.packed_v,
+        tail=state.tail_v,
+        precision=storage.value,
+        axis=Axis.CHANNELS,
+        recent=storage.recent,
+    )
+    return keys, values
+
+
+def _row_groups(chunk: Chunk) -> Iterator[_RowGroup]:
     begin = 0
-    for (length, start), members in groupby(zip(lengths.tolist(), starts.tolist(), strict=True)):
+    for (length, start), members in groupby(zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True)):
         end = begin + sum(1 for _ in members)
         yield _RowGroup(slice(begin, end), length, start)
         begin = end
 
 
-def _check_room(length: int, side: _Side, window: int) -> None:
-    needed, room = required_blocks(length, side.sinks, side.recent, window), side.packed.shape[2]
-    if needed > room:
+def _check_room(length: int, state: SiteState, storage: Storage) -> None:
+    needed = required_blocks(length, state.sinks, storage.recent, storage.window)
+    if needed > state.blocks:
         raise KVMixError(
-            f"{length} tokens need room for {needed} packed blocks and the state has room for {room}: grow it first"
+            f"{length} tokens need room for {needed} packed blocks and the state has room for {state.blocks}: "
+            "grow it first"
         )
 
 

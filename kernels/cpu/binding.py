@@ -7,121 +7,97 @@ library.
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.cpu.interface import (
+    ELEMENTS,
+    Attention,
+    BlockFormat,
+    Part,
+    Shape,
+    Side,
+)
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.format.precision import QUARTERS, Precision
-from kvmix_compile.kernels.format.state import packed_blocks, required_blocks
+from kvmix_compile.kernels.format.state import SiteState, packed_blocks, required_blocks
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
-
-# As cpu.cpp numbers them.
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# Its structures: a Shape and two Sides make AppendArguments, and the beginning of AttendArguments.
-SHAPE_AND_SIDES = struct.Struct("=10q 21q 21q")
-ATTEND_ONLY = struct.Struct("=12q 2d")
 
 _NOTHING = torch.empty(0)
 
 
-def append(
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
-    window: int = 0,
-) -> None:
+def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append, byte for byte."""
     loaded = library()
-    state = sink_k, sink_v, packed_k, packed_v, tail_k, tail_v
-    served = _served(k, v, lengths, starts, state)
-    if loaded is None or not served or _packs(k, lengths, starts, sink_k, packed_k, recent, window):
-        reference.append(k, v, lengths, starts, *state, key, value, recent, window)
+    if loaded is None or not _served(chunk, state) or _packs(chunk, state, storage):
+        reference.append(chunk, state, storage)
         return
-    k, v = _with_rows(k), _with_rows(v)
-    loaded.copy_tokens(_shape_and_sides(k, v, lengths, starts, state, key, value, recent))
+    chunk = _with_rows(chunk)
+    loaded.copy_tokens(_shape(chunk, state, storage), _key_side(chunk, state), _value_side(chunk, state))
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
-    weighting: Weighting,
-) -> Tensor:
+def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
     """As reference.attend, but for rounding. Its result depends neither on the number of threads nor on other rows."""
     loaded = library()
-    state = sink_k, sink_v, packed_k, packed_v, tail_k, tail_v
-    rows, query_heads, tokens, _ = q.shape
-    longest = max(lengths.tolist(), default=0)
+    rows, query_heads, tokens, _ = query.shape
+    longest = max(chunk.lengths.tolist(), default=0)
     is_prompt = tokens > 1 and longest == 0
     # Nothing is read beyond a state's end, whatever a row's length is said to be.
-    fits = required_blocks(longest, sink_k.shape[2], recent, weighting.window) <= packed_k.shape[2]
-    served = fits and q.dtype == k.dtype and _served(k, v, lengths, starts, state)
+    fits = required_blocks(longest, state.sinks, storage.recent, storage.window) <= state.blocks
+    served = fits and query.dtype == chunk.key.dtype and _served(chunk, state)
     if loaded is None or is_prompt or not served:
-        return reference.attend(q, k, v, lengths, starts, *state, key, value, recent, weighting)
-    q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
-    output = q.new_empty(rows, query_heads, tokens, v.shape[3], dtype=torch.float32)
-    row_stride, head_stride, token_stride, _ = q.stride()
-    # Held until the call is over: they may be copies.
+        return reference.attend(query, chunk, state, storage, weighting)
+    # All tensors are held until the call is over: some may be copies, of which it is given the addresses alone.
+    query, chunk = query if query.stride()[3] == 1 else query.contiguous(), _with_rows(chunk)
     sink_logits, slopes = _by_head(weighting.sink_logits), _by_head(weighting.slopes)
-    loaded.attend(
-        _shape_and_sides(k, v, lengths, starts, state, key, value, recent)
-        + ATTEND_ONLY.pack(
-            *(q.data_ptr(), row_stride, head_stride, token_stride, output.data_ptr()),
-            *(query_heads // k.shape[1], weighting.sliding_window, weighting.attention_chunk),
-            *(sink_logits.data_ptr(), slopes.data_ptr()),
-            *(torch.get_num_threads(), loaded.parallel, weighting.scale, weighting.softcap),
-        )
+    output = query.new_empty(rows, query_heads, tokens, chunk.value.shape[3], dtype=torch.float32)
+    row_stride, head_stride, token_stride, _ = query.stride()
+    attention = Attention(
+        query=query.data_ptr(),
+        row_stride=row_stride,
+        head_stride=head_stride,
+        token_stride=token_stride,
+        shared=query_heads // chunk.key.shape[1],
+        output=output.data_ptr(),
+        scale=weighting.scale,
+        softcap=weighting.softcap,
+        sliding_window=weighting.sliding_window,
+        attention_chunk=weighting.attention_chunk,
+        sink_logits=sink_logits.data_ptr(),
+        slopes=slopes.data_ptr(),
+        threads=torch.get_num_threads(),
+        parallel=loaded.parallel,
     )
-    if q.dtype == torch.float16:
+    key, value = _key_side(chunk, state), _value_side(chunk, state)
+    formats = _block_formats(storage, key.dim, value.dim, query.element_size())
+    loaded.attend(_shape(chunk, state, storage), key, value, *formats, attention)
+    if query.dtype == torch.float16:
         # Rounded scales can lead a little beyond what is finite in half precision.
         output.clamp_(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
-    return output.to(q.dtype)
+    return output.to(query.dtype)
 
 
-def _served(k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor, state: tuple[Tensor, ...]) -> bool:
-    sink_k, sink_v, _, _, tail_k, tail_v = state
-    dtype = k.dtype
+def _served(chunk: Chunk, state: SiteState) -> bool:
+    dtype = chunk.key.dtype
     return (
         dtype in ELEMENTS
-        and v.dtype == sink_k.dtype == sink_v.dtype == tail_k.dtype == tail_v.dtype == dtype
-        and all(map(Tensor.is_contiguous, (lengths, starts, *state)))
+        and chunk.value.dtype == state.sink_k.dtype == state.sink_v.dtype == dtype
+        and state.tail_k.dtype == state.tail_v.dtype == dtype
+        and all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts, *state.tensors())))
     )
 
 
-def _packs(
-    k: Tensor, lengths: Tensor, starts: Tensor, sink_k: Tensor, packed_k: Tensor, recent: int, window: int
-) -> bool:
+def _packs(chunk: Chunk, state: SiteState, storage: Storage) -> bool:
     """Whether the chunk completes a block, or leaves the state with more of them than it has room for."""
-    tokens, sinks, room = k.shape[2], sink_k.shape[2], packed_k.shape[2]
-    for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
+    tokens, sinks, recent, room = chunk.key.shape[2], state.sinks, storage.recent, state.blocks
+    for length, start in zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True):
         end = length + tokens - start
-        if required_blocks(end, sinks, recent, window) > room:
+        if required_blocks(end, sinks, recent, storage.window) > room:
             return True
         if packed_blocks(end, sinks, recent) > packed_blocks(length, sinks, recent):
             return True
@@ -133,40 +109,64 @@ def _by_head(numbers: Tensor | None) -> Tensor:
     return _NOTHING if numbers is None else numbers.float().contiguous()
 
 
-def _with_rows(tensor: Tensor) -> Tensor:
+def _with_rows(chunk: Chunk) -> Chunk:
     """The same elements, those of a row's channels side by side."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    if chunk.key.stride()[3] == chunk.value.stride()[3] == 1:
+        return chunk
+    return chunk._replace(key=chunk.key.contiguous(), value=chunk.value.contiguous())
 
 
-@lru_cache
-def _format(precision: Precision, dim: int, itemsize: int) -> tuple[int, ...]:
-    parts = [number for part in precision.parts(dim) for number in (part.channels, part.precision.bits)]
-    return (
-        *(dim, precision.bits, precision.group, precision.scale_bits, precision.block_bytes(dim, itemsize)),
-        *(len(parts) // 2, *parts, *[0] * (2 * QUARTERS - len(parts))),
+def _shape(chunk: Chunk, state: SiteState, storage: Storage) -> Shape:
+    rows, heads, tokens, _ = chunk.key.shape
+    return Shape(
+        lengths=chunk.lengths.data_ptr(),
+        starts=chunk.starts.data_ptr(),
+        element=ELEMENTS[chunk.key.dtype],
+        rows=rows,
+        heads=heads,
+        tokens=tokens,
+        sinks=state.sinks,
+        room=state.blocks,
+        slots=state.tail_slots,
+        recent=storage.recent,
     )
 
 
-def _shape_and_sides(
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    state: tuple[Tensor, ...],
-    key: Precision,
-    value: Precision,
-    recent: int,
-) -> bytes:
-    sink_k, sink_v, packed_k, packed_v, tail_k, tail_v = state
-    rows, heads, tokens, key_dim = k.shape
-    key_row_stride, key_head_stride, key_token_stride, _ = k.stride()
-    value_row_stride, value_head_stride, value_token_stride, _ = v.stride()
-    itemsize = k.element_size()
-    return SHAPE_AND_SIDES.pack(
-        *(lengths.data_ptr(), starts.data_ptr(), ELEMENTS[k.dtype], rows, heads, tokens),
-        *(sink_k.shape[2], packed_k.shape[2], tail_k.shape[2], recent),
-        *(k.data_ptr(), key_row_stride, key_head_stride, key_token_stride),
-        *(sink_k.data_ptr(), packed_k.data_ptr(), tail_k.data_ptr(), *_format(key, key_dim, itemsize)),
-        *(v.data_ptr(), value_row_stride, value_head_stride, value_token_stride),
-        *(sink_v.data_ptr(), packed_v.data_ptr(), tail_v.data_ptr(), *_format(value, v.shape[3], itemsize)),
+def _key_side(chunk: Chunk, state: SiteState) -> Side:
+    return _side(chunk.key, state.sink_k, state.packed_k, state.tail_k)
+
+
+def _value_side(chunk: Chunk, state: SiteState) -> Side:
+    return _side(chunk.value, state.sink_v, state.packed_v, state.tail_v)
+
+
+def _side(chunk: Tensor, sink: Tensor, packed: Tensor, tail: Tensor) -> Side:
+    row_stride, head_stride, token_stride, _ = chunk.stride()
+    return Side(
+        chunk=chunk.data_ptr(),
+        row_stride=row_stride,
+        head_stride=head_stride,
+        token_stride=token_stride,
+        dim=chunk.shape[3],
+        sink=sink.data_ptr(),
+        packed=packed.data_ptr(),
+        tail=tail.data_ptr(),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _block_formats(storage: Storage, key_dim: int, value_dim: int, itemsize: int) -> tuple[BlockFormat, BlockFormat]:
+    """Of the keys and of the values."""
+    return _block_format(storage.key, key_dim, itemsize), _block_format(storage.value, value_dim, itemsize)
+
+
+def _block_format(precision: Precision, dim: int, itemsize: int) -> BlockFormat:
+    parts = [Part(channels=part.channels, bits=part.precision.bits) for part in precision.parts(dim)]
+    return BlockFormat(
+        bits=precision.bits,
+        group=precision.group,
+        scale_bits=precision.scale_bits,
+        block_bytes=precision.block_bytes(dim, itemsize),
+        part_count=len(parts),
+        parts=(Part * QUARTERS)(*parts),
     )

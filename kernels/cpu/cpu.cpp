@@ -152,16 +152,18 @@ void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
 
 }  // namespace
 
-extern "C" void kvmix_attend(const AttendArguments* arguments) {
-    switch (arguments->shape.element) {
-        case FLOAT32: attend<float>(*arguments); break;
-        case BFLOAT16: attend<Bfloat16>(*arguments); break;
-        case FLOAT16: attend<Float16>(*arguments); break;
+extern "C" void kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
+                             const BlockFormat* value_format, const Attention* attention) {
+    AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
+    switch (shape->element) {
+        case FLOAT32: attend<float>(arguments); break;
+        case BFLOAT16: attend<Bfloat16>(arguments); break;
+        case FLOAT16: attend<Float16>(arguments); break;
     }
 }
 
-extern "C" void kvmix_copy_tokens(const AppendArguments* arguments) {
-    int64_t size = arguments->shape.element == FLOAT32 ? 4 : 2;
-    copy_tokens(arguments->shape, arguments->key, size);
-    copy_tokens(arguments->shape, arguments->value, size);
+extern "C" void kvmix_copy_tokens(const Shape* shape, const Side* key, const Side* value) {
+    int64_t size = shape->element == FLOAT32 ? 4 : 2;
+    copy_tokens(*shape, *key, size);
+    copy_tokens(*shape, *value, size);
 }

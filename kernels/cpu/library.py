@@ -14,8 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from kvmix_compile.kernels.cpu.interface import Attention, BlockFormat, Shape, Side, check
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 SWITCH = "KVMIX_CPU_KERNELS"
@@ -32,14 +35,14 @@ COMPILE_SECONDS = 300
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of cpu.cpp, each called with the bytes of its arguments.
+    """The functions of cpu.cpp.
 
     parallel: the address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, so that no second set of threads
         competes with PyTorch's; 0 where that runtime has no such function, and one thread must do.
     """
 
-    attend: Callable[[bytes], None]
-    copy_tokens: Callable[[bytes], None]
+    attend: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Attention], None]
+    copy_tokens: Callable[[Shape, Side, Side], None]
     parallel: int
 
 
@@ -67,12 +70,22 @@ def library() -> Library | None:
 
 
 def load(file: Path) -> Library:
-    """Raises OSError where the file is none that this machine can run."""
+    """Raises OSError where the file is none that this machine can run, and InterfaceError where it takes other
+    structures than those of interface.py.
+    """
     loaded = ctypes.CDLL(str(file))
-    functions = loaded.kvmix_attend, loaded.kvmix_copy_tokens
-    for function in functions:
-        function.argtypes, function.restype = [ctypes.c_char_p], None
-    return Library(*functions, parallel=_parallel_address())
+    check(loaded)
+    return Library(
+        attend=_taking(loaded.kvmix_attend, Shape, Side, Side, BlockFormat, BlockFormat, Attention),
+        copy_tokens=_taking(loaded.kvmix_copy_tokens, Shape, Side, Side),
+        parallel=_parallel_address(),
+    )
+
+
+def _taking(function: Any, *structures: type[ctypes.Structure]) -> Any:
+    """The function, which takes such structures by address, and none in the place of another."""
+    function.argtypes, function.restype = [ctypes.POINTER(structure) for structure in structures], None
+    return function
 
 
 def cache_folder() -> Path:

@@ -1,52 +1,17 @@
-// What the kernels are given, and where a row's tokens lie (state.py).
+// Where a row's tokens lie (state.py), and how they are read.
 
 #pragma once
 
+#include "interface.h"
 #include "packing.h"
 
 namespace {
 
-enum ElementType : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-// Laid out as cpu.py packs them: every member has eight bytes.
-
-// Channels that are stored with so many bits (Part of precision.py).
-struct Part {
-    int64_t channels, bits;
-};
-
-// The keys or the values: a chunk, strides in elements, and the state's contiguous tensors.
-struct Side {
-    const void* chunk;
-    int64_t row_stride, head_stride, token_stride;
-    void* sink;
-    const uint8_t* packed;
-    void* tail;
-    int64_t dim, bits, group, scale_bits, block_bytes, part_count;
-    Part parts[4];  // of a block, in order
-};
-
-struct Shape {
-    const int64_t *lengths, *starts;
-    int64_t element, rows, heads, tokens, sinks, room, slots, recent;
-};
-
-struct AttendArguments {
-    Shape shape;
-    Side key, value;
-    const void* q;
-    int64_t row_stride, head_stride, token_stride;
-    float* output;  // [rows, heads * shared, tokens, value.dim]
-    int64_t shared, sliding_window, attention_chunk;
-    const float *sink_logits, *slopes;  // [heads * shared], or null
-    int64_t threads;
-    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of PyTorch's OpenMP runtime
-    double scale, softcap;
-};
-
-struct AppendArguments {
-    Shape shape;
-    Side key, value;
+// What a call of attend is given.
+struct AttendArguments : Attention {
+    const Shape& shape;
+    const Side &key, &value;
+    const BlockFormat &key_format, &value_format;
 };
 
 // Where a row's tokens lie (state.py), in tiles of 32 tokens: sinks, packed blocks, and what follows these.
@@ -84,10 +49,10 @@ struct Reader {
     const Row& row;
     int64_t row_index, head;
 
-    const uint8_t* block(const Side& side, int64_t block) const {
+    const uint8_t* block(const Side& side, const BlockFormat& format, int64_t block) const {
         const Shape& shape = arguments.shape;
         int64_t place = block % shape.room;  // a block's own, unless a window's later blocks took it
-        return side.packed + ((row_index * shape.heads + head) * shape.room + place) * side.block_bytes;
+        return side.packed + ((row_index * shape.heads + head) * shape.room + place) * format.block_bytes;
     }
 
     const Element* element(const Side& side, int64_t token) const {
@@ -103,11 +68,12 @@ struct Reader {
     }
 
     // Unquantized tokens of a tile to [32][stride], zeros where there is none.
-    void rows(const Side& side, int64_t tile, float* to, int64_t stride) const {
+    void rows(const Side& side, const BlockFormat& format, int64_t tile, float* to, int64_t stride) const {
         int64_t first = row.first(tile), count = row.last(tile) - first, packed = row.block(tile);
         for (int64_t i = 0; i < count; i++) {
-            const Element* from = packed < 0 ? element(side, first + i)
-                                             : reinterpret_cast<const Element*>(block(side, packed)) + i * side.dim;
+            const Element* from =
+                packed < 0 ? element(side, first + i)
+                           : reinterpret_cast<const Element*>(block(side, format, packed)) + i * side.dim;
             for (int64_t channel = 0; channel < side.dim; channel += LANES)
                 store(to + i * stride + channel, load_first(from + channel, side.dim - channel));
         }

@@ -77,6 +77,7 @@ template <class Element>
 class Task {
     const AttendArguments& arguments;
     const Side &key, &value;
+    const BlockFormat &key_format, &value_format;
     Scratch& scratch;
     Row row;
     Reader<Element> reader;
@@ -86,7 +87,8 @@ class Task {
 
   public:
     Task(const AttendArguments& arguments, Scratch& scratch, int64_t row_index, int64_t head, int64_t first_query)
-        : arguments(arguments), key(arguments.key), value(arguments.value), scratch(scratch),
+        : arguments(arguments), key(arguments.key), value(arguments.value), key_format(arguments.key_format),
+          value_format(arguments.value_format), scratch(scratch),
           row(arguments.shape, row_index), reader{arguments, row, row_index, head}, row_index(row_index), head(head),
           first_query(first_query), key_stride(round_up(key.dim, LANES)), value_stride(round_up(value.dim, LANES)),
           folded_stride(key_stride + LANES) {
@@ -140,7 +142,7 @@ class Task {
         float factor = arguments.scale * (arguments.softcap ? 1 / arguments.softcap : 1) * LOG2_E;
         for (int64_t query = 0; query < queries; query++) {
             int64_t token = row.start + (first_query + query) / arguments.shared;
-            const Element* from = static_cast<const Element*>(arguments.q) + row_index * arguments.row_stride +
+            const Element* from = static_cast<const Element*>(arguments.query) + row_index * arguments.row_stride +
                                   query_head(query) * arguments.head_stride + token * arguments.token_stride;
             float* to = scratch.q + query * key_stride;
             for (int64_t channel = 0; channel < key.dim; channel += LANES)
@@ -153,31 +155,31 @@ class Task {
             scratch.sums[query * LANES] = 1;
         }
         memset(scratch.attended, 0, queries * value_stride * sizeof(float));
-        if (is_folded(value)) memset(scratch.zero_sums, 0, queries * value_stride * sizeof(float));
+        if (is_folded(value_format)) memset(scratch.zero_sums, 0, queries * value_stride * sizeof(float));
     }
 
-    bool is_folded(const Side& side) const {
-        return side.bits < 16 && queries <= FOLDED_QUERIES && side.group % LANES == 0;
+    bool is_folded(const BlockFormat& format) const {
+        return format.bits < 16 && queries <= FOLDED_QUERIES && format.group % LANES == 0;
     }
 
     void score_tile(int64_t tile) {
         int64_t block = row.block(tile);
-        if (block < 0 || key.bits == 16)
+        if (block < 0 || key_format.bits == 16)
             read_keys(tile);
         else
-            unpack_block(reader.block(key, block));
-        if (block < 0 || !is_folded(key)) {
+            unpack_block(reader.block(key, key_format, block));
+        if (block < 0 || !is_folded(key_format)) {
             score_queries(scratch.keys, key.dim, scratch.q, key_stride, queries, BLOCK, NOTHING, scratch.weights);
             return;
         }
-        for (int64_t group = 0, token = 0; token < BLOCK; group++, token += key.group)
+        for (int64_t group = 0, token = 0; token < BLOCK; group++, token += key_format.group)
             score_queries(scratch.codes + token, key.dim, scratch.folded + group * FOLDED_QUERIES * folded_stride,
-                          folded_stride, queries, key.group, scratch.offsets + group * FOLDED_QUERIES,
+                          folded_stride, queries, key_format.group, scratch.offsets + group * FOLDED_QUERIES,
                           scratch.weights + token);
     }
 
     void read_keys(int64_t tile) {
-        reader.rows(key, tile, scratch.rows, key_stride);
+        reader.rows(key, key_format, tile, scratch.rows, key_stride);
         for (int token = 0; token < BLOCK; token += LANES)
             for (int64_t channel = 0; channel < key_stride; channel += LANES)
                 transpose<Floats, LANES>(scratch.rows + token * key_stride + channel, key_stride,
@@ -185,15 +187,16 @@ class Task {
     }
 
     void unpack_block(const uint8_t* packed) {
-        int64_t groups = BLOCK / key.group, first = 0;
-        for (const Part* part = key.parts; part < key.parts + key.part_count; first += part->channels, part++) {
+        int64_t groups = BLOCK / key_format.group, first = 0;
+        const Part* end = key_format.parts + key_format.part_count;
+        for (const Part* part = key_format.parts; part < end; first += part->channels, part++) {
             int64_t bits = part->bits, dim = part->channels;
             unpack_keys(packed, bits, dim, scratch.codes + first * BLOCK, scratch.high, scratch.turned);
             packed += BLOCK * dim * bits / 8;
-            packed += read_metadata(packed, groups * dim, key.scale_bits, scratch.scales, scratch.zero_points);
+            packed += read_metadata(packed, groups * dim, key_format.scale_bits, scratch.scales, scratch.zero_points);
             for (int64_t group = 0; group < groups; group++) {
                 const float *scales = scratch.scales + group * dim, *zero_points = scratch.zero_points + group * dim;
-                if (is_folded(key))
+                if (is_folded(key_format))
                     fold(scales, zero_points, group, first, dim);
                 else
                     dequantize_keys(scales, zero_points, group, first, dim);
@@ -203,8 +206,9 @@ class Task {
 
     void dequantize_keys(const float* scales, const float* zero_points, int64_t group, int64_t first, int64_t dim) {
         for (int64_t channel = 0; channel < dim; channel++) {
-            int64_t place = (first + channel) * BLOCK + group * key.group;
-            dequantize(scratch.codes + place, key.group, scales[channel], zero_points[channel], scratch.keys + place);
+            int64_t place = (first + channel) * BLOCK + group * key_format.group;
+            dequantize(scratch.codes + place, key_format.group, scales[channel], zero_points[channel],
+                       scratch.keys + place);
         }
     }
 
@@ -293,31 +297,31 @@ class Task {
 
     void weigh_tile(int64_t tile) {
         int64_t block = row.block(tile);
-        if (block < 0 || value.bits == 16) {
-            reader.rows(value, tile, scratch.values, value_stride);
+        if (block < 0 || value_format.bits == 16) {
+            reader.rows(value, value_format, tile, scratch.values, value_stride);
         } else {
-            const uint8_t* packed = reader.block(value, block);
-            int64_t groups = value.dim / value.group;
+            const uint8_t* packed = reader.block(value, value_format, block);
+            int64_t groups = value.dim / value_format.group;
             ValueLayout layout =
-                unpack_values(packed, value.bits, value.dim, scratch.codes, scratch.high, scratch.turned);
-            read_turned_metadata(packed + BLOCK * value.dim * value.bits / 8, groups, value.scale_bits, scratch.turned,
-                                 scratch.scales, scratch.zero_points);
-            if (is_folded(value)) {
+                unpack_values(packed, value_format.bits, value.dim, scratch.codes, scratch.high, scratch.turned);
+            read_turned_metadata(packed + BLOCK * value.dim * value_format.bits / 8, groups, value_format.scale_bits,
+                                 scratch.turned, scratch.scales, scratch.zero_points);
+            if (is_folded(value_format)) {
                 weigh_folded(groups, layout);
                 return;
             }
             dequantize_values(layout);
         }
-        if (is_folded(value)) rescale_zero_sums();
+        if (is_folded(value_format)) rescale_zero_sums();
         weigh_queries(scratch.values, ValueLayout{value_stride, value_stride, 0}, 0, value_stride, scratch.weights,
                       queries, scratch.correction, scratch.attended, value_stride);
     }
 
     void dequantize_values(const ValueLayout& layout) {
-        int64_t step = std::gcd(value.group, layout.slice);
+        int64_t step = std::gcd(value_format.group, layout.slice);
         for (int64_t channel = 0; channel < value.dim; channel += step) {
-            const float* scales = scratch.scales + channel / value.group * BLOCK;
-            const float* zero_points = scratch.zero_points + channel / value.group * BLOCK;
+            const float* scales = scratch.scales + channel / value_format.group * BLOCK;
+            const float* zero_points = scratch.zero_points + channel / value_format.group * BLOCK;
             const uint8_t* codes = scratch.codes + layout.place(channel);
             for (int token = 0; token < BLOCK; token++)
                 dequantize(codes + token * layout.token_stride, step, scales[token], zero_points[token],
@@ -326,7 +330,7 @@ class Task {
     }
 
     void rescale_zero_sums() {
-        int64_t count = value.dim / value.group * LANES;
+        int64_t count = value.dim / value_format.group * LANES;
         for (int64_t query = 0; query < queries; query++) {
             float *sums = scratch.zero_sums + query * count, correction = scratch.correction[query];
             for (int64_t i = 0; i < count; i += LANES) store(sums + i, load_floats(sums + i) * correction);
@@ -347,20 +351,20 @@ class Task {
                 }
                 store(place, zero_sum);
             }
-            weigh_queries(scratch.codes, layout, group * value.group, (group + 1) * value.group,
+            weigh_queries(scratch.codes, layout, group * value_format.group, (group + 1) * value_format.group,
                           scratch.folded_weights, queries, scratch.correction, scratch.attended, value_stride);
         }
     }
 
     // The zero points' share of the values, which all channels of a group have in common.
     void finish() {
-        if (!is_folded(value)) return;
-        int64_t groups = value.dim / value.group;
+        if (!is_folded(value_format)) return;
+        int64_t groups = value.dim / value_format.group;
         for (int64_t query = 0; query < queries; query++) {
             for (int64_t group = 0; group < groups; group++) {
                 float zero_sum = sum(load_floats(scratch.zero_sums + (query * groups + group) * LANES));
-                float* attended = scratch.attended + query * value_stride + group * value.group;
-                for (int64_t channel = 0; channel < value.group; channel++) attended[channel] += zero_sum;
+                float* attended = scratch.attended + query * value_stride + group * value_format.group;
+                for (int64_t channel = 0; channel < value_format.group; channel++) attended[channel] += zero_sum;
             }
         }
     }

@@ -16,6 +16,7 @@ function of the tokens alone, not of the chunks they came in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.format.storage import Storage
 
 Length = TypeVar("Length", int, Tensor)
 
@@ -103,6 +105,11 @@ class StateLayout:
             raise KVMixError(
                 f"sinks ({self.sinks}), rollback ({self.rollback}) and window ({self.window}) cannot be negative"
             )
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What kernels are told of it, beside the state's tensors."""
+        return Storage(key=self.key, value=self.value, recent=self.recent, window=self.window)
 
     @property
     def tail_slots(self) -> int:
@@ -196,9 +203,19 @@ class SiteState:
         return self.packed_k.shape[0]
 
     @property
+    def sinks(self) -> int:
+        """First tokens of a row that are never quantized."""
+        return self.sink_k.shape[2]
+
+    @property
     def blocks(self) -> int:
         """Packed blocks there is room for in each row."""
         return self.packed_k.shape[2]
+
+    @property
+    def tail_slots(self) -> int:
+        """Tokens the tail has room for."""
+        return self.tail_k.shape[2]
 
     @property
     def nbytes(self) -> int:

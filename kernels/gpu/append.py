@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.packing import (
     FLOAT16_MAX,
     KEYS_KEPT_RANGE,
@@ -29,6 +29,8 @@ from kvmix_compile.kernels.format.packing import (
     SMALLEST_SCALE,
 )
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu.unpack import BlockFormat, exact_log2, load_metadata, nibble_step, part_of
 
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
@@ -460,44 +462,30 @@ def _rounded(numbers, most):
 
 
 @torch.no_grad()
-def append(
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
-    window: int = 0,
-) -> None:
+def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append, for contiguous state tensors; never waits for the device.
 
     Lengths are not known to the host, so that a row without room for a block cannot be refused: such a block is not
     written. SiteState.grow makes room before.
     """
-    rows, heads, tokens, key_dim = k.shape
-    value_dim = v.shape[3]
+    key, value = chunk.key, chunk.value
+    rows, heads, tokens, key_dim = key.shape
+    value_dim, itemsize = value.shape[3], key.element_size()
     if rows == 0 or heads == 0 or tokens == 0:
         return
     units = 1 + tokens // BLOCK_TOKENS
     append_kernel[(rows * heads, units, 2)](
-        *(k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v),
-        *(*k.stride(), *v.stride(), tokens, packed_k.shape[2]),
-        WINDOWED=window != 0,
+        *(key, value, chunk.lengths, chunk.starts, *state.tensors()),
+        *(*key.stride(), *value.stride(), tokens, state.blocks),
+        WINDOWED=storage.window != 0,
         HEADS=heads,
-        KEYS=BlockFormat.parts(key, key_dim, k.element_size()),
-        KEY_WRITERS=BlockWriter.parts(key, Axis.TOKENS, key_dim),
-        VALUES=BlockFormat.parts(value, value_dim, k.element_size()),
-        VALUE_WRITERS=BlockWriter.parts(value, Axis.CHANNELS, value_dim),
-        SINKS=sink_k.shape[2],
-        RECENT=recent,
-        SLOTS=tail_k.shape[2],
+        KEYS=BlockFormat.parts(storage.key, key_dim, itemsize),
+        KEY_WRITERS=BlockWriter.parts(storage.key, Axis.TOKENS, key_dim),
+        VALUES=BlockFormat.parts(storage.value, value_dim, itemsize),
+        VALUE_WRITERS=BlockWriter.parts(storage.value, Axis.CHANNELS, value_dim),
+        SINKS=state.sinks,
+        RECENT=storage.recent,
+        SLOTS=state.tail_slots,
         num_warps=4,
         # A product and a sum must be rounded one after the other, as PyTorch does.
         enable_fp_fusion=False,

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu.unpack import BlockFormat, channels_in_order, part_of, unpack_keys, unpack_values
 from kvmix_compile.kernels.weighting import Weighting
 
@@ -390,20 +393,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @torch.no_grad()
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    key: Precision,
-    value: Precision,
-    recent: int,
+    query: Tensor,
+    chunk: Chunk,
+    state: SiteState,
+    storage: Storage,
     weighting: Weighting,
     launch: Launch | None = None,
 ) -> Tensor:
@@ -411,33 +404,40 @@ def attend(
 
     launch: how the work is cut; chosen from the shapes where it is not given.
     """
-    rows, query_heads, tokens, key_dim = q.shape
-    heads, value_dim = v.shape[1], v.shape[3]
-    shared = query_heads // heads
-    room, sinks, slots = packed_k.shape[2], sink_k.shape[2], tail_k.shape[2]
-    output = q.new_empty(rows, query_heads, tokens, value_dim)
+    key, value = chunk.key, chunk.value
+    rows, query_heads, tokens, key_dim = query.shape
+    heads, value_dim = value.shape[1], value.shape[3]
+    shared, itemsize = query_heads // heads, query.element_size()
+    output = query.new_empty(rows, query_heads, tokens, value_dim)
     if output.numel() == 0:
         return output
     if launch is None:
-        most_tokens = sinks + room * BLOCK_TOKENS + slots + tokens
+        most_tokens = state.sinks + state.blocks * BLOCK_TOKENS + state.tail_slots + tokens
         widest = max(key_dim, value_dim)
-        launch = Launch.choose(shared * tokens, rows * heads, most_tokens, widest, _multiprocessors(q.device))
+        launch = Launch.choose(shared * tokens, rows * heads, most_tokens, widest, _multiprocessors(query.device))
     splits = launch.splits
     queries = rows * query_heads * tokens
-    partial = output if splits == 1 else q.new_empty(splits, queries, value_dim, dtype=torch.float32)
-    log_sums = q.new_empty(splits, queries, dtype=torch.float32) if splits > 1 else partial
+    partial = output if splits == 1 else query.new_empty(splits, queries, value_dim, dtype=torch.float32)
+    log_sums = query.new_empty(splits, queries, dtype=torch.float32) if splits > 1 else partial
     attend_kernel[(launch.query_tiles, rows * heads, splits)](
-        *(q, k, v, lengths, starts, sink_k, sink_v, packed_k, packed_v, tail_k, tail_v, partial, log_sums),
+        *(query, key, value, chunk.lengths, chunk.starts, *state.tensors(), partial, log_sums),
         *(weighting.sink_logits, weighting.slopes),
-        *(*q.stride(), *k.stride(), *v.stride()),
-        *(tokens, room, weighting.scale, weighting.softcap, weighting.sliding_window, weighting.attention_chunk),
+        *(*query.stride(), *key.stride(), *value.stride()),
+        *(
+            tokens,
+            state.blocks,
+            weighting.scale,
+            weighting.softcap,
+            weighting.sliding_window,
+            weighting.attention_chunk,
+        ),
         HEADS=heads,
         SHARED=shared,
-        KEYS=BlockFormat.parts(key, key_dim, q.element_size()),
-        VALUE=BlockFormat.parts(value, value_dim, q.element_size())[0],
-        SINKS=sinks,
-        RECENT=recent,
-        SLOTS=slots,
+        KEYS=BlockFormat.parts(storage.key, key_dim, itemsize),
+        VALUE=BlockFormat.parts(storage.value, value_dim, itemsize)[0],
+        SINKS=state.sinks,
+        RECENT=storage.recent,
+        SLOTS=state.tail_slots,
         SOFTCAP=weighting.softcap != 0,
         SLIDING=weighting.sliding_window != 0,
         CHUNKED=weighting.attention_chunk != 0,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.weighting import Weighting
 
 # A chunk this long may be a prompt on an empty state, which PyTorch's flash attention serves best. To know, the host
 # waits for the lengths; with shorter chunks it never waits, and a step can be captured in a CUDA graph.
@@ -20,37 +23,35 @@ PROMPT_TOKENS = 128
 WIDEST_HEAD = 256
 
 
-def append_on_cuda(*arguments: Any) -> None:
+def append_on_cuda(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append."""
-    k, v, lengths, starts, *state = arguments[:10]
-    if not _triton_serves(k, v):
-        reference.append(*arguments)
+    if not _triton_serves(chunk):
+        reference.append(chunk, state, storage)
         return
     from kvmix_compile.kernels.gpu import append as triton_append
 
-    _check_contiguous(lengths, starts, *state)
+    _check_contiguous(chunk, state)
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(k.device):
-        triton_append.append(*arguments)
+    with torch.cuda.device(chunk.key.device):
+        triton_append.append(chunk, state, storage)
 
 
-def attend_on_cuda(*arguments: Any) -> Tensor:
+def attend_on_cuda(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
     """As reference.attend."""
-    q, k, v, lengths, starts, *state = arguments[:11]
-    weighting = arguments[-1]
-    flash = weighting.is_softmax and not weighting.is_limited and k.shape[3] == v.shape[3]
-    is_prompt = flash and q.shape[2] >= PROMPT_TOKENS and not bool(lengths.any())
-    if is_prompt or not _triton_serves(k, v):
-        return reference.attend(*arguments)
+    same_dim = chunk.key.shape[3] == chunk.value.shape[3]
+    flash = weighting.is_softmax and not weighting.is_limited and same_dim
+    is_prompt = flash and query.shape[2] >= PROMPT_TOKENS and not bool(chunk.lengths.any())
+    if is_prompt or not _triton_serves(chunk):
+        return reference.attend(query, chunk, state, storage, weighting)
     from kvmix_compile.kernels.gpu import attend as triton_attend
 
-    _check_contiguous(lengths, starts, *state)
-    with torch.cuda.device(q.device):
-        return triton_attend.attend(*arguments)
+    _check_contiguous(chunk, state)
+    with torch.cuda.device(query.device):
+        return triton_attend.attend(query, chunk, state, storage, weighting)
 
 
-def _triton_serves(k: Tensor, v: Tensor) -> bool:
-    return _has_triton() and max(k.shape[3], v.shape[3]) <= WIDEST_HEAD
+def _triton_serves(chunk: Chunk) -> bool:
+    return _has_triton() and max(chunk.key.shape[3], chunk.value.shape[3]) <= WIDEST_HEAD
 
 
 @lru_cache
@@ -58,6 +59,6 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _check_contiguous(*tensors: Tensor) -> None:
-    if not all(tensor.is_contiguous() for tensor in tensors):
+def _check_contiguous(chunk: Chunk, state: SiteState) -> None:
+    if not all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts, *state.tensors()))):
         raise KVMixError("lengths, starts and a state's tensors must be contiguous: call .contiguous() on them")

@@ -12,8 +12,10 @@ from kvmix_compile.backend.layers import buffer_behind
 from kvmix_compile.backend.padding import MaskReader, padding
 from kvmix_compile.backend.storage import PackedCache, PackedSite, belongs_to, packed_site_of, release, released
 from kvmix_compile.errors import CacheError
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.capture.sizes import Size, size_reader
@@ -21,9 +23,9 @@ from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 from kvmix_compile.passes.rewrite.static import rewrite_static
+from kvmix_compile.runtime.cache_format import CacheFormat
 from kvmix_compile.runtime.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.runtime.padding import looks_at_masks
-from kvmix_compile.runtime.storage import Storage
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
@@ -73,7 +75,7 @@ class StaticGraph:
 
     def __init__(self, lowered: Lowered, sites: Sequence[CachedSite], plan: Plan, compiler: Compiler) -> None:
         keys = [cached.site.key.meta["val"] for cached in sites]
-        self.storage = Storage(plan, tuple(key.dtype for key in keys), keys[0].device)
+        self.format = CacheFormat(plan, tuple(key.dtype for key in keys), keys[0].device)
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
         self.sites = [_SiteSource.of(cached, lowered) for cached in sites]
         sources = [side.source for site in self.sites for side in (site.key, site.value)]
@@ -95,12 +97,12 @@ class StaticGraph:
 
     def _fake_state(self, lowered: Lowered, batch: Any) -> list[Tensor]:
         """What the graph is traced with in the place of lengths, starts and state. Growing does not recompile it."""
-        mode, layouts = lowered.fake_mode, self.storage.plan.layouts()
+        mode, layouts = lowered.fake_mode, self.format.plan.layouts()
         blocks = symbolic_sizes(mode, "blocks", layouts, TRACED_BLOCKS)
         with mode:
-            fakes = [torch.empty(batch, dtype=torch.int64, device=self.storage.device) for _ in ("lengths", "starts")]
-            for layout, dtype in zip(layouts, self.storage.dtypes, strict=True):
-                fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.storage.device).tensors()
+            fakes = [torch.empty(batch, dtype=torch.int64, device=self.format.device) for _ in ("lengths", "starts")]
+            for layout, dtype in zip(layouts, self.format.dtypes, strict=True):
+                fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.format.device).tensors()
         return fakes
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ class StaticGraph:
         for output, (index, side) in self.made.items():
             buffer = (self.sites[index].key, self.sites[index].value)[side]
             shape = tuple(size(inputs) for size in buffer.shape)
-            outputs[output] = released(shape, buffer.dtype, self.storage.device, PackedSite(cache, index))
+            outputs[output] = released(shape, buffer.dtype, self.format.device, PackedSite(cache, index))
         return outputs
 
     def _cache_of(self, inputs: Sequence[Any]) -> PackedCache:
@@ -132,16 +134,16 @@ class StaticGraph:
         owners = [None if source is None else packed_site_of(inputs[source]) for source in sources]
         caches = {id(owner.cache): owner.cache for owner in owners if owner is not None}
         if not caches:
-            return PackedCache(self.storage)
+            return PackedCache(self.format)
         if len(caches) > 1 or None in owners:
             raise CacheError("the layers of this cache come from different caches: begin with a new StaticCache")
         (cache,) = caches.values()
-        if cache.plan != self.storage.plan:
+        if cache.plan != self.format.plan:
             raise CacheError("this StaticCache was filled with another plan: begin with a new one")
         return cache
 
     def _check_room(self, inputs: Sequence[Any], seen: int, tokens: int) -> None:
-        for site, planned in zip(self.sites, self.storage.plan.sites, strict=True):
+        for site, planned in zip(self.sites, self.format.plan.sites, strict=True):
             slots = site.key.shape[2](inputs)
             if site.is_indexed and seen + tokens > slots:
                 raise CacheError(
@@ -163,31 +165,30 @@ class StaticGraph:
         """The padding that leads each row's new tokens, int64 `[batch]`."""
         known = bool(cache.states)
         # Of a short text it is looked at each time: a single token does not show whether there is a bias.
-        is_looked_at = seen < BLOCK_TOKENS or looks_at_masks(tokens, seen, self.storage.device)
+        is_looked_at = seen < BLOCK_TOKENS or looks_at_masks(tokens, seen, self.format.device)
         if known and not is_looked_at and cache.every_row_goes_on:
-            return torch.zeros(batch, dtype=torch.int64, device=self.storage.device)
+            return torch.zeros(batch, dtype=torch.int64, device=self.format.device)
         seen_masks = self.masks.read(inputs)
-        padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.storage.device)
+        padded = padding(seen_masks, batch, tokens, seen, cache.lengths if known else None).to(self.format.device)
         if seen and not known:
             self._adopt(inputs, cache, batch, seen, padded.clamp(max=seen))
         return (padded - seen).clamp(min=0)
 
     def _adopt(self, inputs: Sequence[Any], cache: PackedCache, batch: int, seen: int, starts: Tensor) -> None:
         """Pack what was written to the buffers before any compiled graph saw them: `seen` positions."""
-        cache.begin(batch, seen, self.storage.device)
-        for state, stored, site in zip(cache.states, self.storage.plan.stored_sites(), self.sites, strict=True):
+        cache.begin(batch, seen, self.format.device)
+        for state, stored, site in zip(cache.states, self.format.plan.stored_sites(), self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[source], seen) for source in (site.key.source, site.value.source))
             if stored.channel_order is not None:
-                order = torch.tensor(stored.channel_order, device=self.storage.device)
+                order = torch.tensor(stored.channel_order, device=self.format.device)
                 key = torch.ops.kvmix.order_channels(key, order)
             if stored.key_exponents:
                 key = key * powers_of_two(stored.key_exponents, -1, key)
             if stored.value_exponents:
                 value = value * powers_of_two(stored.value_exponents, -1, value)
-            layout = stored.layout
-            formats = (layout.key.as_ints(), layout.value.as_ints(), layout.recent, layout.window)
-            torch.ops.kvmix.append(key, value, cache.lengths, starts, *state.tensors(), *formats)
+            chunk = Chunk(key=key, value=value, lengths=cache.lengths, starts=starts)
+            torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))
         cache.advance(seen, starts)
 
     def _release(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.runtime.cache import KVMixCache
-from kvmix_compile.runtime.storage import Storage
+from kvmix_compile.runtime.cache_format import CacheFormat
 
 
 class PackedCache(KVMixCache):
@@ -24,8 +24,8 @@ class PackedCache(KVMixCache):
     counters: the versions of the StaticCache's own counters when it was last seen; while they stay, so does `seen`.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        super().__init__(storage)
+    def __init__(self, cache_format: CacheFormat) -> None:
+        super().__init__(cache_format)
         self.counters: tuple[int, ...] | None = None
 
     def reset(self) -> None:

@@ -138,7 +138,7 @@ def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any, tokens: int) 
 def results(compressed: Any, cache: KVMixCache, before: float, after: float, evaluated: int) -> Table:
     """The table: each number before and after, and what it means."""
     plan, size = compressed.kvmix_plan, CacheSize.of(cache)
-    itemsize = cache.storage.dtypes[0].itemsize
+    itemsize = cache.format.dtypes[0].itemsize
     own, sixteen, now = size.unquantized(itemsize), size.unquantized(), size.nbytes
     table = Table("", "original", "compressed", "what it means", show_lines=True)
     table.add_row(

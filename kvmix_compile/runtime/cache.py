@@ -15,7 +15,7 @@ from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
-from kvmix_compile.runtime.storage import Storage, storage_of
+from kvmix_compile.runtime.cache_format import CacheFormat, format_of
 
 T = TypeVar("T")
 
@@ -27,20 +27,20 @@ class KVMixCache(Cache):
     quantized as the plan says. Rows are independent: the padding that leads a row is not stored.
 
     Args:
-        model: what `kvmix_compile.apply` returned, or the Storage of one.
+        model: what `kvmix_compile.apply` returned, or the CacheFormat of one.
         rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
             model's dtype. Assisted generation raises it by itself, as it needs.
     """
 
     @ordinary_tensors()
-    def __init__(self, model: nn.Module | Storage, rollback: int = 0) -> None:
+    def __init__(self, model: nn.Module | CacheFormat, rollback: int = 0) -> None:
         super().__init__(layers=[])
-        self.storage = model if isinstance(model, Storage) else storage_of(model)
+        self.format = model if isinstance(model, CacheFormat) else format_of(model)
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
             raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
         self._lay_out(rollback)
         self.states: list[SiteState] = []
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.storage.device)
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=self.format.device)
         self.seen = 0
         self._furthest = 0
         # What the host knows of the rows without asking the device: that the last slot of each is a token, and whether
@@ -110,7 +110,7 @@ class KVMixCache(Cache):
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
             SiteState.allocate(layout, batch, room, dtype, device)
-            for layout, room, dtype in zip(self.layouts, blocks, self.storage.dtypes, strict=True)
+            for layout, room, dtype in zip(self.layouts, blocks, self.format.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -186,7 +186,7 @@ class KVMixCache(Cache):
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
             blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
-            self._allocate(len(tensors["lengths"]), blocks, self.storage.device)
+            self._allocate(len(tensors["lengths"]), blocks, self.format.device)
         for name, kept in self._named_tensors().items():
             saved = tensors[name]
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
@@ -198,9 +198,9 @@ class KVMixCache(Cache):
     def _header(self) -> Header:
         return Header(
             model=self.plan.fingerprint,
-            weights=self.storage.weights,
+            weights=self.format.weights,
             plan=self.plan.as_json(),
-            dtypes=tuple(map(str, self.storage.dtypes)),
+            dtypes=tuple(map(str, self.format.dtypes)),
             rollback=self.rollback,
             seen=self.seen,
             furthest=self._furthest,
@@ -211,7 +211,7 @@ class KVMixCache(Cache):
     @property
     def plan(self) -> Plan:
         """At which precision each site's keys and values are kept."""
-        return self.storage.plan
+        return self.format.plan
 
     @property
     def nbytes(self) -> int:

@@ -11,10 +11,10 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.graph.devices import move_constants
 from kvmix_compile.passes.rewrite.rewrite import Rewritten
 from kvmix_compile.report import Report
+from kvmix_compile.runtime.cache_format import CacheFormat
 from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import InductorGraph
 from kvmix_compile.runtime.numbering import Numbering
-from kvmix_compile.runtime.storage import Storage
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Program:
         return self.inductor
 
     @property
-    def storage(self) -> Storage:
+    def format(self) -> CacheFormat:
         """What its caches are made for."""
-        return Storage(self.plan, self.dtypes, self.device, self.weights)
+        return CacheFormat(self.plan, self.dtypes, self.device, self.weights)
 
     @property
     def graph(self) -> Callable[..., Tensor]:

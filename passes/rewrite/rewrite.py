@@ -6,13 +6,16 @@ prefill, chunked prefill and decode.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.fx.node import Argument
 
-from kvmix_compile.kernels import ops as _operators  # noqa: F401  (registers kvmix::attend, kvmix::append, kvmix::order_channels)
-from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.ops import append_arguments, attend_arguments
+from kvmix_compile.kernels.weighting import Weighting
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
@@ -119,7 +122,7 @@ def rewrite_site(
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
-    attended = _attend_and_append(module.graph, site, index, (*counts, *state), stored.layout)
+    attended = _attend_and_append(module.graph, site, index, counts, state, stored.layout.storage)
     multiply_output(module, site, attended, index, stored)
 
 
@@ -141,37 +144,41 @@ def _attend_and_append(
     graph: fx.Graph,
     site: AttentionSite,
     index: int,
-    cache: tuple[fx.Node, ...],
-    layout: StateLayout,
+    counts: tuple[fx.Node, fx.Node],
+    state: Sequence[fx.Node],
+    storage: Storage,
 ) -> fx.Node:
     """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
-    `cache`: lengths, starts and the six tensors of the site's state.
+    `counts`: lengths and starts; `state`: the six tensors of the site's state.
     """
-    query, key, value, output = site.query, site.key, site.value, site.output
-    formats = (list(layout.key.as_ints()), list(layout.value.as_ints()), layout.recent)
-    function = site.score_function
-    window = function.mask.size if function.mask.kind == "sliding" else 0
+    output, (lengths, starts) = site.output, counts
+    # In what the operators are given, nodes stand for tensors.
+    new: dict[str, Any] = {"key": site.key, "value": site.value, "lengths": lengths, "starts": starts}
+    chunk, stored = Chunk(**new), SiteState(*cast(Any, state))
     with graph.inserting_before(output):
-        attended = graph.call_function(
-            torch.ops.kvmix.attend.default,
-            (query, key, value, *cache, *formats, function.scale, function.softcap, window),
-            _extras(graph, site, index),
-        )
+        weighting = _weighting(graph, site, index)
+        given, extras = attend_arguments(cast(Any, site.query), chunk, stored, storage, weighting)
+        attended = graph.call_function(torch.ops.kvmix.attend.default, given, extras)
         attended.meta = dict(output.meta)
         # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
-        graph.call_function(torch.ops.kvmix.append.default, (key, value, *cache, *formats, function.mask.size))
+        graph.call_function(torch.ops.kvmix.append.default, append_arguments(chunk, stored, storage))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
     return attended
 
 
-def _extras(graph: fx.Graph, site: AttentionSite, index: int) -> dict[str, Argument]:
-    """The arguments of attend that few models need, by name."""
-    extras: dict[str, Argument] = {}
-    if site.mask.kind == "chunked":
-        extras["attention_chunk"] = site.mask.size
+def _weighting(graph: fx.Graph, site: AttentionSite, index: int) -> Weighting:
+    """How the site's scores are weighted, with nodes in the place of tensors."""
+    function, sink_logits, slopes = site.score_function, None, None
     if site.sink_logits is not None:
-        extras["sink_logits"] = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
-    if site.score_function.slopes:
-        extras["slopes"] = graph.get_attr(f"slopes_{index}")
-    return extras
+        sink_logits = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
+    if function.slopes:
+        slopes = graph.get_attr(f"slopes_{index}")
+    return Weighting(
+        scale=function.scale,
+        softcap=function.softcap,
+        sliding_window=function.mask.size if function.mask.kind == "sliding" else 0,
+        attention_chunk=function.mask.size if function.mask.kind == "chunked" else 0,
+        sink_logits=cast(Any, sink_logits),
+        slopes=cast(Any, slopes),
+    )

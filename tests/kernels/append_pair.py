@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 
 
@@ -28,10 +29,9 @@ class Pair:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
     def append(self, k: Tensor, v: Tensor, starts: Tensor) -> None:
-        inputs = (k, v, self.lengths, starts)
-        options = (self.layout.key, self.layout.value, self.layout.recent, self.layout.window)
-        reference.append(*inputs, *self.expected.tensors(), *options)
-        self.kernel(*(tensor.to(self.device) for tensor in inputs), *self.written.tensors(), *options)
+        chunk, storage = Chunk(key=k, value=v, lengths=self.lengths, starts=starts), self.layout.storage
+        reference.append(chunk, self.expected, storage)
+        self.kernel(Chunk(*(tensor.to(self.device) for tensor in chunk)), self.written, storage)
         self.lengths = self.lengths + k.shape[2] - starts
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """What a kernel of attend is tried on, whatever the device: rows with a past, and a chunk that follows it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,8 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, packed_blocks
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.important_keys import with_important_keys
 
@@ -39,22 +42,27 @@ class Case:
         state = SiteState.allocate(layout, len(lengths), layout.required_blocks(longest) + 2, dtype)
         k, v = draw(heads, longest, layout.key_dim), draw(heads, longest, layout.value_dim)
         padding = torch.tensor([longest - length for length in lengths])
-        reference.append(
-            *(k, v, torch.zeros_like(padding), padding, *state.tensors()),
-            *(layout.key, layout.value, layout.recent, layout.window),
-        )
+        past = Chunk(key=k, value=v, lengths=torch.zeros_like(padding), starts=padding)
+        reference.append(past, state, layout.storage)
         chunk = draw(heads * shared, tokens, layout.key_dim), draw(heads, tokens, layout.key_dim)
         return cls(
             layout, state, *chunk, draw(heads, tokens, layout.value_dim), torch.tensor(lengths), torch.tensor(starts)
         )
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors()
+    @property
+    def chunk(self) -> Chunk:
+        return Chunk(key=self.k, value=self.v, lengths=self.lengths, starts=self.starts)
 
-    def options(self, weighting: Weighting | None = None) -> tuple[Precision, Precision, int, Weighting]:
-        """What attend takes behind the tensors; plain attention unless said otherwise."""
-        layout = self.layout
-        return layout.key, layout.value, layout.recent, weighting or Weighting(layout.key_dim**-0.5)
+    def arguments(self, weighting: Weighting | None = None) -> tuple[Tensor, Chunk, SiteState, Storage, Weighting]:
+        """Of attend; plain attention unless said otherwise."""
+        weighting = weighting or Weighting(self.layout.key_dim**-0.5)
+        return self.q, self.chunk, self.state, self.layout.storage, weighting
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
+        """The same with every tensor changed."""
+        state = SiteState(*map(change, self.state.tensors()))
+        changed = {name: change(getattr(self, name)) for name in ("q", "k", "v", "lengths", "starts")}
+        return replace(self, state=state, **changed)
 
     def in_window(self, window: int) -> "Case":
         """The same with those packed blocks alone that tokens which see `window` tokens need, where state.py has them:
@@ -75,8 +83,8 @@ class Case:
     def poisoned(self) -> "Case":
         """The same with NaN and all ones wherever no token lies."""
         layout = self.layout
-        state = SiteState(*(tensor.clone() for tensor in self.state.tensors()))
-        q, k, v = self.q.clone(), self.k.clone(), self.v.clone()
+        changed = self.mapped(Tensor.clone)
+        state, q, k, v = changed.state, changed.q, changed.k, changed.v
         for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
             blocks = packed_blocks(length, layout.sinks, layout.recent)
             waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
@@ -90,7 +98,7 @@ class Case:
                 tail[row, :, unused] = torch.nan
                 chunk[row, :, :start] = torch.nan
             q[row, :, :start] = torch.nan
-        return replace(self, state=state, q=q, k=k, v=v)
+        return changed
 
 
 def limits(scale: float) -> st.SearchStrategy[Weighting]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import quantize_block
 from kvmix_compile.kernels.format.precision import Axis, Precision
@@ -55,7 +56,7 @@ def empty_state(layout: StateLayout, batch: int, length: int, dtype: torch.dtype
 
 
 def append_chunk(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor) -> None:
-    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent, layout.window)
+    append(Chunk(key=k, value=v, lengths=lengths, starts=starts), state, layout.storage)
 
 
 def append_in_chunks(layout: StateLayout, state: SiteState, k: Tensor, v: Tensor, cuts: list[int]) -> None:

@@ -41,7 +41,7 @@ PLAIN = Weighting(0.25)
 
 
 def attended(case: Case, weighting: Weighting) -> Tensor:
-    return attend(*case.tensors(), *case.options(weighting))
+    return attend(*case.arguments(weighting))
 
 
 def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
@@ -192,9 +192,9 @@ def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
     for size in (70, 1, 1, 64, 3, 61):
         end = begin + size
         lengths, starts = torch.full((2,), begin), torch.zeros(2, dtype=torch.int64)
-        chunk = Case(layout, state, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], lengths, starts)
-        outputs.append(attended(chunk, PLAIN))
-        append(chunk.k, chunk.v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+        case = Case(layout, state, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], lengths, starts)
+        outputs.append(attended(case, PLAIN))
+        append(case.chunk, state, layout.storage)
         begin = end
     ordinary = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(torch.cat(outputs, dim=2), ordinary)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
@@ -26,7 +27,7 @@ def filled_state(layout: StateLayout = LAYOUT) -> tuple[SiteState, Tensor]:
     state = SiteState.allocate(layout, 2, 6, torch.float32)
     _, k, v = chunk(100)
     lengths, starts = torch.tensor([0, 0]), torch.tensor([0, 20])
-    append(k, v, lengths, starts, *state.tensors(), layout.key, layout.value, layout.recent)
+    append(Chunk(key=k, value=v, lengths=lengths, starts=starts), state, layout.storage)
     return state, torch.tensor([100, 80])
 
 
@@ -60,9 +61,9 @@ def test_the_operators_are_the_reference(layout: StateLayout) -> None:
     torch.ops.kvmix.append.default(
         *(*inputs, *state.tensors(), layout.key.as_ints(), layout.value.as_ints(), layout.recent)
     )
-    options = (layout.key, layout.value, layout.recent)
-    torch.testing.assert_close(attended, attend(q, *inputs, *other.tensors(), *options, Weighting(0.25, 5.0, 30)))
-    append(*inputs, *other.tensors(), *options)
+    records = Chunk(*inputs), other, layout.storage
+    torch.testing.assert_close(attended, attend(q, *records, Weighting(0.25, 5.0, 30)))
+    append(*records)
     assert all(torch.equal(one, two) for one, two in zip(state.tensors(), other.tensors(), strict=True))
 
 

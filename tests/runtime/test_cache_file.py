@@ -200,6 +200,6 @@ def test_a_file_that_cannot_be_written_says_so_and_stays(tmp_path: Path, monkeyp
 
 
 def test_what_the_backend_packed_is_not_saved() -> None:
-    past = PackedCache(quantized().kvmix_program.storage)
+    past = PackedCache(quantized().kvmix_program.format)
     with pytest.raises(KVMixError, match="of no use without the StaticCache"):
         past.save("nowhere")

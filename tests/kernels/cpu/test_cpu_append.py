@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
@@ -84,9 +85,8 @@ def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.Monkey
     token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     monkeypatch.setattr(reference, "append", unexpected)
     for length in range(34):
-        cpu.append(
-            *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
-        )
+        chunk = Chunk(key=token, value=token, lengths=nothing + length, starts=nothing)
+        cpu.append(chunk, state, layout.storage)
     assert state.sink_k.all() and state.tail_v.all()
 
 
@@ -95,8 +95,7 @@ def test_without_room_nothing_is_written() -> None:
     state = SiteState.allocate(layout, 1, 0, torch.float32)
     token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     for length in (32, 40):
+        chunk = Chunk(key=token, value=token, lengths=nothing + length, starts=nothing)
         with pytest.raises(KVMixError, match="room for 1 packed blocks"):
-            cpu.append(
-                *(token, token, nothing + length, nothing, *state.tensors()), layout.key, layout.value, layout.recent
-            )
+            cpu.append(chunk, state, layout.storage)
     assert not any(tensor.any() for tensor in state.tensors())

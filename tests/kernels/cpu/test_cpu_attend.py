@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
@@ -38,11 +39,11 @@ def threads() -> Iterator[None]:
 
 
 def check(case: Case, weighting: Weighting | None = None) -> None:
-    options = case.options(weighting)
-    attended = cpu.attend(*case.poisoned().tensors(), *options)
+    attended = cpu.attend(*case.poisoned().arguments(weighting))
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
-    torch.testing.assert_close(attended, reference.attend(*case.tensors(), *options), rtol=tolerance, atol=tolerance)
+    expected = reference.attend(*case.arguments(weighting))
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("chosen", covering(ATTENDING, fits), ids=named)
@@ -129,11 +130,11 @@ def test_elements_beyond_half_precision_stay_finite() -> None:
     k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
     k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
     nothing = torch.zeros(1, dtype=torch.int64)
-    reference.append(k, v, nothing, nothing, *case.state.tensors(), layout.key, layout.value, layout.recent)
+    reference.append(Chunk(key=k, value=v, lengths=nothing, starts=nothing), case.state, layout.storage)
     check(replace(case, q=case.q * 1e-5))
     # All weight on one token, so that the value is that token's, and beyond what half precision has.
     steep = replace(case, q=torch.ones_like(case.q))
-    assert cpu.attend(*steep.tensors(), *steep.options()).isfinite().all()
+    assert cpu.attend(*steep.arguments()).isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -143,35 +144,34 @@ def test_the_result_depends_neither_on_threads_nor_on_other_rows(tokens: int) ->
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(cpu.attend(*case.tensors(), *case.options()))
+        results.append(cpu.attend(*case.arguments()))
     assert all(torch.equal(result, results[0]) for result in results)
     for row in range(3):
-        alone = (tensor[row : row + 1].contiguous() for tensor in case.tensors())
-        assert torch.equal(cpu.attend(*alone, *case.options()), results[0][row : row + 1])
+        alone = case.mapped(lambda tensor, row=row: tensor[row : row + 1].contiguous())
+        assert torch.equal(cpu.attend(*alone.arguments()), results[0][row : row + 1])
 
 
 def test_any_strides() -> None:
     layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), sinks=4, recent=32)
     case = Case.random(layout, 2, [130], [0], 3, torch.float32)
     strided = replace(case, q=case.q.mT.contiguous().mT, k=case.k.mT.contiguous().mT, v=case.v.mT.contiguous().mT)
-    assert torch.equal(cpu.attend(*strided.tensors(), *case.options()), cpu.attend(*case.tensors(), *case.options()))
+    assert torch.equal(cpu.attend(*strided.arguments()), cpu.attend(*case.arguments()))
 
 
 def test_nothing_to_attend_with() -> None:
     layout = StateLayout(1, 16, 24, Precision(2), Precision(3, 8), sinks=2, recent=32)
     case = Case.random(layout, 2, [50], [0], 1, torch.float32)
-    for no_rows in (True, False):
-        tensors = [tensor[:0] if no_rows else tensor for tensor in case.tensors()]
-        if not no_rows:
-            tensors[:3] = [tensor[:, :, :0] for tensor in tensors[:3]]
-        assert cpu.attend(*tensors, *case.options()).shape == (*tensors[0].shape[:3], 24)
+    no_rows = case.mapped(lambda tensor: tensor[:0])
+    no_tokens = replace(case, q=case.q[:, :, :0], k=case.k[:, :, :0], v=case.v[:, :, :0])
+    for empty in (no_rows, no_tokens):
+        assert cpu.attend(*empty.arguments()).shape == (*empty.q.shape[:3], 24)
 
 
 def test_nothing_is_read_beyond_the_state() -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
     case = Case.random(layout, 1, [50], [0], 1, torch.float32)
     with pytest.raises(KVMixError, match="room"):
-        cpu.attend(*replace(case, lengths=torch.tensor([100_000])).tensors(), *case.options())
+        cpu.attend(*replace(case, lengths=torch.tensor([100_000])).arguments())
 
 
 def test_what_is_no_number_is_not_hidden() -> None:
@@ -181,17 +181,16 @@ def test_what_is_no_number_is_not_hidden() -> None:
         wrong = getattr(case, name).clone()
         wrong[..., 3] = torch.nan
         for softcap in (0.0, 5.0):
-            options = case.options(Weighting(0.25, softcap))
-            assert cpu.attend(*replace(case, **{name: wrong}).tensors(), *options).isnan().any()
+            arguments = replace(case, **{name: wrong}).arguments(Weighting(0.25, softcap))
+            assert cpu.attend(*arguments).isnan().any()
     case.state.sink_k[:, :, 0] = torch.nan
-    assert cpu.attend(*case.tensors(), *case.options()).isnan().all()
+    assert cpu.attend(*case.arguments()).isnan().all()
 
 
 def test_a_prompt_goes_to_pytorch() -> None:
     layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
     case = Case.random(layout, 2, [0, 0], [0, 3], 20, torch.float32)
-    options = case.options()
-    assert torch.equal(cpu.attend(*case.tensors(), *options), reference.attend(*case.tensors(), *options))
+    assert torch.equal(cpu.attend(*case.arguments()), reference.attend(*case.arguments()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is read from /proc")

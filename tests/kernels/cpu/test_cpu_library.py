@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.format.precision import Precision
@@ -20,7 +21,10 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, cpu_library.COMPILERS)), reason="there is no C++ compiler"
 )
 
-SMALL_SOURCE = 'extern "C" void kvmix_attend(const void*) {}\nextern "C" void kvmix_copy_tokens(const void*) {}\n'
+SMALL_SOURCE = f'''#include "{cpu_library.SOURCE.with_name("interface.h")}"
+extern "C" void kvmix_attend() {{}}
+extern "C" void kvmix_copy_tokens() {{}}
+'''
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +56,15 @@ def script(path: Path, text: str) -> str:
 def check_the_reference_runs() -> None:
     layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
     one, other = (SiteState.allocate(layout, 1, 3, torch.float32) for _ in range(2))
-    options = layout.key, layout.value, layout.recent
+    storage = layout.storage
     k, nothing = torch.randn(1, 1, 70, 16), torch.zeros(1, dtype=torch.int64)
-    cpu.append(k, k, nothing, nothing, *one.tensors(), *options)
-    reference.append(k, k, nothing, nothing, *other.tensors(), *options)
-    q, token, length = torch.randn(1, 2, 1, 16), k[:, :, :1], nothing + 70
-    inputs = token, token, length, nothing
-    attended = cpu.attend(q, *inputs, *one.tensors(), *options, Weighting(0.25))
-    assert torch.equal(attended, reference.attend(q, *inputs, *other.tensors(), *options, Weighting(0.25)))
+    text = Chunk(key=k, value=k, lengths=nothing, starts=nothing)
+    cpu.append(text, one, storage)
+    reference.append(text, other, storage)
+    q, k = torch.randn(1, 2, 1, 16), k[:, :, :1]
+    token = Chunk(key=k, value=k, lengths=nothing + 70, starts=nothing)
+    attended = cpu.attend(q, token, one, storage, Weighting(0.25))
+    assert torch.equal(attended, reference.attend(q, token, other, storage, Weighting(0.25)))
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

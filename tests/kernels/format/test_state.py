@@ -123,4 +123,4 @@ def test_rows_are_reordered_repeated_and_dropped() -> None:
 )
 def test_a_layout_that_cannot_work_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(KVMixError):
-        StateLayout(**{**vars(LAYOUT), **change})
+        replace(LAYOUT, **change)

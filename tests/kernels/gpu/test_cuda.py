@@ -6,6 +6,7 @@ from torch import Tensor
 
 import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
@@ -46,9 +47,9 @@ class Step:
 
     def expected(self) -> Tensor:
         """What the reference makes of the state as it is."""
-        inputs = (self.q, self.k, self.v, self.lengths, self.starts, *self.state.tensors())
-        options = (self.layout.key, self.layout.value, self.layout.recent, Weighting(SCALE))
-        return reference.attend(*(tensor.cpu() for tensor in inputs), *options)
+        chunk = Chunk(key=self.k.cpu(), value=self.v.cpu(), lengths=self.lengths.cpu(), starts=self.starts.cpu())
+        state = SiteState(*map(Tensor.cpu, self.state.tensors()))
+        return reference.attend(self.q.cpu(), chunk, state, self.layout.storage, Weighting(SCALE))
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         key, value = self.layout.key.as_ints(), self.layout.value.as_ints()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Axis, Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
@@ -119,9 +120,7 @@ def test_a_block_without_room_is_not_written() -> None:
     whole = SiteState.allocate(layout, 3, 2, torch.float32, DEVICE)
     state = SiteState(*(tensor[1:2] for tensor in whole.tensors()))
     nothing = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    triton_append.append(
-        *(k[:1].to(DEVICE), v[:1].to(DEVICE), nothing, nothing, *state.tensors()),
-        *(layout.key, layout.value, layout.recent),
-    )
+    chunk = Chunk(key=k[:1].to(DEVICE), value=v[:1].to(DEVICE), lengths=nothing, starts=nothing)
+    triton_append.append(chunk, state, layout.storage)
     assert all(not tensor[0].any() and not tensor[2].any() for tensor in whole.tensors())
     assert state.packed_k.any(-1).all()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
@@ -29,12 +30,11 @@ LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2)}
 
 
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
-    layout = case.layout
-    options = case.options(weighting)
-    expected = reference.attend(*case.tensors(), *options)
-    queries = case.q.shape[1] // layout.kv_heads * case.q.shape[2]
+    expected = reference.attend(*case.arguments(weighting))
+    queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
     launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
-    attended = triton_attend.attend(*(t.to(DEVICE) for t in case.poisoned().tensors()), *options, launch=launch)
+    on_device = case.poisoned().mapped(lambda tensor: tensor.to(DEVICE))
+    attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
     torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
@@ -92,7 +92,7 @@ def test_elements_beyond_half_precision_stay_finite() -> None:
     k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
     k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
     nothing = torch.zeros(1, dtype=torch.int64)
-    reference.append(k, v, nothing, nothing, *case.state.tensors(), layout.key, layout.value, layout.recent)
+    reference.append(Chunk(key=k, value=v, lengths=nothing, starts=nothing), case.state, layout.storage)
     check(replace(case, q=case.q * 1e-5), 2, 1)
 
 
@@ -117,8 +117,6 @@ def test_no_rows_give_no_output() -> None:
     state = SiteState.allocate(layout, 0, 1, torch.float32)
     q = torch.empty(0, 2, 1, 16)
     none = torch.empty(0, dtype=torch.int64)
-    output = triton_attend.attend(
-        *(q, torch.empty(0, 1, 1, 16), torch.empty(0, 1, 1, 24), none, none, *state.tensors()),
-        *(layout.key, layout.value, layout.recent, Weighting(1.0)),
-    )
+    chunk = Chunk(key=torch.empty(0, 1, 1, 16), value=torch.empty(0, 1, 1, 24), lengths=none, starts=none)
+    output = triton_attend.attend(q, chunk, state, layout.storage, Weighting(1.0))
     assert output.shape == (0, 2, 1, 24)

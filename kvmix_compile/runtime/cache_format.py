@@ -1,4 +1,4 @@
-"""Storage: what a model's keys and values are kept as, and whose they are."""
+"""Cache format: what a model's keys and values are kept as, and whose they are."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from kvmix_compile.passes.allocate.plan import Plan
 
 
 @dataclass(frozen=True)
-class Storage:
+class CacheFormat:
     """What a cache is made for.
 
     plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
@@ -22,7 +22,7 @@ class Storage:
     weights: str = ""
 
 
-def storage_of(model: object) -> Storage:
+def format_of(model: object) -> CacheFormat:
     """That of a compiled model. Raises CacheError for another."""
     program = getattr(model, "kvmix_program", None)
     if program is None:
@@ -30,5 +30,5 @@ def storage_of(model: object) -> Storage:
             f"this {type(model).__name__} is not compiled, and its keys and values do not go to a KVMixCache: make "
             "one of what kvmix_compile.apply(model) returned"
         )
-    storage: Storage = program.storage
-    return storage
+    found: CacheFormat = program.format
+    return found

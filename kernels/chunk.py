@@ -1,0 +1,23 @@
+"""The new tokens of a call: what attend and append are given beside the state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+# Made at every call: a frozen dataclass takes twice as long to make.
+class Chunk(NamedTuple):
+    """M new tokens of B rows, for H heads of keys and values.
+
+    key [B, H, M, key_dim], value [B, H, M, value_dim]: any strides.
+    lengths int64 [B]: tokens each row holds already.
+    starts int64 [B]: the padding tokens a row's chunk begins with, 0 to M; token j >= start is the row's token number
+        length + j - start.
+    """
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor
+    starts: Tensor

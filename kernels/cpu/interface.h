@@ -1,0 +1,79 @@
+// What a call is given. interface.py declares the same structures and, as a library is loaded, compares where their
+// members lie.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+enum ElementType : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// Channels that are stored with so many bits (Part of precision.py).
+struct Part {
+    int64_t channels, bits;
+};
+
+// How a packed block of keys or of values is stored.
+struct BlockFormat {
+    int64_t bits, group, scale_bits, block_bytes, part_count;
+    Part parts[4];  // of a block, in order
+};
+
+// The keys or the values: a chunk, strides in elements, and the state's contiguous tensors.
+struct Side {
+    const void* chunk;
+    int64_t row_stride, head_stride, token_stride, dim;
+    void* sink;
+    const uint8_t* packed;
+    void* tail;
+};
+
+struct Shape {
+    const int64_t *lengths, *starts;
+    int64_t element, rows, heads, tokens, sinks, room, slots, recent;
+};
+
+// GOMP_parallel of PyTorch's OpenMP runtime.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// The queries, what becomes of them, how scores are weighted (weighting.py), and on which threads; strides in elements.
+struct Attention {
+    const void* query;
+    int64_t row_stride, head_stride, token_stride, shared;
+    float* output;  // [rows, heads * shared, tokens, value.dim]
+    double scale, softcap;
+    int64_t sliding_window, attention_chunk;
+    const float *sink_logits, *slopes;  // [heads * shared], or null
+    int64_t threads;
+    Parallel parallel;  // or null
+};
+
+// A structure, or a member of one, in bytes.
+struct Extent {
+    const char* name;
+    int64_t offset, size;
+};
+
+#define STRUCTURE(structure) {#structure, 0, sizeof(structure)}
+#define MEMBER(structure, member) {#structure "." #member, offsetof(structure, member), sizeof(structure::member)}
+
+// All of them, up to one without a name.
+extern "C" const Extent* kvmix_extents() {
+    static const Extent extents[] = {
+        STRUCTURE(Part), MEMBER(Part, channels), MEMBER(Part, bits),
+        STRUCTURE(BlockFormat), MEMBER(BlockFormat, bits), MEMBER(BlockFormat, group), MEMBER(BlockFormat, scale_bits),
+        MEMBER(BlockFormat, block_bytes), MEMBER(BlockFormat, part_count), MEMBER(BlockFormat, parts),
+        STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
+        MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, tail),
+        STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
+        MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, room), MEMBER(Shape, slots),
+        MEMBER(Shape, recent),
+        STRUCTURE(Attention), MEMBER(Attention, query), MEMBER(Attention, row_stride), MEMBER(Attention, head_stride),
+        MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, output), MEMBER(Attention, scale),
+        MEMBER(Attention, softcap), MEMBER(Attention, sliding_window), MEMBER(Attention, attention_chunk),
+        MEMBER(Attention, sink_logits), MEMBER(Attention, slopes), MEMBER(Attention, threads),
+        MEMBER(Attention, parallel),
+        {nullptr, 0, 0},
+    };
+    return extents;
+}
