@@ -11,6 +11,7 @@ import kvmix_compile
 from kvmix_compile import Importance, KVMixCache
 from kvmix_compile.backend import packed_cache
 from kvmix_compile.english import built_in_english
+from tests.helpers.one_capture import analyzed, applied
 
 LONG = 1500
 WINDOW = 448
@@ -25,12 +26,12 @@ def text(smollm2) -> Tensor:
 @pytest.fixture(scope="module")
 def importance(smollm2, text: Tensor) -> Importance:
     """From few tokens: enough for a plan, and quick."""
-    return kvmix_compile.analyze(smollm2[0], calibration=text[0, LONG:].view(2, 200))
+    return analyzed(smollm2[0], calibration=text[0, LONG:].view(2, 200))
 
 
 @pytest.fixture(scope="module")
 def quantized(smollm2, importance: Importance) -> PreTrainedModel:
-    return kvmix_compile.apply(smollm2[0], plan=importance.allocate(budget=2.3))
+    return applied(smollm2[0], plan=importance.allocate(budget=2.3))
 
 
 def storages() -> dict[int, Tensor]:
@@ -45,7 +46,7 @@ def storages() -> dict[int, Tensor]:
 
 def test_at_16_bits_200_tokens_are_the_originals(smollm2, importance: Importance) -> None:
     model, tokenizer = smollm2
-    lossless = kvmix_compile.apply(model, plan=importance.allocate(budget=16))
+    lossless = applied(model, plan=importance.allocate(budget=16))
     prompt = tokenizer("Once upon a time, in a small village by the sea,", return_tensors="pt")
     options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(lossless.generate(**prompt, **options), model.generate(**prompt, **options))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import KVMixCache, KVMixError, Plan, compiler
@@ -26,6 +27,7 @@ from kvmix_compile.errors import (
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.measure.importance import Importance
+from tests.helpers.one_capture import analyzed, applied, zoo
 from tests.helpers.toy_llama import ids, original, quantized
 
 
@@ -39,9 +41,9 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 # Models
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
-    "an encoder": (lambda: tiny("bert"), UnsupportedModelError, r"encoder"),
+    "an encoder": (lambda: tiny("bert", num_hidden_layers=1), UnsupportedModelError, r"encoder"),
     "an encoder-decoder": (lambda: tiny("t5"), CaptureError, r"encoder-decoder.*decoder-only"),
-    "a recurrence": (lambda: tiny("mamba"), CaptureError, r"layers\.0\.mixer\.conv1d \(Conv1d\)"),
+    "a recurrence": (lambda: tiny("mamba", num_hidden_layers=1), CaptureError, r"layers\.0\.mixer\.conv1d \(Conv1d\)"),
     "a hybrid": (lambda: tiny("lfm2"), VerifyError, r"conv1d in model\.layers\.0\.conv"),
     "a convolution": (plain.convolution, VerifyError, r"conv1d in layers\.0\.convolution"),
     "a bias on scores": (lambda: Biased().eval(), UnsupportedModelError, r"bias.*not linear in the distance"),
@@ -117,7 +119,7 @@ def test_a_diagnosis_names_the_problem_and_does_not_raise(what: str) -> None:
 
 def test_analyze_refuses_the_same_models() -> None:
     with pytest.raises(UnsupportedModelError):
-        kvmix_compile.analyze(tiny("bert"), calibration=ids(2, 64))
+        kvmix_compile.analyze(tiny("bert", num_hidden_layers=1), calibration=ids(2, 64))
     with pytest.raises(CaptureError, match="compiled by kvmix_compile already"):
         kvmix_compile.analyze(quantized(), calibration=ids(2, 64))
 
@@ -218,7 +220,7 @@ def test_a_budget_that_cannot_be_met_says_what_can(options: dict[str, Any], mess
 
 @cache
 def measured() -> Importance:
-    return kvmix_compile.analyze(plain.fused_arange(), calibration=ids(2, 64), sinks=0)
+    return analyzed(zoo("fused_arange"), calibration=ids(2, 64), sinks=0)
 
 
 def test_the_range_that_is_named_is_reachable() -> None:
@@ -230,18 +232,23 @@ def test_the_range_that_is_named_is_reachable() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [plain.fused_arange, lambda: tiny("llama", num_hidden_layers=1), lambda: tiny("qwen2")]
+    "other", [lambda: zoo("fused_arange"), lambda: tiny("llama", num_hidden_layers=1), lambda: zoo("qwen2")]
 )
 def test_a_plan_made_for_another_model_is_refused(other: Callable[[], nn.Module]) -> None:
     model = other()
     before = snapshot(model)
     with pytest.raises(PlanError, match="another model.*Make a new plan"):
-        kvmix_compile.apply(model, plan=quantized().kvmix_plan)
+        applied(model, plan=quantized().kvmix_plan)
     assert snapshot(model) == before
 
 
+@cache
+def of_other_weights() -> PreTrainedModel:
+    return tiny("llama", seed=5)
+
+
 def test_a_plan_is_for_a_structure_whatever_the_weights() -> None:
-    model = kvmix_compile.apply(tiny("llama", seed=5), plan=quantized().kvmix_plan)
+    model = applied(of_other_weights(), plan=quantized().kvmix_plan)
     assert model.kvmix_plan == quantized().kvmix_plan
 
 
@@ -265,7 +272,7 @@ def test_damaged_and_future_plan_files_are_refused(tmp_path: Path) -> None:
 def test_a_plan_file_does_what_the_plan_does(tmp_path: Path) -> None:
     quantized().kvmix_plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == quantized().kvmix_plan
-    assert kvmix_compile.apply(original(), plan=str(tmp_path / "plan.json")).kvmix_plan == quantized().kvmix_plan
+    assert applied(original(), plan=str(tmp_path / "plan.json")).kvmix_plan == quantized().kvmix_plan
 
 
 # Calls of the compiled model
@@ -323,7 +330,7 @@ def test_a_token_that_is_held_cannot_be_masked_later() -> None:
 
 
 def test_a_model_that_counts_its_own_positions_takes_no_padding() -> None:
-    model = kvmix_compile.apply(plain.fused_arange(), budget=3, calibration=ids(2, 64), sinks=0, recent=32)
+    model = applied(zoo("fused_arange"), budget=3, calibration=ids(2, 64), sinks=0, recent=32)
     mask = torch.ones(2, 20, dtype=torch.int64)
     assert model(ids(2, 20), attention_mask=mask).shape == (2, 20, 128)
     mask[1, :5] = 0
@@ -331,14 +338,19 @@ def test_a_model_that_counts_its_own_positions_takes_no_padding() -> None:
         model(ids(2, 20), attention_mask=mask)
 
 
+@cache
+def eager_twin() -> PreTrainedModel:
+    model = tiny("llama", attn_implementation="eager")
+    return kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
+
+
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_attentions_and_hidden_states_are_not_available(name: str) -> None:
+def test_attentions_and_hidden_states_are_not_available(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantized()(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
     with pytest.raises(InputError, match=f"{name} is not available.*original model"):
         quantized()(ids(1, 9), **{name: True})
-    model = tiny("llama", attn_implementation="eager")
-    small = kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
-    setattr(small.config, name, True)
+    small = eager_twin()
+    monkeypatch.setattr(small.config, name, True)
     with pytest.raises(InputError, match=rf"model\.config\.{name}.*set it to False"):
         small(ids(1, 9))
     assert small(ids(1, 9), **{name: False}).logits.shape == (1, 9, 128)
@@ -347,8 +359,8 @@ def test_attentions_and_hidden_states_are_not_available(name: str) -> None:
 # What else a user may do
 
 
-def of_other_weights() -> Any:
-    other = kvmix_compile.apply(tiny("llama", seed=5), plan=quantized().kvmix_plan, verify=False)
+def with_a_cache_of_other_weights() -> Any:
+    other = applied(of_other_weights(), plan=quantized().kvmix_plan, verify=False)
     past = KVMixCache(other)
     other(ids(1, 40), cache=past)
     return quantized()(ids(1, 9), cache=past)
@@ -360,8 +372,14 @@ def shorter_than_the_cache() -> Any:
     return quantized().generate(ids(1, 40)[:, :5], cache=past)
 
 
+@cache
+def twin_with_a_cache_implementation() -> PreTrainedModel:
+    """Of a model of its own, whose configuration a test writes."""
+    return kvmix_compile.apply(tiny("llama"), plan=quantized().kvmix_plan, verify=False)
+
+
 def configured_for_another_cache() -> Any:
-    small = kvmix_compile.apply(tiny("llama"), plan=quantized().kvmix_plan, verify=False)
+    small = twin_with_a_cache_implementation()
     small.generation_config.cache_implementation = "static"
     return small.generate(ids(1, 9))
 
@@ -379,7 +397,7 @@ USES: dict[str, tuple[Callable[[], Any], str]] = {
     "embeddings alone": (lambda: quantized()(inputs_embeds=torch.zeros(1, 3, 128)), "inputs_embeds is not available"),
     "texts to go on from": (lambda: quantized().generate(["a text"]), "the prompt is a list.*tokenizer"),
     "a prompt shorter than its cache": (shorter_than_the_cache, "the prompt has 5 tokens and the cache .* holds 40"),
-    "a cache of other weights": (of_other_weights, "filled by a model with other weights"),
+    "a cache of other weights": (with_a_cache_of_other_weights, "filled by a model with other weights"),
     "another cache by configuration": (configured_for_another_cache, r"cache_implementation is 'static'.*to None"),
     "continuous batching": (lambda: quantized().generate_batch([[3, 4]]), "generate_batch.*padded on the left"),
     "a manager of continuous batching": (lambda: quantized().init_continuous_batching(), "init_continuous_batching"),
@@ -402,6 +420,6 @@ def test_what_is_not_available_is_said_in_a_sentence(what: str) -> None:
 
 
 def test_a_cache_that_models_store_in_vain_is_no_obstacle() -> None:
-    small = kvmix_compile.apply(tiny("llama"), plan=quantized().kvmix_plan, verify=False)
+    small = twin_with_a_cache_implementation()
     small.generation_config.cache_implementation = "hybrid"  # as old models of the Gemma family do
     assert small.generate(ids(1, 9), max_new_tokens=2, eos_token_id=None, pad_token_id=0).shape == (1, 11)

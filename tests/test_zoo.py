@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo import smollm2 as zoo_smollm2
 from kvmix_compile.models_zoo.tiny import TINY, TINY_OTHERS, TINY_SPECIAL, VOCABULARY, WINDOW, tiny
+from tests.helpers.one_capture import captured_once, zoo
 
 PLAIN: tuple[Callable[..., nn.Module], ...] = (plain.hand_written, plain.fused_arange, plain.convolution)
 EXPORTABLE = sorted({*TINY, "bert", "bloom", "lfm2"})
@@ -71,9 +72,12 @@ def test_bert_sees_what_comes_after() -> None:
 
 @pytest.mark.parametrize("name", EXPORTABLE)
 def test_tiny_models_export_with_any_batch_and_length(name: str) -> None:
-    ids = example_ids()
-    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-    assert_exports_dynamically(LogitsOf(tiny(name)), *((ids,) if name in ("bert", "bloom") else (ids, positions)))
+    captured = captured_once(zoo(name))
+    for rows, tokens in ((1, 17), (2, 64)):
+        ids, positions = example_ids(rows, tokens), torch.arange(tokens)
+        with torch.no_grad():
+            actual, expected = captured.module(ids, positions.expand_as(ids), positions), LogitsOf(zoo(name))(ids)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted({*TINY, *TINY_SPECIAL, *TINY_OTHERS} - set(EXPORTABLE)))

@@ -27,11 +27,11 @@ from kvmix_compile.errors import CacheError, InputError, PlanError, UnsupportedM
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.models_zoo.tiny import WINDOW, tiny
 from kvmix_compile.passes.allocate.plan import SitePlan
-from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.capture.signature import cache_in
 from kvmix_compile.passes.match.sites import find_sites
 from tests.helpers.agreement import assert_states_agree
 from tests.helpers.cache_argument import with_cache
+from tests.helpers.one_capture import analyzed, applied, captured_once
 
 LOSSLESS = Precision(16)
 SINKS, RECENT = 4, 32
@@ -54,7 +54,7 @@ def original(name: str) -> PreTrainedModel:
 
 @cache
 def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) -> Plan:
-    sites = find_sites(capture(original(name))).matched
+    sites = find_sites(captured_once(original(name))).matched
     planned = tuple(SitePlan(site.layer, site.shape, key, value) for site in sites)
     return Plan(planned, "by hand", "", SINKS, RECENT)
 
@@ -120,10 +120,10 @@ def test_at_16_bits_the_logits_are_the_originals(name: str) -> None:
 def test_the_same_plan_gives_the_logits_and_the_bytes_of_apply() -> None:
     name = "gemma3"
     text, past = ids(150), static_cache(name)
-    applied = kvmix_compile.apply(original(name), plan=with_fingerprint(name), verify=False)
-    own = KVMixCache(applied)
+    twin = applied(original(name), plan=with_fingerprint(name), verify=False)
+    own = KVMixCache(twin)
     found = logits(compiled(name, low(name)), past, text, 100, 1, 20)
-    expected = logits(applied, own, text, 100, 1, 20)
+    expected = logits(twin, own, text, 100, 1, 20)
     assert close(found, expected)
     assert held(past).nbytes == own.nbytes
     assert not close(found, original(name)(text, use_cache=False).logits)
@@ -132,7 +132,7 @@ def test_the_same_plan_gives_the_logits_and_the_bytes_of_apply() -> None:
 def with_fingerprint(name: str) -> Plan:
     from kvmix_compile.passes.measure.importance import fingerprint
 
-    captured = capture(original(name))
+    captured = captured_once(original(name))
     return replace(low(name), fingerprint=fingerprint(captured, find_sites(captured).matched))
 
 
@@ -148,11 +148,11 @@ def test_a_plan_with_a_shorter_window_than_the_models_is_refused() -> None:
 
 def test_the_same_perplexity_as_apply() -> None:
     text = ids(200, 1)
-    applied = kvmix_compile.apply(original("llama"), plan=with_fingerprint("llama"), verify=False)
+    twin = applied(original("llama"), plan=with_fingerprint("llama"), verify=False)
     found = kvmix_compile.perplexity(
         compiled("llama", low("llama")), text, chunk=64, window=128, new_cache=lambda: static_cache("llama")
     )
-    assert found == pytest.approx(kvmix_compile.perplexity(applied, text, chunk=64, window=128), rel=1e-4)
+    assert found == pytest.approx(kvmix_compile.perplexity(twin, text, chunk=64, window=128), rel=1e-4)
 
 
 def test_inductor_compiles_the_rest() -> None:
@@ -337,7 +337,7 @@ def test_with_only_a_budget_the_model_is_measured_once(monkeypatch: pytest.Monke
     model(text[:, :1], **with_cache(past))
     plan = held(past).plan
     assert [call["calibration"] is calibration for call in calls] == [True]
-    assert plan == kvmix_compile.analyze(tiny("llama"), calibration=calibration, recent=RECENT).allocate(budget=2.3)
+    assert plan == analyzed(original("llama"), calibration=calibration, recent=RECENT).allocate(budget=2.3)
     assert plan.policy == "fisher" and 2.0 < plan.code_bits <= 2.3
 
 
@@ -392,7 +392,7 @@ def test_a_plan_is_found_for_a_part_of_a_broken_graph() -> None:
 
 
 def test_a_path_that_could_be_two_layers_has_no_plan() -> None:
-    site = find_sites(capture(original("llama"))).matched[0]
+    site = find_sites(captured_once(original("llama"))).matched[0]
     with pytest.raises(PlanError, match="no layer 'self_attn'.*graph_breaks"):
         choose_plan(Options(plan=low("llama")), [replace(site, layer="self_attn")])
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import kvmix_compile
 from kvmix_compile import Plan
-from kvmix_compile.models_zoo.tiny import tiny
+from tests.helpers.one_capture import applied, zoo
 
 # Few, so that short texts are stored in all three ways: as sinks, packed, and in the tail.
 SINKS, RECENT = 4, 32
@@ -27,16 +26,16 @@ def unquantized(plan: Plan) -> Plan:
 
 @cache
 def original() -> PreTrainedModel:
-    return tiny("llama")
+    return zoo("llama")
 
 
 @cache
 def quantized() -> PreTrainedModel:
     """At 2.3 bits."""
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    return applied(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
 
 
 @cache
 def lossless() -> PreTrainedModel:
     """With a KVMixCache that quantizes nothing."""
-    return kvmix_compile.apply(original(), plan=unquantized(quantized().kvmix_plan), verify=False)
+    return applied(original(), plan=unquantized(quantized().kvmix_plan), verify=False)

@@ -1,16 +1,14 @@
 """What the tests of the passes share: models captured once, and a decoder whose attention a test writes itself."""
 
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kvmix_compile.models_zoo import plain
-from kvmix_compile.models_zoo.tiny import RECIPES, tiny
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.capture.export import capture
+from tests.helpers.one_capture import captured_once, zoo
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,7 +43,7 @@ class Toy(nn.Module):
 @pytest.fixture(scope="session")
 def captured() -> Callable[[str], Captured]:
     """A model of the zoo as a graph, by name. Shared: tests leave it as they found it."""
-    return cache(lambda name: capture(tiny(name) if name in RECIPES else getattr(plain, name)()))
+    return lambda name: captured_once(zoo(name))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -146,14 +147,25 @@ def test_generate_under_autocast_gives_what_it_gives_without() -> None:
     assert (found[:, :100] == expected[:, :100]).float().mean() > 0.95
 
 
+OPTIONS = {"budget": 2.3, "calibration": ids(2, 128), "sinks": SINKS, "recent": RECENT}
+
+
+@cache
+def small() -> PreTrainedModel:
+    return tiny("llama", num_hidden_layers=1)
+
+
+@cache
+def small_twin() -> PreTrainedModel:
+    return kvmix_compile.apply(small(), **OPTIONS)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_is_compiled_alike_in_every_mode(mode: str) -> None:
-    model = tiny("llama")
-    options = {"budget": 2.3, "calibration": ids(2, 128), "sinks": SINKS, "recent": RECENT}
-    expected = kvmix_compile.apply(model, **options)
+    model, expected = small(), small_twin()
     with MODES[mode]():
         enabled = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-        twin = kvmix_compile.apply(model, **options)
+        twin = kvmix_compile.apply(model, **OPTIONS)
         assert kvmix_compile.diagnose(model).problem is None
         assert enabled == (
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")

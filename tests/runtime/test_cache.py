@@ -16,6 +16,7 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.errors import CacheError, InputError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.models_zoo.tiny import WINDOW, tiny
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import RECENT, SINKS, ids, lossless, original, quantized
 
 ROLLBACK = 16
@@ -61,7 +62,7 @@ def test_its_bytes_are_what_its_tensors_occupy_and_what_the_plan_said(tokens: in
 
 @cache
 def windowed(name: str) -> PreTrainedModel:
-    return kvmix_compile.apply(tiny(name), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    return applied(zoo(name), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "llama4"])

@@ -17,6 +17,7 @@ from kvmix_compile.backend.storage import PackedCache
 from kvmix_compile.errors import CacheError, KVMixError
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime.cache_file import weights_fingerprint
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import ids, lossless, original, quantized
 
 ROLLBACK = 16
@@ -119,7 +120,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "with other weights",
     ),
     "architecture": (
-        lambda: kvmix_compile.apply(tiny("qwen2"), budget=3, calibration=ids(2, 64), verify=False),
+        lambda: applied(zoo("qwen2"), budget=3, calibration=ids(2, 64), verify=False),
         "of another architecture",
     ),
 }

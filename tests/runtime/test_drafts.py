@@ -14,6 +14,7 @@ from kvmix_compile import KVMixCache, Plan
 from kvmix_compile.errors import CacheError, InputError
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import RECENT, SINKS, ids, lossless, original, quantized, unquantized
 
 # The prompt repeats itself, so that a lookup finds much to propose.
@@ -46,21 +47,25 @@ def erring(tokens: int, name: str = "llama", **settings: Any) -> PreTrainedModel
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """At 2.3 bits."""
-    return kvmix_compile.apply(model, plan=plan_for(model.config.model_type), verify=False)
+    return applied(model, plan=plan_for(model.config.model_type), verify=False)
 
 
 def exact_twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """At 16 bits."""
-    return kvmix_compile.apply(model, plan=unquantized(plan_for(model.config.model_type)), verify=False)
+    return applied(model, plan=unquantized(plan_for(model.config.model_type)), verify=False)
+
+
+@cache
+def with_windows(name: str) -> PreTrainedModel:
+    return tiny(name, sliding_window=60)
 
 
 @cache
 def plan_for(name: str) -> Plan:
     """At 2.3 bits, of the tiny model of this architecture; with windows, where it has any."""
-    settings = {} if name == "llama" else {"sliding_window": 60}
-    return kvmix_compile.apply(
-        tiny(name, **settings), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT, verify=False
-    ).kvmix_plan
+    model = zoo(name) if name == "llama" else with_windows(name)
+    options: dict[str, Any] = {"sinks": SINKS, "recent": RECENT, "verify": False}
+    return applied(model, budget=2.3, calibration=ids(2, 128), **options).kvmix_plan
 
 
 def with_settings(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.signature import cache_in
 from tests.helpers.cache_argument import CACHE_ARGUMENT
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import RECENT, SINKS, ids
 
 # Rotary, learned and ALiBi positions; separate and fused projections; sliding windows, a soft cap, experts.
@@ -35,8 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 @cache
 def pair(name: str) -> tuple[PreTrainedModel, Any]:
     """A model and its twin at 16 bits."""
-    model = tiny(name)
-    return model, kvmix_compile.apply(model, budget=16, calibration=ids(1, 64), sinks=SINKS, recent=RECENT)
+    model = zoo(name)
+    return model, applied(model, budget=16, calibration=ids(1, 64), sinks=SINKS, recent=RECENT)
 
 
 def generated(name: str, prompt: Tensor, **options: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from kvmix_compile import KVMixCache, KVMixError
 from kvmix_compile.errors import CompilationError
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime.inductor import InductorGraph
+from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import RECENT, SINKS, ids
 
 
@@ -28,12 +29,12 @@ def original() -> PreTrainedModel:
 
 @cache
 def eager() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    return applied(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
 
 
 @cache
 def compiled() -> PreTrainedModel:
-    return kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+    return applied(original(), plan=eager().kvmix_plan, verify=False, compile=True)
 
 
 @pytest.fixture
@@ -99,8 +100,8 @@ def test_2000_tokens_compile_two_graphs(graphs: list[Any]) -> None:
 
 def test_layers_with_a_window_have_a_room_of_their_own(graphs: list[Any]) -> None:
     original = tiny("gemma2", sliding_window=60)
-    plain = kvmix_compile.apply(original, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
-    model = kvmix_compile.apply(original, plan=plain.kvmix_plan, verify=False, compile=True)
+    plain = applied(original, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    model = applied(original, plan=plain.kvmix_plan, verify=False, compile=True)
     with_window, without = (inputs[index].shape[2] for inputs in graphs[:1] for index in (5 + 2, 5 + 6 + 2))
     assert str(with_window) != str(without)
     text, chunks = ids(2, 150), [30, *[1] * 70, 30, *[1] * 20]
@@ -137,7 +138,7 @@ def test_sizes_that_the_graph_does_not_hold_for_run_uncompiled(monkeypatch: pyte
         return run
 
     monkeypatch.setattr(torch._inductor, "compile", compile)
-    model = kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+    model = applied(original(), plan=eager().kvmix_plan, verify=False, compile=True)
     for tokens in (99, 100):
         text = ids(2, tokens)
         torch.testing.assert_close(model(text).logits, eager()(text).logits)
@@ -165,7 +166,7 @@ def test_code_compiled_for_operators_of_another_signature_is_not_taken(monkeypat
 
 
 def test_a_deep_copy_is_compiled_with_its_own_weights(graphs: list[Any]) -> None:
-    model = kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+    model = applied(original(), plan=eager().kvmix_plan, verify=False, compile=True)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         copied.lm_head.weight.zero_()
@@ -182,7 +183,7 @@ def test_weights_may_change_in_place() -> None:
 
 
 def test_it_is_saved_as_the_original(tmp_path: Path, graphs: list[Any]) -> None:
-    model = kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+    model = applied(original(), plan=eager().kvmix_plan, verify=False, compile=True)
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids(1, 9)).logits, original()(ids(1, 9)).logits)
@@ -195,7 +196,7 @@ def test_without_a_compiler_it_says_what_to_do_first() -> None:
     message = r"needs a C\+\+ compiler.*install g\+\+.*or leave compile out"
     without = inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with without, pytest.raises(CompilationError, match=message):
-        kvmix_compile.apply(original(), plan=eager().kvmix_plan, compile=True)
+        applied(original(), plan=eager().kvmix_plan, compile=True)
 
 
 def test_what_inductor_cannot_compile_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +205,4 @@ def test_what_inductor_cannot_compile_is_one_sentence(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
     with pytest.raises(KVMixError, match=r"could not compile the model: no\. Call .* without compile=True"):
-        kvmix_compile.apply(original(), plan=eager().kvmix_plan, verify=False, compile=True)
+        applied(original(), plan=eager().kvmix_plan, verify=False, compile=True)

@@ -20,6 +20,7 @@ from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import TINY, tiny
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_in
 from tests.helpers.cache_argument import CACHE_ARGUMENT
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import RECENT, SINKS, ids, unquantized
 
 PLAIN = ("hand_written", "fused_arange")
@@ -38,9 +39,9 @@ class Compiled:
 
 @cache
 def compiled(name: str) -> Compiled:
-    original = tiny(name) if name in TINY else getattr(plain, name)()
-    quantized = kvmix_compile.apply(original, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
-    lossless = kvmix_compile.apply(original, plan=unquantized(quantized.kvmix_plan), verify=False)
+    original = zoo(name)
+    quantized = applied(original, budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    lossless = applied(original, plan=unquantized(quantized.kvmix_plan), verify=False)
     return Compiled(original, quantized, lossless)
 
 

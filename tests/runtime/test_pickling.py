@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import kvmix_compile
-from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import ids, original, quantized
 
 
@@ -44,7 +43,7 @@ def test_a_copy_is_the_same_model(way: str) -> None:
 
 
 def test_a_plain_module_is_pickled_too() -> None:
-    small = kvmix_compile.apply(plain.fused_arange(), budget=3, calibration=ids(2, 64))
+    small = applied(zoo("fused_arange"), budget=3, calibration=ids(2, 64))
     assert torch.equal(pickle.loads(pickle.dumps(small))(ids(2, 80)), small(ids(2, 80)))
 
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import CacheError, InputError
-from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.seeding import seeded
-from kvmix_compile.models_zoo.tiny import TINY, TINY_SPECIAL, tiny
+from kvmix_compile.models_zoo.tiny import TINY, TINY_SPECIAL
 from tests.helpers.cache_argument import with_cache
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import ids, lossless, original, quantized
 
 # Those that count positions in every row alike, and of which the distance of two tokens is felt beside positions.
@@ -33,8 +33,8 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_i
 @cache
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     """A tiny model and its twin that quantizes nothing."""
-    model = tiny(name)
-    return model, kvmix_compile.apply(model, budget=16, sinks=4, recent=32, calibration=ids(1, 64))
+    model = zoo(name)
+    return model, applied(model, budget=16, sinks=4, recent=32, calibration=ids(1, 64))
 
 
 def left() -> Tensor:
@@ -221,7 +221,7 @@ def test_positions_are_the_originals_or_refused(name: str, pattern: str) -> None
 
 
 def test_a_model_without_a_mask_of_its_own_is_given_one_text_in_a_row() -> None:
-    twin = kvmix_compile.apply(plain.hand_written(), budget=16, calibration=ids(1, 64), sinks=0, recent=32)
+    twin = applied(zoo("hand_written"), budget=16, calibration=ids(1, 64), sinks=0, recent=32)
     assert twin(ids(1, TOKENS), position_ids=PATTERNS["offset"]).shape == (1, TOKENS, 128)
     for options in ({}, {"use_cache": True}, {"attention_mask": torch.ones(1, TOKENS)}):
         with pytest.raises(InputError, match="a row of its own"):

@@ -13,6 +13,7 @@ from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.vocabulary import operation
+from tests.helpers.one_capture import applied, captured_once
 
 WIDTH, HEADS, VOCABULARY = 64, 2, 96
 Part = Callable[["Model", Tensor], Tensor]
@@ -115,8 +116,8 @@ def text(tokens: int) -> Tensor:
 def check(model: nn.Module, tolerance: float) -> None:
     """A twin at 16 bits answers as the model, in chunks, and the graph holds no region any more."""
     model.eval()
-    assert not [node for node in capture(model).graph.nodes if isinstance(node.target, HigherOrderOperator)]
-    twin = kvmix_compile.apply(model, budget=16, calibration=text(64), sinks=4, recent=32)
+    assert not [node for node in captured_once(model).graph.nodes if isinstance(node.target, HigherOrderOperator)]
+    twin = applied(model, budget=16, calibration=text(64), sinks=4, recent=32)
     ids, past = text(90), kvmix_compile.KVMixCache(twin)
     with torch.no_grad():
         expected = kvmix_compile.passes.capture.export.logits_of(model(ids))

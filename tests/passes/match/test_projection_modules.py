@@ -1,6 +1,7 @@
 """K/V projections that are not nn.Linear: quantized weights, kernels of another package, low-rank adapters."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile.models_zoo.tiny import tiny
+from tests.helpers.one_capture import analyzed, applied, zoo
 
 CALIBRATION = torch.randint(3, 128, (2, 96), generator=torch.Generator().manual_seed(0))
 PROMPT = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(1))
@@ -79,7 +81,9 @@ MODULES: dict[str, Callable[[nn.Linear], nn.Module]] = {
 }
 
 
+@cache
 def with_projections(make: Callable[[nn.Linear], nn.Module]) -> PreTrainedModel:
+    """Shared: tests leave it as they found it."""
     model = tiny("llama")
     for layer in model.model.layers:
         layer.self_attn.k_proj = make(layer.self_attn.k_proj)
@@ -90,27 +94,27 @@ def with_projections(make: Callable[[nn.Linear], nn.Module]) -> PreTrainedModel:
 @pytest.mark.parametrize("name", MODULES)
 def test_keys_and_values_of_any_projection_are_measured_and_compressed(name: str) -> None:
     model = with_projections(MODULES[name])
-    importance = kvmix_compile.analyze(model, calibration=CALIBRATION, sinks=4, recent=32)
-    plain = kvmix_compile.analyze(tiny("llama"), calibration=CALIBRATION, sinks=4, recent=32)
+    importance = analyzed(model, calibration=CALIBRATION, sinks=4, recent=32)
+    plain = analyzed(zoo("llama"), calibration=CALIBRATION, sinks=4, recent=32)
     for site, other in zip(importance.sites, plain.sites, strict=True):
         for measured, of_linear in (
             (site.key_sensitivity, other.key_sensitivity), (site.value_sensitivity, other.value_sensitivity)
         ):  # fmt: skip
             assert measured.keys() == of_linear.keys()
             assert all(0 <= loss < float("inf") for loss in measured.values()) and max(measured.values()) > 0
-    lossless = kvmix_compile.apply(model, plan=importance.allocate(budget=16))
+    lossless = applied(model, plan=importance.allocate(budget=16))
     assert torch.equal(lossless.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
-    low = kvmix_compile.apply(model, plan=importance.allocate(budget=2.3), verify=False)
+    low = applied(model, plan=importance.allocate(budget=2.3), verify=False)
     assert low.generate(PROMPT, **GREEDY).shape == (2, 96)
 
 
 @pytest.mark.parametrize("name", ["dequantized", "adapted", "adapted and merged"])
 def test_the_papers_policy_finds_the_linear_map(name: str) -> None:
-    importance = kvmix_compile.analyze(with_projections(MODULES[name]), calibration=CALIBRATION, sinks=4, recent=32)
+    importance = analyzed(with_projections(MODULES[name]), calibration=CALIBRATION, sinks=4, recent=32)
     assert importance.allocate(budget=2.3, policy="kvmix").policy == "kvmix"
 
 
 def test_the_papers_policy_says_where_it_finds_none() -> None:
-    importance = kvmix_compile.analyze(with_projections(Kernel), calibration=CALIBRATION, sinks=4, recent=32)
+    importance = analyzed(with_projections(Kernel), calibration=CALIBRATION, sinks=4, recent=32)
     with pytest.raises(kvmix_compile.KVMixError, match=r"no linear map.*policy='fisher'"):
         importance.allocate(budget=2.3, policy="kvmix")

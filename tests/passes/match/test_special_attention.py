@@ -13,6 +13,7 @@ import kvmix_compile
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.models_zoo.tiny import TINY_SPECIAL, WINDOW, tiny
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import unquantized
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 127, "pad_token_id": 0}
@@ -33,17 +34,17 @@ def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
 @cache
 def original(name: str) -> PreTrainedModel:
     """llama4-chunks is Llama 4 without the positions that it counts itself, from the beginning of a batch."""
-    return tiny("llama4", attn_temperature_tuning=False) if name == "llama4-chunks" else tiny(name)
+    return tiny("llama4", attn_temperature_tuning=False) if name == "llama4-chunks" else zoo(name)
 
 
 @cache
 def quantized(name: str) -> PreTrainedModel:
-    return kvmix_compile.apply(original(name), budget=2.3, calibration=ids(2, 150), sinks=4, recent=32)
+    return applied(original(name), budget=2.3, calibration=ids(2, 150), sinks=4, recent=32)
 
 
 @cache
 def lossless(name: str) -> PreTrainedModel:
-    return kvmix_compile.apply(original(name), plan=unquantized(quantized(name).kvmix_plan), verify=False)
+    return applied(original(name), plan=unquantized(quantized(name).kvmix_plan), verify=False)
 
 
 @pytest.mark.parametrize("name", TINY_SPECIAL)
@@ -91,7 +92,7 @@ def test_a_quantized_cache_stays_close(name: str) -> None:
     """In 8 bits, read token by token, logits are nearly the original's."""
     plan = lossless(name).kvmix_plan
     sites = tuple(replace(site, key=Precision(8, 32), value=Precision(8, 32)) for site in plan.sites)
-    model = kvmix_compile.apply(original(name), plan=replace(plan, sites=sites), verify=False)
+    model = applied(original(name), plan=replace(plan, sites=sites), verify=False)
     text = ids(1, 200)
     with torch.no_grad():
         expected = original(name)(text).logits
