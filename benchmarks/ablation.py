@@ -73,9 +73,9 @@ def without(importance: Importance, unwanted: Callable[[Precision], bool]) -> Im
     )
 
 
-def has_quarters(precision: Precision) -> bool:
-    """Whether a quarter of the channels has bits of its own."""
-    first, second, third, fourth = precision.quarters
+def has_tiers(precision: Precision) -> bool:
+    """Whether a tier of the channels has bits of its own."""
+    first, second, third, fourth = precision.tiers
     return first != second or third != fourth
 
 
@@ -96,7 +96,7 @@ def ingredients(bench: Bench, importance: Importance) -> dict[str, Plan]:
         "as it is": plan,
         "gradients of every read, not of those from storage alone": every_read.allocate(budget=2.3),
         "all channels of a key alike": without(importance, lambda p: bool(p.important_bits)).allocate(budget=2.3),
-        "halves of a key's channels, not quarters": without(importance, has_quarters).allocate(budget=2.3),
+        "halves of a key's channels, not quarters": without(importance, has_tiers).allocate(budget=2.3),
         "groups of 32 only": without(importance, lambda p: p.is_quantized and p.group != 32).allocate(budget=2.3),
         "16-bit scales and zero points": with_wide_scales(plan),
         "no attention sinks": bench.importance(sinks=0).allocate(budget=2.3),

@@ -23,7 +23,7 @@ from kvmix_compile.kernels.cpu.interface import (
     Side,
 )
 from kvmix_compile.kernels.cpu.library import library
-from kvmix_compile.kernels.format.precision import QUARTERS, Precision
+from kvmix_compile.kernels.format.precision import TIERS, Precision
 from kvmix_compile.kernels.format.state import SiteState, packed_blocks, required_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
@@ -168,5 +168,5 @@ def _block_format(precision: Precision, dim: int, itemsize: int) -> BlockFormat:
         scale_bits=precision.scale_bits,
         block_bytes=precision.block_bytes(dim, itemsize),
         part_count=len(parts),
-        parts=(Part * QUARTERS)(*parts),
+        parts=(Part * TIERS)(*parts),
     )

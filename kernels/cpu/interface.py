@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import torch
 
-from kvmix_compile.kernels.format.precision import QUARTERS
+from kvmix_compile.kernels.format.precision import TIERS
 
 # ElementType.
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,7 +41,7 @@ class BlockFormat(ctypes.Structure):
         ("scale_bits", c_int64),
         ("block_bytes", c_int64),
         ("part_count", c_int64),
-        ("parts", Part * QUARTERS),
+        ("parts", Part * TIERS),
     )
 
 

@@ -17,7 +17,7 @@ byte a group: the low nibble places its log2 scale, the high nibble its zero poi
 A block of 16-bit precision is the elements' own bytes, ``[32, head_dim]``.
 
 Where important channels have more bits, a block is several such blocks of fewer channels, one behind the other: those
-of Precision.parts, halves or quarters of the channels. Each is self-contained as above.
+of Precision.parts, halves or tiers of the channels. Each is self-contained as above.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SCALE_BIT_WIDTHS = (4, 16)
 CHANNEL_MULTIPLE = 8
 
 # Of a key's channels; a power of two, so that what is made of them has no odd sizes.
-QUARTERS = 4
+TIERS = 4
 
 # With 4-bit scales a part of a block begins its metadata with four float16 numbers (see packing.py).
 BLOCK_EXTREMES_BYTES = 8
@@ -40,8 +40,8 @@ class Precision:
     bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in their own dtype.
     group: elements that share a scale and a zero point.
     scale_bits: bits of a scale and of a zero point: 16 (float16) or 4 (relative to the block's own extremes).
-    important_bits: of keys, bits of a code in the leading quarters of the channels, each more than `bits`, which are
-        those of the other quarters, and no more than those before; empty where all channels have `bits`. Which
+    important_bits: of keys, bits of a code in the leading tiers of the channels, each more than `bits`, which are
+        those of the other tiers, and no more than those before; empty where all channels have `bits`. Which
         channels of a model come first is not known here.
     """
 
@@ -70,9 +70,9 @@ class Precision:
                 )
             if bits not in BIT_WIDTHS:
                 raise KVMixError(f"{bits} bits cannot be stored; choose one of {_listed(BIT_WIDTHS)}")
-        if len(self.important_bits) >= QUARTERS or list(self.important_bits) != sorted(self.important_bits)[::-1]:
+        if len(self.important_bits) >= TIERS or list(self.important_bits) != sorted(self.important_bits)[::-1]:
             raise KVMixError(
-                f"important_bits are those of the leading quarters of the channels, at most {QUARTERS - 1} and none "
+                f"important_bits are those of the leading tiers of the channels, at most {TIERS - 1} and none "
                 f"more than the one before, not {self.important_bits}"
             )
 
@@ -87,35 +87,35 @@ class Precision:
         return 2**self.bits - 1
 
     @property
-    def quarters(self) -> tuple[int, ...]:
-        """Bits of a code in each quarter of the channels."""
-        return *self.important_bits, *(self.bits,) * (QUARTERS - len(self.important_bits))
+    def tiers(self) -> tuple[int, ...]:
+        """Bits of a code in each tier of the channels."""
+        return *self.important_bits, *(self.bits,) * (TIERS - len(self.important_bits))
 
     @classmethod
-    def of_quarters(cls, bits: Sequence[int], group: int, scale_bits: int) -> Precision:
-        """The one whose `quarters` are these bits, none more than the one before."""
+    def of_tiers(cls, bits: Sequence[int], group: int, scale_bits: int) -> Precision:
+        """The one whose `tiers` are these bits, none more than the one before."""
         return cls(bits[-1], group, scale_bits, tuple(number for number in bits if number > bits[-1]))
 
     @property
     def mean_bits(self) -> float:
         """Bits of a code, averaged over the channels."""
-        return sum(self.quarters) / QUARTERS
+        return sum(self.tiers) / TIERS
 
     def parts(self, head_dim: int) -> tuple[Part, ...]:
-        """What a block of heads of this size consists of: all channels, halves or quarters of them, in order, each of
+        """What a block of heads of this size consists of: all channels, halves or tiers of them, in order, each of
         the same bits throughout.
         """
         parts: list[Part] = []
         first_channel = 0
-        for bits, quarters in self._shares():
-            channels = head_dim * quarters // QUARTERS
+        for bits, tiers in self._shares():
+            channels = head_dim * tiers // TIERS
             parts.append(Part(Precision(bits, self.group, self.scale_bits), first_channel, channels))
             first_channel += channels
         return tuple(parts)
 
     def _shares(self) -> list[tuple[int, int]]:
-        """(bits, number of quarters) of each part."""
-        first, second, third, fourth = self.quarters
+        """(bits, number of tiers) of each part."""
+        first, second, third, fourth = self.tiers
         if first == fourth:
             return [(first, 4)]
         return [*_paired(first, second), *_paired(third, fourth)]
@@ -162,11 +162,11 @@ class Precision:
                 f"a head of {head_dim} channels cannot be quantized: the count must be a multiple of "
                 f"{CHANNEL_MULTIPLE}; keep this site at {UNQUANTIZED_BITS} bits"
             )
-        multiple = CHANNEL_MULTIPLE * QUARTERS // min(quarters for _, quarters in self._shares())
+        multiple = CHANNEL_MULTIPLE * TIERS // min(tiers for _, tiers in self._shares())
         if self.important_bits and (axis != Axis.TOKENS or head_dim % multiple):
             raise KVMixError(
-                f"only keys of a multiple of {multiple} channels can have {_listed(self.quarters, 'and')} bits in the "
-                f"quarters of these, not {'values' if axis != Axis.TOKENS else f'keys of {head_dim}'}"
+                f"only keys of a multiple of {multiple} channels can have {_listed(self.tiers, 'and')} bits in the "
+                f"tiers of these, not {'values' if axis != Axis.TOKENS else f'keys of {head_dim}'}"
             )
         extent = BLOCK_TOKENS if axis == Axis.TOKENS else head_dim
         if extent % self.group:
@@ -197,7 +197,7 @@ class Part:
 
 
 def _paired(first: int, second: int) -> list[tuple[int, int]]:
-    """Two quarters of the channels as Precision._shares."""
+    """Two tiers of the channels as Precision._shares."""
     return [(first, 2)] if first == second else [(first, 1), (second, 1)]
 
 

@@ -98,14 +98,14 @@ def _legend(sites: Sequence[SitePlan]) -> Iterator[Text]:
         counts = f"layers: {keys[precision]} for keys, {values[precision]} for values"
         yield Text("  ").append_text(_cell(precision)).append(f" {_meaning(precision):<{width}}   {counts}")
     if any(precision.important_bits for precision in keys):
-        yield Text("  4/3/2/2: bits by quarter of a head's channels, the most important first", style="dim")
+        yield Text("  4/3/2/2: bits by tier of a head's channels, the most important first", style="dim")
 
 
 def _meaning(precision: Precision) -> str:
     if not precision.is_quantized:
         return "the model's own dtype"
     groups = f"groups of {precision.group}, {precision.scale_bits}-bit scales"
-    return f"{'/'.join(map(str, precision.quarters))}, {groups}" if precision.important_bits else groups
+    return f"{'/'.join(map(str, precision.tiers))}, {groups}" if precision.important_bits else groups
 
 
 def _means(plan: Plan) -> Iterator[Text]:

@@ -97,7 +97,7 @@ def _importance(importance: Importance) -> list[dict[str, Any]]:
 
 
 def _precisions(plan: Plan) -> dict[str, list[list[int]]]:
-    """Of each layer Precision.as_ints: bits of a code, group size, bits of a scale, bits of leading quarters."""
+    """Of each layer Precision.as_ints: bits of a code, group size, bits of a scale, bits of leading tiers."""
     return {
         "keys": [site.key.as_ints() for site in plan.sites],
         "values": [site.value.as_ints() for site in plan.sites],

@@ -12,13 +12,16 @@ from typing import TypeVar
 import torch
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.format.precision import QUARTERS, UNQUANTIZED_BITS, Precision
+from kvmix_compile.kernels.format.precision import TIERS, UNQUANTIZED_BITS, Precision
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_tokens
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
-VERSION = 4
+VERSION = 5
+# Version 4 is the same but for the name of one field.
+READ_VERSIONS = (4, VERSION)
+RENAMED = {"channel_quarters": "channel_tiers"}
 
 # Powers of two that float32 and bfloat16 have, and their inverses too.
 MOST_EXPONENT = 120
@@ -36,7 +39,7 @@ class SitePlan(Shaped):
 
     layer: name of the site in the model, such as "model.layers.3.self_attn".
     key, value: precision of the cached keys and values.
-    channel_quarters: where key has important_bits, of each head a string with a digit for each channel: its quarter of
+    channel_tiers: where key has important_bits, of each head a string with a digit for each channel: its tier of
         the channels, from 0, the most important one, to 3; else empty.
     key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
         (see passes.measure.exponents); empty: by none.
@@ -46,7 +49,7 @@ class SitePlan(Shaped):
     shape: SiteShape
     key: Precision
     value: Precision
-    channel_quarters: tuple[str, ...] = ()
+    channel_tiers: tuple[str, ...] = ()
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
 
@@ -56,10 +59,10 @@ class SitePlan(Shaped):
             raise PlanError(f"{self.layer}: kv_heads, key_dim and value_dim must be at least 1, not {dimensions}")
         if self.window < 0:
             raise PlanError(f"{self.layer}: window counts tokens: {self.window} cannot be negative")
-        if len(self.channel_quarters) != (self.kv_heads if self.key.important_bits else 0):
+        if len(self.channel_tiers) != (self.kv_heads if self.key.important_bits else 0):
             raise PlanError(
-                f"{self.layer}: important_bits and channel_quarters go together, the latter a string for each head; "
-                f"{self.key} of {self.kv_heads} heads has {len(self.channel_quarters)}"
+                f"{self.layer}: important_bits and channel_tiers go together, the latter a string for each head; "
+                f"{self.key} of {self.kv_heads} heads has {len(self.channel_tiers)}"
             )
         for what, exponents in (("key", self.key_exponents), ("value", self.value_exponents)):
             if len(exponents) not in (0, self.kv_heads) or max(map(abs, exponents), default=0) > MOST_EXPONENT:
@@ -67,25 +70,25 @@ class SitePlan(Shaped):
                     f"{self.layer}: {what}_exponents must be a number from -{MOST_EXPONENT} to {MOST_EXPONENT} for "
                     f"each of {self.kv_heads} heads, or none at all, not {list(exponents)}"
                 )
-        balanced = sorted(channel * QUARTERS // self.key_dim for channel in range(self.key_dim))
-        for quarters in self.channel_quarters:
-            if sorted(quarters) != list(map(str, balanced)):
+        balanced = sorted(channel * TIERS // self.key_dim for channel in range(self.key_dim))
+        for tiers in self.channel_tiers:
+            if sorted(tiers) != list(map(str, balanced)):
                 raise PlanError(
-                    f"{self.layer}: channel_quarters must put as many of a head's {self.key_dim} channels into each of "
-                    f"the quarters 0 to {QUARTERS - 1}, not {quarters!r}"
+                    f"{self.layer}: channel_tiers must put as many of a head's {self.key_dim} channels into each of "
+                    f"the tiers 0 to {TIERS - 1}, not {tiers!r}"
                 )
 
     def unquantized(self) -> SitePlan:
         """The same at 16 bits."""
         untouched = Precision(UNQUANTIZED_BITS)
-        return replace(self, key=untouched, value=untouched, channel_quarters=(), key_exponents=(), value_exponents=())
+        return replace(self, key=untouched, value=untouched, channel_tiers=(), key_exponents=(), value_exponents=())
 
     @property
     def channel_order(self) -> list[list[int]] | None:
-        """For each head its key's channels, the most important quarter first; None where all are kept alike."""
-        if not self.channel_quarters:
+        """For each head its key's channels, the most important tier first; None where all are kept alike."""
+        if not self.channel_tiers:
             return None
-        return [sorted(range(self.key_dim), key=quarters.__getitem__) for quarters in self.channel_quarters]
+        return [sorted(range(self.key_dim), key=tiers.__getitem__) for tiers in self.channel_tiers]
 
 
 @dataclass(frozen=True)
@@ -292,8 +295,8 @@ def _site_record(site: SitePlan) -> dict[str, object]:
         "key": _precision_record(site.key),
         "value": _precision_record(site.value),
     }
-    if site.channel_quarters:
-        record["channel_quarters"] = site.channel_quarters
+    if site.channel_tiers:
+        record["channel_tiers"] = site.channel_tiers
     if site.window:
         record["window"] = site.window
     if site.key_exponents:
@@ -314,7 +317,7 @@ def _from_document(document: object) -> Plan:
     version = _field(document, "version", int, "the plan")
     if version > VERSION:
         raise PlanError(f"this plan (version {version}) was made by a newer kvmix_compile; upgrade kvmix_compile")
-    if version < VERSION:
+    if version not in READ_VERSIONS:
         raise PlanError(f"this plan (version {version}) was made by an older kvmix_compile; make a new one")
     records = _field(document, "sites", list, "the plan")
     return Plan(
@@ -329,6 +332,7 @@ def _from_document(document: object) -> Plan:
 def _site_plan(record: object, where: str) -> SitePlan:
     if not isinstance(record, dict):
         raise PlanError(f"{where} is not a JSON object; save the plan again")
+    record = {RENAMED.get(name, name): content for name, content in record.items() if isinstance(name, str)}
     return SitePlan(
         layer=_field(record, "layer", str, where),
         shape=SiteShape(
@@ -339,19 +343,19 @@ def _site_plan(record: object, where: str) -> SitePlan:
         ),
         key=_precision(_field(record, "key", dict, where), f"the key of {where}"),
         value=_precision(_field(record, "value", dict, where), f"the value of {where}"),
-        channel_quarters=_channel_quarters(record, where),
+        channel_tiers=_channel_tiers(record, where),
         key_exponents=_integers(record, "key_exponents", where),
         value_exponents=_integers(record, "value_exponents", where),
     )
 
 
-def _channel_quarters(record: dict[str, object], where: str) -> tuple[str, ...]:
-    if "channel_quarters" not in record:
+def _channel_tiers(record: dict[str, object], where: str) -> tuple[str, ...]:
+    if "channel_tiers" not in record:
         return ()
-    quarters = _field(record, "channel_quarters", list, where)
-    if not all(isinstance(of_head, str) for of_head in quarters):
-        raise PlanError(f"{where}: channel_quarters must be a string for each head; save the plan again")
-    return tuple(quarters)
+    tiers = _field(record, "channel_tiers", list, where)
+    if not all(isinstance(of_head, str) for of_head in tiers):
+        raise PlanError(f"{where}: channel_tiers must be a string for each head; save the plan again")
+    return tuple(tiers)
 
 
 def _precision(record: object, where: str) -> Precision:

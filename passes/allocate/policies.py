@@ -56,7 +56,7 @@ class SiteImportance(Shaped):
         the weights of the key and the value projection.
     key_sensitivity, value_sensitivity: the candidate precisions, each with the increase of the loss (nats a token)
         that is predicted when the keys or values are stored at it; 0.0 at 16 bits.
-    channel_quarters: the quarters of each key head's channels that key precisions with important_bits tell apart, as
+    channel_tiers: the tiers of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
     key_exponents, value_exponents: as in SitePlan.
     """
@@ -67,7 +67,7 @@ class SiteImportance(Shaped):
     value_gradient_norm: float
     key_sensitivity: Mapping[Precision, float]
     value_sensitivity: Mapping[Precision, float]
-    channel_quarters: tuple[str, ...] = ()
+    channel_tiers: tuple[str, ...] = ()
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
 
@@ -226,17 +226,17 @@ class _Item:
         """With fewer precisions to choose from."""
         return replace(self, sensitivity={choice: loss for choice, loss in self.sensitivity.items() if wanted(choice)})
 
-    def with_bits(self, quarters: tuple[int, ...]) -> _Item:
+    def with_bits(self, tiers: tuple[int, ...]) -> _Item:
         """These bits in every group size."""
-        return self.only(lambda precision: precision.quarters == quarters)
+        return self.only(lambda precision: precision.tiers == tiers)
 
     def in_published_groups(self) -> _Item:
         """Each choice of bits in one group size, the published one or the largest below it."""
         groups: dict[tuple[int, ...], int] = {}
         for precision in sorted(self.sensitivity, key=lambda precision: precision.group):
-            if precision.group <= PUBLISHED_GROUP or precision.quarters not in groups:
-                groups[precision.quarters] = precision.group
-        return self.only(lambda precision: precision.group == groups[precision.quarters])
+            if precision.group <= PUBLISHED_GROUP or precision.tiers not in groups:
+                groups[precision.tiers] = precision.group
+        return self.only(lambda precision: precision.group == groups[precision.tiers])
 
 
 def _least_loss(items: Sequence[_Item], unit: Unit, capacity: int) -> list[Precision]:
@@ -252,7 +252,7 @@ def _regrouped(items: Sequence[_Item], chosen: Sequence[Precision], allowance: i
     """
     pairs = list(zip(items, chosen, strict=True))
     codes, stored = (sum(item.cost(precision, unit) for item, precision in pairs) for unit in get_args(Unit))
-    same_bits = [item.with_bits(precision.quarters) for item, precision in pairs]
+    same_bits = [item.with_bits(precision.tiers) for item, precision in pairs]
     return _least_loss(same_bits, "storage_budget", max(codes + allowance, stored))
 
 

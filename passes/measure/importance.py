@@ -95,7 +95,7 @@ def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePl
         shape=site.shape,
         key=key,
         value=value,
-        channel_quarters=site.channel_quarters if key.important_bits else (),
+        channel_tiers=site.channel_tiers if key.important_bits else (),
         key_exponents=site.key_exponents if key.is_quantized else (),
         value_exponents=site.value_exponents if value.is_quantized else (),
     )
@@ -156,11 +156,11 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
 
 
 def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -> SiteImportance:
-    key_losses, channel_quarters = key.losses(rows), tuple[str, ...]()
-    quarters = key.quarters()
-    if divided := key.losses_of_quarters(quarters, rows):
+    key_losses, channel_tiers = key.losses(rows), tuple[str, ...]()
+    tiers = key.tiers()
+    if divided := key.losses_of_tiers(tiers, rows):
         key_losses |= divided
-        channel_quarters = tuple("".join(map(str, of_head)) for of_head in quarters.tolist())
+        channel_tiers = tuple("".join(map(str, of_head)) for of_head in tiers.tolist())
     return SiteImportance(
         layer=site.layer,
         shape=site.shape,
@@ -168,7 +168,7 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         value_gradient_norm=value.gradient_norm / rows,
         key_sensitivity=key_losses,
         value_sensitivity=value.losses(rows),
-        channel_quarters=channel_quarters,
+        channel_tiers=channel_tiers,
         key_exponents=key.exponents(),
         value_exponents=value.exponents(),
     )

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.format.packing import dequantize_block, quantize_block
-from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, QUARTERS, Axis, Precision
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, TIERS, Axis, Precision
 from kvmix_compile.passes.allocate.policies import PUBLISHED_GROUP
 from kvmix_compile.passes.measure.exponents import check_finite, exponents_of, largest_of
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 
 # What fisher chooses from. 4-bit scales cost SmolLM2-135M 0.1 of perplexity and save 0.7 bits an element.
 CANDIDATE_BITS = (2, 3, 4, 8)
-# Bits of the quarters of the channels of keys whose channels are not all kept alike. Some channels matter far more than
+# Bits of the tiers of the channels of keys whose channels are not all kept alike. Some channels matter far more than
 # others, and which ones hardly changes from text to text.
-CANDIDATE_QUARTERS = (
+CANDIDATE_TIERS = (
     (3, 2, 2, 2), (4, 2, 2, 2), (3, 3, 2, 2), (4, 3, 2, 2), (3, 3, 3, 2), (4, 4, 2, 2), (4, 3, 3, 2), (4, 3, 3, 3),
     (4, 4, 3, 2), (4, 4, 3, 3), (4, 4, 4, 2), (4, 4, 4, 3), (8, 8, 4, 4),
 )  # fmt: skip
@@ -88,27 +88,27 @@ class Tally:
         """The mean over so many rows of what each candidate loses."""
         return {candidate: loss.sum().item() / rows for candidate, loss in self.sensitivity.items()}
 
-    def quarters(self) -> Tensor:
-        """The quarter, 0 to 3, of each channel of each head, int64 `[heads, dim]`; 0 for the channels that would lose
+    def tiers(self) -> Tensor:
+        """The tier, 0 to 3, of each channel of each head, int64 `[heads, dim]`; 0 for the channels that would lose
         most at the poorest candidate.
         """
         poorest = max(self.diagonal.values(), key=lambda loss: loss.sum().item())
         ranks = poorest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return ranks * QUARTERS // poorest.shape[-1]
+        return ranks * TIERS // poorest.shape[-1]
 
-    def losses_of_quarters(self, quarters: Tensor, rows: int) -> dict[Precision, float]:
-        """As losses, of candidates that have more bits in some quarters of the channels."""
-        of_quarter = {
-            candidate: [loss[quarters == quarter].sum().item() / rows for quarter in range(QUARTERS)]
+    def losses_of_tiers(self, tiers: Tensor, rows: int) -> dict[Precision, float]:
+        """As losses, of candidates that have more bits in some tiers of the channels."""
+        of_tier = {
+            candidate: [loss[tiers == tier].sum().item() / rows for tier in range(TIERS)]
             for candidate, loss in self.sensitivity.items()
         }
         losses = {}
         groups = {candidate.group for candidate in self.candidates}
-        for bits, group in product(CANDIDATE_QUARTERS, groups):
-            candidate = Precision.of_quarters(bits, group, CANDIDATE_SCALE_BITS)
+        for bits, group in product(CANDIDATE_TIERS, groups):
+            candidate = Precision.of_tiers(bits, group, CANDIDATE_SCALE_BITS)
             alike = [Precision(number, group, CANDIDATE_SCALE_BITS) for number in bits]
-            if candidate.fits(quarters.shape[-1], Axis.TOKENS) and all(part in of_quarter for part in alike):
-                losses[candidate] = sum(of_quarter[part][quarter] for quarter, part in enumerate(alike))
+            if candidate.fits(tiers.shape[-1], Axis.TOKENS) and all(part in of_tier for part in alike):
+                losses[candidate] = sum(of_tier[part][tier] for tier, part in enumerate(alike))
         return losses
 
 

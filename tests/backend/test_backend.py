@@ -62,9 +62,9 @@ def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) 
 @cache
 def low(name: str) -> Plan:
     """Keys with important channels, the even ones, and values of 2 bits."""
-    key, quarters = Precision(2, 32, 4, important_bits=(4, 3)), "3120" * 8
+    key, tiers = Precision(2, 32, 4, important_bits=(4, 3)), "3120" * 8
     sites = plan_for(name, value=Precision(2, 32, 4)).sites
-    important = tuple(replace(site, key=key, channel_quarters=(quarters,) * site.kv_heads) for site in sites)
+    important = tuple(replace(site, key=key, channel_tiers=(tiers,) * site.kv_heads) for site in sites)
     return replace(plan_for(name), sites=important)
 
 

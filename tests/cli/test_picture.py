@@ -60,7 +60,7 @@ def test_important_channels_are_seen_and_explained() -> None:
     lines = text_of(Plan((site,), policy="fisher", fingerprint="f00d", sinks=64, recent=128))
     assert "keys   3.0 " in lines
     assert any(line.strip().startswith("3.0  4/4/2/2, groups of 32") for line in lines)
-    assert any(line.strip().startswith("4/3/2/2: bits by quarter") for line in lines)
+    assert any(line.strip().startswith("4/3/2/2: bits by tier") for line in lines)
     assert any("keys 3.00, values 2.00" in line for line in lines)
 
 

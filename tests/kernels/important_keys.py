@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvmix_compile.kernels.format.precision import Axis
 from kvmix_compile.kernels.format.state import StateLayout
 
-# Bits of the important quarters of the channels and of the others: halves, quarters, and a half beside two quarters.
+# Bits of the important tiers of the channels and of the others: halves, tiers, and a half beside two tiers.
 IMPORTANT_BITS = [((2, 2), 1), ((3, 3), 2), ((8, 8), 4), ((4,), 2), ((4, 3), 2), ((4, 4, 3), 2), ((4, 3, 3), 2)]
 
 

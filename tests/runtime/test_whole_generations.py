@@ -29,8 +29,8 @@ from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.format.precision import (
     BIT_WIDTHS,
     BLOCK_TOKENS,
-    QUARTERS,
     SCALE_BIT_WIDTHS,
+    TIERS,
     Axis,
     Precision,
 )
@@ -83,9 +83,9 @@ def drawn_plan(draw: Random, sites: Sequence[AttentionSite]) -> Plan:
     for site in sites:
         key = drawn_precision(draw, site.key_dim, Axis.TOKENS)
         value = drawn_precision(draw, site.value_dim, Axis.CHANNELS)
-        quarters = [str(channel * QUARTERS // site.key_dim) for channel in range(site.key_dim)]
+        tiers = [str(channel * TIERS // site.key_dim) for channel in range(site.key_dim)]
         heads = site.kv_heads if key.important_bits else 0
-        of_heads = tuple("".join(draw.sample(quarters, len(quarters))) for _ in range(heads))
+        of_heads = tuple("".join(draw.sample(tiers, len(tiers))) for _ in range(heads))
         planned.append(SitePlan(site.layer, replace(site.shape, window=0), key, value, of_heads))
     return Plan(tuple(planned), "drawn", "", draw.randint(0, 8), draw.randint(32, 40))
 

@@ -202,11 +202,11 @@ def test_an_element_is_within_half_a_step_of_the_original(
 
 @given(hard_blocks(), st.sampled_from(IMPORTANT_BITS), st.sampled_from([16, 32]), st.sampled_from([4, 16]))
 def test_each_part_is_restored_as_if_it_were_alone(
-    quarter: Tensor, both_bits: tuple[tuple[int, ...], int], group: int, scale_bits: int
+    tier: Tensor, both_bits: tuple[tuple[int, ...], int], group: int, scale_bits: int
 ) -> None:
     important_bits, bits = both_bits
-    important, head_dim = Precision(bits, group, scale_bits, important_bits), 4 * quarter.shape[1]
-    keys = torch.cat([quarter, quarter.flip(0) * 1e-3, quarter, quarter.flip(0)], dim=1)
+    important, head_dim = Precision(bits, group, scale_bits, important_bits), 4 * tier.shape[1]
+    keys = torch.cat([tier, tier.flip(0) * 1e-3, tier, tier.flip(0)], dim=1)
     packed = quantize_block(keys, important, Axis.TOKENS)
     restored = dequantize_block(packed, important, Axis.TOKENS, head_dim, keys.dtype)
     for part in important.parts(head_dim):

@@ -74,7 +74,7 @@ def test_decoding_with_important_channels(
     key = replace(key, important_bits=important_bits)
     extras = CAPPED_AND_SLIDING if dim == 256 else NOTHING
     compiled = compile_attend(chip, key, value, dim, dim, "bf16", extras=extras)
-    show(chip, f"attend {key.quarters}/2 bits, dim {dim}", compiled)
+    show(chip, f"attend {key.tiers}/2 bits, dim {dim}", compiled)
     check_decoding(chip, compiled)
 
 
@@ -161,5 +161,5 @@ def test_appending(
     key, value = precisions(key_bits, value_bits, scale_bits, dim)
     key = replace(key, important_bits=important_bits)
     compiled = compile_append(chip, key, value, dim, dim, "bf16", windowed)
-    show(chip, f"append {key.quarters}/{value_bits} bits, dim {dim}", compiled)
+    show(chip, f"append {key.tiers}/{value_bits} bits, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]

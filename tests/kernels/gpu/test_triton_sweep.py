@@ -13,7 +13,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision  # noqa: E402
-from kvmix_compile.passes.measure.sensitivity import CANDIDATE_QUARTERS  # noqa: E402
+from kvmix_compile.passes.measure.sensitivity import CANDIDATE_TIERS  # noqa: E402
 from tests.kernels.ahead_of_time import (  # noqa: E402
     CAPPED_AND_SLIDING,
     NOTHING,
@@ -29,11 +29,11 @@ from tests.kernels.covering import Combination, covering, named  # noqa: E402
 pytestmark = pytest.mark.sweep
 
 CHIPS = (80, 90)
-QUARTERS = (*((bits,) * 4 for bits in BIT_WIDTHS), *CANDIDATE_QUARTERS)
+TIERS = (*((bits,) * 4 for bits in BIT_WIDTHS), *CANDIDATE_TIERS)
 DIMENSIONS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128))
 COMMON: dict[str, tuple[Any, ...]] = {
     "chip": CHIPS,
-    "quarters": QUARTERS,
+    "tiers": TIERS,
     "value_bits": BIT_WIDTHS,
     "scale_bits": SCALE_BIT_WIDTHS,
     "key_group": (8, 16, 32),
@@ -54,7 +54,7 @@ ATTENDING = {
 
 
 def precisions(chosen: Combination) -> tuple[Precision, Precision]:
-    key = Precision.of_quarters(chosen["quarters"], chosen["key_group"], chosen["scale_bits"])
+    key = Precision.of_tiers(chosen["tiers"], chosen["key_group"], chosen["scale_bits"])
     return key, Precision(chosen["value_bits"], chosen["value_group"], chosen["scale_bits"])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
-from kvmix_compile.passes.allocate.plan import Plan, PlanError, SitePlan
+from kvmix_compile.passes.allocate.plan import VERSION, Plan, PlanError, SitePlan
 
 PLAN = Plan(
     sites=(
@@ -41,8 +41,8 @@ def sites_with_important_channels(draw: st.DrawFn) -> SitePlan:
     heads = [draw(st.permutations("0123" * (key_dim // 4))) for _ in range(kv_heads)]
     important_bits = draw(st.sampled_from([(3,), (4, 4), (8, 4, 3)]))
     key = Precision(2, draw(st.sampled_from([16, 32])), 4, important_bits)
-    quarters, window = tuple(map("".join, heads)), draw(st.sampled_from([0, 1, 4096]))
-    return SitePlan(draw(st.text()), SiteShape(kv_heads, key_dim, draw(dims), window), key, draw(precisions), quarters)
+    tiers, window = tuple(map("".join, heads)), draw(st.sampled_from([0, 1, 4096]))
+    return SitePlan(draw(st.text()), SiteShape(kv_heads, key_dim, draw(dims), window), key, draw(precisions), tiers)
 
 
 plans = st.builds(
@@ -65,15 +65,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(plan=plans)
+def test_a_plan_of_version_4_is_read(file: Path, plan: Plan) -> None:
+    plan.save(file)
+    document = file.read_text().replace(f'"version": {VERSION}', '"version": 4')
+    file.write_text(document.replace('"channel_tiers"', '"channel_quarters"'))
+    assert Plan.load(file) == plan
+
+
+@given(plan=plans)
 def test_loading_gives_what_was_saved(file: Path, plan: Plan) -> None:
     plan.save(file)
     assert Plan.load(file) == plan
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_important_quarters_come_first_and_count_as_such() -> None:
-    quarters = ("0000111122223333", "3120" * 4)
-    site = SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), quarters)
+def test_important_tiers_come_first_and_count_as_such() -> None:
+    tiers = ("0000111122223333", "3120" * 4)
+    site = SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), tiers)
     plan = replace(PLAN, sites=(site,))
     assert plan.key_bits == 2.75 and plan.code_bits == 2.375
     first, second = site.channel_order
@@ -83,7 +91,7 @@ def test_important_quarters_come_first_and_count_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("important_bits", "quarters"),
+    ("important_bits", "tiers"),
     [
         ((), ("0123" * 4,) * 2),
         ((4, 4), ()),
@@ -93,15 +101,15 @@ def test_important_quarters_come_first_and_count_as_such() -> None:
         ((4, 4), ("0123" * 4, "0123" * 5)),
     ],
 )
-def test_quarters_that_are_none_are_refused(important_bits: tuple[int, ...], quarters: tuple[str, ...]) -> None:
-    with pytest.raises(PlanError, match="channel_quarters"):
-        SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, important_bits), Precision(2, 32, 4), quarters)
+def test_tiers_that_are_none_are_refused(important_bits: tuple[int, ...], tiers: tuple[str, ...]) -> None:
+    with pytest.raises(PlanError, match="channel_tiers"):
+        SitePlan("attention", SiteShape(2, 16, 16), Precision(2, 32, 4, important_bits), Precision(2, 32, 4), tiers)
 
 
 @pytest.mark.parametrize("content", [3, [3, "0123"], [None], ["0123"]])
-def test_damaged_quarters_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
-    with pytest.raises(PlanError, match=r"plan\.json: .*channel_quarters"):
-        load_changed(tmp_path, ["sites", 0, "channel_quarters"], content)
+def test_damaged_tiers_in_a_file_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json: .*channel_tiers"):
+        load_changed(tmp_path, ["sites", 0, "channel_tiers"], content)
 
 
 @pytest.mark.parametrize("content", [4, ["4"], [True], [2]])
@@ -212,7 +220,7 @@ def load_changed(directory: Path, path: list[str | int], content: object) -> Pla
 
 def test_a_newer_plan_asks_to_upgrade(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="newer kvmix_compile; upgrade"):
-        load_changed(tmp_path, ["version"], 5)
+        load_changed(tmp_path, ["version"], VERSION + 1)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +243,7 @@ def test_missing_and_mistyped_fields_are_named(tmp_path: Path, path: list[str | 
     ("path", "content"),
     [
         (["version"], 0),
-        (["version"], 2),
+        (["version"], 3),
         (["sinks"], -1),
         (["sites"], []),
         (["sites"], [3]),

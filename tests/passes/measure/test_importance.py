@@ -18,7 +18,7 @@ from kvmix_compile.passes.capture.export import capture, logits_of
 from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure.importance import Importance, fingerprint, measure
-from kvmix_compile.passes.measure.sensitivity import CANDIDATE_QUARTERS, candidates_for
+from kvmix_compile.passes.measure.sensitivity import CANDIDATE_TIERS, candidates_for
 
 SINKS, RECENT = 8, 32
 
@@ -147,7 +147,7 @@ def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured,
         assert loss == pytest.approx(expected[Axis.CHANNELS, precision], rel=1e-3)
 
 
-def test_the_most_important_quarters_of_the_channels_are_those_that_would_lose_most(captured) -> None:
+def test_the_most_important_tiers_of_the_channels_are_those_that_would_lose_most(captured) -> None:
     """Keys with eight channels blown up, and queries with the same ones shrunk, so that the scores stay."""
     model = copy.deepcopy(captured("fused_arange").model)
     loud = [1, 2, 5, 6, 9, 11, 14, 15]
@@ -156,16 +156,15 @@ def test_the_most_important_quarters_of_the_channels_are_those_that_would_lose_m
     weight[1, :, loud] *= 8
     importance = measured(capture(model))
     site = importance.sites[1]
-    for quarters in site.channel_quarters:
-        assert {channel for channel, quarter in enumerate(quarters) if quarter in "01"} == set(loud)
-    # A head of 16 channels has halves that can be packed, and no quarters.
+    for tiers in site.channel_tiers:
+        assert {channel for channel, tier in enumerate(tiers) if tier in "01"} == set(loud)
+    # A head of 16 channels has halves that can be packed, and no tiers.
     divided = [precision for precision in site.key_sensitivity if precision.important_bits]
-    halves = [bits for bits in CANDIDATE_QUARTERS if bits[0] == bits[1] and bits[2] == bits[3]]
-    assert {precision.quarters for precision in divided} == set(halves)
+    halves = [bits for bits in CANDIDATE_TIERS if bits[0] == bits[1] and bits[2] == bits[3]]
+    assert {precision.tiers for precision in divided} == set(halves)
     for precision in divided:
         rich, poor = (
-            site.key_sensitivity[Precision(bits, precision.group, 4)]
-            for bits in (precision.quarters[0], precision.bits)
+            site.key_sensitivity[Precision(bits, precision.group, 4)] for bits in (precision.tiers[0], precision.bits)
         )
         assert rich <= site.key_sensitivity[precision] <= poor
         assert site.key_sensitivity[precision] < (rich + poor) / 2
