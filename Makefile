@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 GPU_PYTHON ?= python3
 GPU_BENCHMARKS ?= attention decode
 GPU_PYTEST ?= -q
-PYTEST ?= -n auto
+PYTEST ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # The oldest releases that pyproject.toml allows, which are those of the GPU machine that `make gpu` was made ready for.
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
@@ -27,7 +27,8 @@ OLD_VENV := .venv-oldest
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
 
-# One process a core, each with one thread: PYTEST="-n 0" is one process with all of them.
+# One process a core, each with one thread: PYTEST="-n 0" is one process with all of them. Each is given whole files,
+# whose tests share what they compile, in the order that tests/conftest.py gives them.
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST)
 

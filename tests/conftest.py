@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before transformers and torch are imported anywhere: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,25 @@ from kvmix_compile.models_zoo.smollm2 import load_smollm2
 
 settings.register_profile("kvmix", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("kvmix")
+
+
+# The files that take longest. They come first: begun last, one of them would keep one process busy and the others idle.
+LONGEST = (
+    "kernels/gpu/test_triton_interpreter.py",
+    "backend/test_backend.py",
+    "benchmarks/test_models_benchmark.py",
+    "test_end_to_end.py",
+    "runtime/test_whole_generations.py",
+    "passes/match/test_static_cache.py",
+    "passes/untouched/test_zoo_untouched.py",
+    "passes/measure/test_exponents.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2)}
+LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2), "query_tile": (16, 64)}
 
 
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
@@ -43,7 +43,7 @@ def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = No
 @pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     case, weighting = case_of(chosen)
-    check(case, chosen["splits"], chosen["blocks"], weighting)
+    check(case, chosen["splits"], chosen["blocks"], weighting, chosen["query_tile"])
 
 
 @settings(max_examples=40)
