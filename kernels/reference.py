@@ -83,7 +83,7 @@ def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     keys, values = _sides(chunk, state, storage)
     groups = list(_row_groups(chunk))
     longest = max((group.length + chunk.key.shape[2] - group.start for group in groups), default=0)
-    _check_room(longest, state, storage)
+    _check_capacity(longest, state, storage)
     for group in groups:
         _append_rows(keys.of(group), group.length)
         _append_rows(values.of(group), group.length)
@@ -97,7 +97,7 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
     """
     keys, values = _sides(chunk, state, storage)
     outputs = []
-    _check_room(max(chunk.lengths.tolist(), default=0), state, storage)
+    _check_capacity(max(chunk.lengths.tolist(), default=0), state, storage)
     for group in _row_groups(chunk):
         queries = query[group.rows, :, group.start :]
         its_weighting = weighting.of_length(group.length + queries.shape[2])
@@ -142,7 +142,7 @@ def _row_groups(chunk: Chunk) -> Iterator[_RowGroup]:
         begin = end
 
 
-def _check_room(length: int, state: SiteState, storage: Storage) -> None:
+def _check_capacity(length: int, state: SiteState, storage: Storage) -> None:
     needed = required_blocks(length, state.sinks, storage.recent, storage.window)
     if needed > state.blocks:
         raise KVMixError(

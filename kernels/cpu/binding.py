@@ -94,10 +94,10 @@ def _served(chunk: Chunk, state: SiteState) -> bool:
 
 def _packs(chunk: Chunk, state: SiteState, storage: Storage) -> bool:
     """Whether the chunk completes a block, or leaves the state with more of them than it has room for."""
-    tokens, sinks, recent, room = chunk.key.shape[2], state.sinks, storage.recent, state.blocks
+    tokens, sinks, recent, capacity = chunk.key.shape[2], state.sinks, storage.recent, state.blocks
     for length, start in zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True):
         end = length + tokens - start
-        if required_blocks(end, sinks, recent, storage.window) > room:
+        if required_blocks(end, sinks, recent, storage.window) > capacity:
             return True
         if packed_blocks(end, sinks, recent) > packed_blocks(length, sinks, recent):
             return True
@@ -126,7 +126,7 @@ def _shape(chunk: Chunk, state: SiteState, storage: Storage) -> Shape:
         heads=heads,
         tokens=tokens,
         sinks=state.sinks,
-        room=state.blocks,
+        capacity=state.blocks,
         slots=state.tail_slots,
         recent=storage.recent,
     )

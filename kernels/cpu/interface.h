@@ -30,7 +30,7 @@ struct Side {
 
 struct Shape {
     const int64_t *lengths, *starts;
-    int64_t element, rows, heads, tokens, sinks, room, slots, recent;
+    int64_t element, rows, heads, tokens, sinks, capacity, slots, recent;
 };
 
 // GOMP_parallel of PyTorch's OpenMP runtime.
@@ -66,7 +66,7 @@ extern "C" const Extent* kvmix_extents() {
         STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
         MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, tail),
         STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
-        MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, room), MEMBER(Shape, slots),
+        MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, capacity), MEMBER(Shape, slots),
         MEMBER(Shape, recent),
         STRUCTURE(Attention), MEMBER(Attention, query), MEMBER(Attention, row_stride), MEMBER(Attention, head_stride),
         MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, output), MEMBER(Attention, scale),

@@ -71,7 +71,7 @@ class Shape(ctypes.Structure):
         ("heads", c_int64),
         ("tokens", c_int64),
         ("sinks", c_int64),
-        ("room", c_int64),
+        ("capacity", c_int64),
         ("slots", c_int64),
         ("recent", c_int64),
     )

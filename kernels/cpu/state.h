@@ -51,8 +51,8 @@ struct Reader {
 
     const uint8_t* block(const Side& side, const BlockFormat& format, int64_t block) const {
         const Shape& shape = arguments.shape;
-        int64_t place = block % shape.room;  // a block's own, unless a window's later blocks took it
-        return side.packed + ((row_index * shape.heads + head) * shape.room + place) * format.block_bytes;
+        int64_t slot = block % shape.capacity;  // a block's own, unless a window's later blocks took it
+        return side.packed + ((row_index * shape.heads + head) * shape.capacity + slot) * format.block_bytes;
     }
 
     const Element* element(const Side& side, int64_t token) const {

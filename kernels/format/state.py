@@ -144,8 +144,8 @@ class StateLayout:
             return False
         if not self.window:
             return True
-        room = visible_blocks(self.window, self.recent, self.rollback)
-        lost = packed_blocks(furthest, self.sinks, self.recent) - room
+        capacity = visible_blocks(self.window, self.recent, self.rollback)
+        lost = packed_blocks(furthest, self.sinks, self.recent) - capacity
         return min(blocks, lost) <= max(0, first_seen - self.sinks) // BLOCK_TOKENS
 
     def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
@@ -247,8 +247,8 @@ class SiteState:
         if new.window:
             end = packed_blocks(lengths, old.sinks, old.recent)
             # None is lost before there is room for as many as are seen.
-            room = visible_blocks(old.window, old.recent, old.rollback)
-            first = packed_blocks(furthest, old.sinks, old.recent) - room
+            capacity = visible_blocks(old.window, old.recent, old.rollback)
+            first = packed_blocks(furthest, old.sinks, old.recent) - capacity
             self.packed_k = _in_ring(self.packed_k, first, end, max(blocks, self.blocks))
             self.packed_v = _in_ring(self.packed_v, first, end, max(blocks, self.blocks))
 

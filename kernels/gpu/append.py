@@ -106,7 +106,7 @@ def append_kernel(
     v_token,
     v_channel,
     tokens,  # of the chunk, padding counted
-    room,  # packed blocks
+    capacity,  # packed blocks
     WINDOWED: tl.constexpr,  # later blocks may take the places of earlier ones
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,  # the formats of a block's parts
@@ -129,12 +129,12 @@ def append_kernel(
             k_token,
             k_channel,
             sink_k + state_head * SINKS * KEYS[0].head_dim,
-            packed_k + state_head * room * KEYS[0].block_bytes,
+            packed_k + state_head * capacity * KEYS[0].block_bytes,
             tail_k + state_head * SLOTS * KEYS[0].head_dim,
             length,
             start,
             tokens,
-            room,
+            capacity,
             unit,
             WINDOWED,
             KEYS,
@@ -149,12 +149,12 @@ def append_kernel(
             v_token,
             v_channel,
             sink_v + state_head * SINKS * VALUES[0].head_dim,
-            packed_v + state_head * room * VALUES[0].block_bytes,
+            packed_v + state_head * capacity * VALUES[0].block_bytes,
             tail_v + state_head * SLOTS * VALUES[0].head_dim,
             length,
             start,
             tokens,
-            room,
+            capacity,
             unit,
             WINDOWED,
             VALUES,
@@ -176,7 +176,7 @@ def _append(
     length,
     start,
     tokens,
-    room,
+    capacity,
     unit,
     WINDOWED: tl.constexpr,
     FORMATS: tl.constexpr,
@@ -193,14 +193,14 @@ def _append(
     packed_already = _blocks(length - SINKS - RECENT)
     complete = _blocks(end - SINKS - RECENT)
     if not WINDOWED:
-        complete = tl.minimum(complete, room)
+        complete = tl.minimum(complete, capacity)
     # From this block on all tokens are the chunk's.
     fresh = tl.maximum(packed_already, _blocks(length - SINKS))
     begin = tl.where(unit == 0, packed_already, fresh + unit - 1)
     until = tl.minimum(tl.where(unit == 0, fresh, begin + 1), complete)
     # Of more blocks than there is room for, the first ones are seen by nothing that follows.
-    for block in tl.range(tl.maximum(begin, complete - room), until, num_stages=1):
-        target = packed + (block % room if WINDOWED else block) * FORMAT.block_bytes
+    for block in tl.range(tl.maximum(begin, complete - capacity), until, num_stages=1):
+        target = packed + (block % capacity if WINDOWED else block) * FORMAT.block_bytes
         first = SINKS + block * _TOKENS
         for part in tl.static_range(len(FORMATS)):
             _pack_part(

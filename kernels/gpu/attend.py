@@ -75,7 +75,7 @@ def attend_kernel(
     v_token,
     v_channel,
     tokens,  # M
-    room,  # packed blocks
+    capacity,  # packed blocks
     scale,
     softcap,
     sliding_window,
@@ -145,10 +145,10 @@ def attend_kernel(
     place_in_tile = tl.arange(0, TILE)
 
     state_head = row * HEADS + head
-    head_of_packed_k = packed_k + state_head * room * KEYS[0].block_bytes
-    head_of_packed_v = packed_v + state_head * room * VALUE.block_bytes
+    head_of_packed_k = packed_k + state_head * capacity * KEYS[0].block_bytes
+    head_of_packed_v = packed_v + state_head * capacity * VALUE.block_bytes
     # Of a window only the last blocks may be kept; elsewhere each lies in its own place.
-    ring = room if SLIDING or CHUNKED else None
+    ring = capacity if SLIDING or CHUNKED else None
     for tile in tl.range(begin, tl.minimum(end, packed_tiles)):
         block = first_block + tile * BLOCKS
         token = SINKS + block * _TOKENS + place_in_tile

@@ -125,28 +125,28 @@ def channels_in_order(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def unpack_keys(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def unpack_keys(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
     """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
 
-    blocks: pointer to the bytes of the head's block 0. room: None, or how many there is room for where later ones may
-    have taken the places of earlier ones.
+    blocks: pointer to the bytes of the head's block 0. capacity: None, or how many blocks there is room for where later
+    ones may have taken the slots of earlier ones.
     """
     if FORMAT.bits == 16:
-        return _load_elements(blocks, room, first, end, DTYPE, BLOCKS, FORMAT)
+        return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
     blocks += FORMAT.first_byte
     PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
     GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
     group = tl.arange(0, GROUPS)
     block = first + group // PER_BLOCK
-    place = _place_of(first, group // PER_BLOCK, room)
-    metadata = (blocks + FORMAT.code_bytes + place * FORMAT.block_bytes)[:, None, None]
+    slot = _slot_of(first, group // PER_BLOCK, capacity)
+    metadata = (blocks + FORMAT.code_bytes + slot * FORMAT.block_bytes)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, room, first, end, BLOCKS, FORMAT)
+    low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -161,23 +161,23 @@ def unpack_keys(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.conste
 
 
 @triton.jit
-def unpack_values(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def unpack_values(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
     """As unpack_keys; values have all their channels in one part."""
     if FORMAT.bits == 16:
-        return _load_elements(blocks, room, first, end, DTYPE, BLOCKS, FORMAT)
+        return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
     PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
     RUNS: tl.constexpr = FORMAT.padded_width // FORMAT.run
     token = tl.arange(0, BLOCKS * _TOKENS)
     block = first + token // _TOKENS
-    place = _place_of(first, token // _TOKENS, room)
-    metadata = (blocks + FORMAT.code_bytes + place * FORMAT.block_bytes)[:, None, None]
+    slot = _slot_of(first, token // _TOKENS, capacity)
+    metadata = (blocks + FORMAT.code_bytes + slot * FORMAT.block_bytes)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, room, first, end, BLOCKS, FORMAT)
+    low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -192,27 +192,27 @@ def unpack_values(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.cons
 
 
 @triton.jit
-def _place_of(first, offset, room):
-    """Where block first + offset lies, for an offset up to `room`, which is as unpack_keys takes it."""
-    if room is None:
+def _slot_of(first, offset, capacity):
+    """Where block first + offset lies, for an offset up to `capacity`, which is as unpack_keys takes it."""
+    if capacity is None:
         return first + offset
     else:
-        place = first % room + offset
-        return tl.where(place < room, place, place - room)
+        slot = first % capacity + offset
+        return tl.where(slot < capacity, slot, slot - capacity)
 
 
 @triton.jit
-def _load_elements(blocks, room, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def _load_elements(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
     token = tl.arange(0, BLOCKS * _TOKENS)
     channel, is_channel = channels_in_order(FORMAT)
-    row = _place_of(first, token // _TOKENS, room) * _TOKENS + token % _TOKENS
+    row = _slot_of(first, token // _TOKENS, capacity) * _TOKENS + token % _TOKENS
     mask = (first + token // _TOKENS < end)[:, None] & is_channel[None, :]
     elements = blocks.to(tl.pointer_type(DTYPE)) + (row * FORMAT.head_dim)[:, None]
     return tl.load(elements + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_planes(blocks, room, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
     """The bytes of the lowest plane, and for 3 bits those of the high one: uint8 [BLOCKS * 32, padded_width] each.
 
     Bit 2 * i of a high byte belongs to the code in field i of the low one.
@@ -220,14 +220,14 @@ def _load_planes(blocks, room, first, end, BLOCKS: tl.constexpr, FORMAT: tl.cons
     token = tl.arange(0, BLOCKS * _TOKENS)
     within = tl.arange(0, FORMAT.padded_width)
     mask = (first + token // _TOKENS < end)[:, None] & (within < FORMAT.width)[None, :]
-    place = _place_of(first, token // _TOKENS, room)
-    rows = blocks + place * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
+    slot = _slot_of(first, token // _TOKENS, capacity)
+    rows = blocks + slot * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
     low = tl.load(rows[:, None] + within[None, :], mask=mask, other=0)
     if FORMAT.bits != 3:
         return low, low
     # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
     HALF: tl.constexpr = FORMAT.width // 2
-    rows = blocks + _TOKENS * FORMAT.width + place * FORMAT.block_bytes + token % _TOKENS * HALF
+    rows = blocks + _TOKENS * FORMAT.width + slot * FORMAT.block_bytes + token % _TOKENS * HALF
     high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
     return low, _halved(high, within // HALF)
 

@@ -113,7 +113,7 @@ class StaticGraph:
         batch, tokens = self.batch(inputs), self.tokens(inputs)
         cache = self._cache_of(inputs)
         seen = self.counter.seen(inputs, cache)
-        self._check_room(inputs, seen, tokens)
+        self._check_capacity(inputs, seen, tokens)
         if seen == 0:
             cache.reset()
         starts = self._starts(inputs, cache, batch, tokens, seen)
@@ -142,7 +142,7 @@ class StaticGraph:
             raise CacheError("this StaticCache was filled with another plan: begin with a new one")
         return cache
 
-    def _check_room(self, inputs: Sequence[Any], seen: int, tokens: int) -> None:
+    def _check_capacity(self, inputs: Sequence[Any], seen: int, tokens: int) -> None:
         for site, planned in zip(self.sites, self.format.plan.sites, strict=True):
             slots = site.key.shape[2](inputs)
             if site.is_indexed and seen + tokens > slots:

@@ -109,8 +109,8 @@ class KVMixCache(Cache):
     @ordinary_tensors()
     def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
         self.states = [
-            SiteState.allocate(layout, batch, room, dtype, device)
-            for layout, room, dtype in zip(self.layouts, blocks, self.format.dtypes, strict=True)
+            SiteState.allocate(layout, batch, capacity, dtype, device)
+            for layout, capacity, dtype in zip(self.layouts, blocks, self.format.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kvmix_compile.kernels.format.precision import Axis, Precision
@@ -60,8 +61,12 @@ def assemble(ptx: str, output: str = "/dev/null") -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", "-o", output, file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        # Triton comes with two assemblers, and writes for the one that it chooses itself.
+        assembler = get_ptxas(int(re.sub(r"\D", "", target[1]))).path
+        command = [assembler, "-v", f"--gpu-name={target[1]}", "-o", output, file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    report = done.stderr
     registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     assert registers and spilled, report
     return int(registers[1]), int(spilled[1])

@@ -22,7 +22,7 @@ SCALE = 64**-0.5
 class Step:
     """One token after the other for two rows, on the GPU: attend and append, and the count of tokens goes up."""
 
-    def __init__(self, layout: StateLayout, tokens: int, room: int) -> None:
+    def __init__(self, layout: StateLayout, tokens: int, capacity: int) -> None:
         self.layout = layout
         generator = torch.Generator().manual_seed(0)
 
@@ -33,7 +33,7 @@ class Step:
         self.k, self.v = chunk(layout.kv_heads, 1), chunk(layout.kv_heads, 1)
         self.lengths = torch.zeros(2, dtype=torch.int64, device="cuda")
         self.starts = torch.zeros_like(self.lengths)
-        self.state = SiteState.allocate(layout, 2, layout.required_blocks(room), torch.bfloat16, "cuda")
+        self.state = SiteState.allocate(layout, 2, layout.required_blocks(capacity), torch.bfloat16, "cuda")
         self._append(chunk(layout.kv_heads, tokens), chunk(layout.kv_heads, tokens))
         self.lengths += tokens
 
@@ -57,7 +57,7 @@ class Step:
 
 
 def test_a_step_never_waits_for_the_host() -> None:
-    step = Step(LAYOUT, tokens=150, room=300)
+    step = Step(LAYOUT, tokens=150, capacity=300)
     step.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -69,7 +69,7 @@ def test_a_step_never_waits_for_the_host() -> None:
 
 
 def test_a_captured_step_goes_on_from_token_to_token() -> None:
-    captured, eager = Step(LAYOUT, tokens=150, room=300), Step(LAYOUT, tokens=150, room=300)
+    captured, eager = Step(LAYOUT, tokens=150, capacity=300), Step(LAYOUT, tokens=150, capacity=300)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -93,7 +93,7 @@ def test_a_captured_step_goes_on_from_token_to_token() -> None:
 
 def test_nothing_of_the_size_of_the_dequantized_cache_is_allocated() -> None:
     tokens = 32768
-    step = Step(LAYOUT, tokens, room=tokens + 100)
+    step = Step(LAYOUT, tokens, capacity=tokens + 100)
     step.run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
