@@ -19,17 +19,19 @@ def kvmix(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "text.txt").write_text(TEXT)
+    path = folder / "plan.json"
+    assert kvmix("plan", "tiny:llama", "--calibration", folder / "text.txt", "--output", path).exit_code == 0
     return path
 
 
 @pytest.fixture
-def plan(tmp_path: Path, text: Path) -> Path:
-    path = tmp_path / "plan.json"
-    assert kvmix("plan", "tiny:llama", "--calibration", text, "--output", path).exit_code == 0
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
     return path
 
 
