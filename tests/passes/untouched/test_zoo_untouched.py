@@ -69,6 +69,6 @@ def test_what_a_forward_keeps_is_put_back(call: str) -> None:
     for module, held in attributes:
         assert all(vars(module)[name] is value or vars(module)[name] == value for name, value in held.items())
         assert all(type(vars(module)[name]) is Tensor for name in vars(module).keys() - held)
-    assert fake_tensors() == fakes
+    assert fake_tensors() <= fakes  # what other tests held on to may be gone
     assert_untouched(model, before, answers)
     assert_untouched(stateful(), before, answers)
