@@ -25,7 +25,6 @@ STORING: Choices = {
     "value_bits": BIT_WIDTHS,
     "value_group": (8, 16, 32, 64),
     "value_scale_bits": SCALE_BIT_WIDTHS,
-    "heads": (1, 1, 1, 2),  # mostly one: Triton's interpreter takes twice as long for two
     "dimensions": ((16, 16), (40, 24), (64, 64), (80, 80), (96, 64), (64, 128), (128, 128)),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "state": ((0, 32, 0), (3, 45, 7), (40, 32, 7)),  # sinks, recent tokens, rollback
@@ -67,7 +66,7 @@ def fits(chosen: Combination) -> bool:
 
 def layout_of(chosen: Combination) -> StateLayout:
     window = chosen["window"] if "window" in chosen else chosen["limit"][1] if chosen["keeps"] == "window" else 0
-    layout = StateLayout(chosen["heads"], *chosen["dimensions"], *precisions(chosen), *chosen["state"], window)
+    layout = StateLayout(2, *chosen["dimensions"], *precisions(chosen), *chosen["state"], window)
     return replace(layout, sinks=0, recent=ENDLESS) if window and chosen["keeps"] == "window" else layout
 
 

@@ -85,11 +85,8 @@ def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
     pair = pair_of(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 75, torch.float32, 1.0)
-    # Until a block is complete nothing depends on its bits, so one of them is enough for the tokens before.
-    prompt = [] if (important_bits, bits) == ((), 2) else [60]
-    sizes = [*prompt, *[1] * (75 - sum(prompt))]
-    for chunk in zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True):
-        pair.append(*chunk, torch.tensor([0]))
+    for token in range(75):
+        pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], torch.tensor([0]))
     pair.check()
 
 
@@ -101,7 +98,7 @@ def test_heads_of_real_models(dim: int) -> None:
             continue
         layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
         pair = pair_of(layout, 1, torch.bfloat16)
-        pair.append(*random_chunk(layout, 1, 101, torch.bfloat16, 1.0), torch.tensor([0]))
+        pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
         pair.check()
 
 
@@ -111,7 +108,7 @@ def test_equal_elements(constant: float) -> None:
         key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
         layout = StateLayout(1, 32, 32, key, value, sinks=0, recent=32)
         pair = pair_of(layout, 1, torch.float32)
-        chunk = torch.full((1, 1, 65, 32), constant)
+        chunk = torch.full((1, 1, 100, 32), constant)
         pair.append(chunk, chunk, torch.tensor([0]))
         pair.check()
 

@@ -121,7 +121,7 @@ def test_a_plan_made_without_them_gets_them(factors: tuple[float, float]) -> Non
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**17])
 def test_a_plan_that_was_saved_stays_as_it_is(factor: float, tmp_path: Path) -> None:
-    model = scaled("keys", (factor, 1.0))
+    model = scaled("keys", (factor, factor))
     plan = twin_of(model).kvmix_plan
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -139,7 +139,7 @@ def test_what_is_not_quantized_is_not_divided() -> None:
 def test_a_cache_is_saved_and_a_model_moved_and_copied_with_them(tmp_path: Path) -> None:
     import copy
 
-    model = twin_of(scaled("values", (1e5, 1e-8)))
+    model = twin_of(scaled("values", (1e5, 1e-5)))
     past = KVMixCache(model)
     model(text()[:, :PROMPT], past_key_values=past)
     past.save(tmp_path / "cache")
