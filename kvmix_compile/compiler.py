@@ -95,7 +95,17 @@ def apply(
             CompilationError; each says what to do.
     """
     check_model(model)
-    config = Config(plan, budget, storage_budget, policy, tokenizer, calibration, tail, sinks, recent).checked()
+    config = Config(
+        plan=plan,
+        budget=budget,
+        storage_budget=storage_budget,
+        policy=policy,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        tail=tail,
+        sinks=sinks,
+        recent=recent,
+    ).checked()
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
     report, given = Report(type(model).__name__), config.given_plan
@@ -250,7 +260,7 @@ def _calibration(model: nn.Module, report: Report, config: Config, length: int) 
 def _planned(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Plan:
     importance = _measure(found, report, config, text, progress)
     with report.timed("allocate"):
-        return importance.allocate(budget=config.budget, storage_budget=config.storage_budget, policy=config.policy)
+        return config.allocate(importance)
 
 
 def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
@@ -292,19 +302,19 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     )
     twin = attach(model, program)
     with report.timed("numbering"), untouched(model):
-        program.numbering = _numbering(model, cast(CompiledModel, twin))
+        program.numbering = _numbering(found.captured, cast(CompiledModel, twin))
         if "token_type_ids" in parameters_of(model.forward):
-            program.zero_token_types = ignores_zeros(model, "token_type_ids", program.vocabulary)
+            program.zero_token_types = ignores_zeros(found.captured, "token_type_ids")
     if not takes_padding(rewritten, program.numbering):
         report.notes += ("rows cannot be padded: the model counts its positions itself, so pass rows of equal length",)
     return twin  # type: ignore[return-value]
 
 
-def _numbering(model: nn.Module, twin: CompiledModel) -> Numbering:
+def _numbering(captured: Captured, twin: CompiledModel) -> Numbering:
     program = twin.kvmix_program
 
     def run(numbering: Numbering, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         program.numbering = numbering
         return twin.without_past(input_ids, attention_mask)
 
-    return find_numbering(model, run, program.vocabulary, program.longest_context)
+    return find_numbering(captured, run)

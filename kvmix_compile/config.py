@@ -11,6 +11,7 @@ from kvmix_compile.errors import BudgetError, CalibrationError, PlanError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import KVMIX_OTHER_BITS, UNIFORM_BITS, Policy, check_policy, limit
+from kvmix_compile.passes.measure.importance import Importance
 from kvmix_compile.passes.measure.sensitivity import CANDIDATE_BITS
 
 # The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
@@ -66,13 +67,17 @@ class Config:
 
         Raises PlanError, BudgetError, AllocationError or CalibrationError for what no model can be given.
         """
-        sinks, recent = unquantized_tokens(self.tail, self.sinks, self.recent)
+        sinks, recent = self.unquantized
         self._check_bits()
         self._check_tokenizer()
         budget = self.budget
         if self.plan is None and budget is None and self.storage_budget is None:
             budget = DEFAULT_BUDGET
         return replace(self, plan=_read(self.plan), budget=budget, sinks=sinks, recent=recent)
+
+    def allocate(self, importance: Importance) -> Plan:
+        """The plan that spends the budget of one that was checked."""
+        return importance.allocate(budget=self.budget, storage_budget=self.storage_budget, policy=self.policy)
 
     @property
     def given_plan(self) -> Plan | None:

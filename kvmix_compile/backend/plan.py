@@ -95,7 +95,7 @@ def _planned(options: Options, node: fx.Node) -> Plan:
             sinks=options.sinks,
             recent=options.recent,
         )
-    plan = importance.allocate(budget=options.budget, storage_budget=options.storage_budget, policy=options.policy)
+    plan = options.allocate(importance)
     _plans[model].append((options, plan))
     return plan
 

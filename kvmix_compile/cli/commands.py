@@ -79,7 +79,7 @@ def make_plan(
     if output is not None:
         check_writable(output)
     importance = analyze_on(load_model(name), calibration)
-    plan = importance.allocate(budget=config.budget, storage_budget=config.storage_budget, policy=config.policy)
+    plan = config.allocate(importance)
     console = Console()
     console.print(plan_picture(plan))
     console.print(f"measured on {importance.tokens} tokens in {perf_counter() - start:.1f} s")

@@ -280,13 +280,13 @@ class CompiledModel(nn.Module):
                 f"{program.cache_name} is a {type(cache).__name__}; this model keeps its keys and values in a "
                 "kvmix_compile.KVMixCache(model)"
             )
-        expected = program.format
-        if replace(cache.format, weights=expected.weights) != expected:
+        held = cache.format
+        if (held.plan, held.dtypes, held.device) != (program.plan, program.dtypes, program.device):
             raise InputError(
                 "this cache was made for a model with another plan, dtype or device; make one with "
                 "kvmix_compile.KVMixCache(model)"
             )
-        if cache.seen and cache.format.weights != expected.weights:
+        if cache.seen and held.weights != program.weights:
             raise InputError(
                 "this cache was filled by a model with other weights: make a new kvmix_compile.KVMixCache(model)"
             )

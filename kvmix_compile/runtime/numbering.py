@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_compile.errors import InputError
+from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.capture.export import logits_of
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
@@ -43,10 +44,10 @@ class Numbering:
 Run = Callable[[Numbering, Tensor, Tensor | None], Tensor]
 
 
-def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | None) -> Numbering:
-    """How `model` numbers slots. `run`: its twin; `vocabulary`, `longest`: the ids and positions that it has."""
-    trial = _Trial(model, run, _ids(model, vocabulary, min(TOKENS, longest or TOKENS)))
-    taken = parameters_of(model.forward)
+def find_numbering(captured: Captured, run: Run) -> Numbering:
+    """How the captured model numbers slots. `run`: its twin."""
+    trial = _Trial(captured, run, captured.random_ids(1, min(TOKENS, captured.longest_context or TOKENS)))
+    taken = parameters_of(captured.model.forward)
     numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
     (share,) = trial.shares([numbering])
     numbering = replace(numbering, from_zero=share <= trial.tolerance)
@@ -60,9 +61,9 @@ def find_numbering(model: nn.Module, run: Run, vocabulary: int, longest: int | N
     return numbering
 
 
-def ignores_zeros(model: nn.Module, name: str, vocabulary: int) -> bool:
+def ignores_zeros(captured: Captured, name: str) -> bool:
     """Whether the argument `name` of its forward, `[batch, tokens]`, may be left out where all of it is zero."""
-    ids = _ids(model, vocabulary, 1)
+    model, ids = captured.model, captured.random_ids(1, 1)
     with torch.no_grad():
         return torch.equal(_logits(model, ids, {}), _logits(model, ids, {name: torch.zeros_like(ids)}))
 
@@ -71,7 +72,7 @@ def ignores_zeros(model: nn.Module, name: str, vocabulary: int) -> bool:
 class _Trial:
     """One text, `ids`, run by the model and by its twin."""
 
-    model: nn.Module
+    captured: Captured
     run: Run
     ids: Tensor
 
@@ -87,7 +88,7 @@ class _Trial:
         twins = [self._of_twin(numbering, mask) for numbering in numberings]
         if all(twin is None for twin in twins):
             return [torch.inf] * len(twins)
-        model = _logits(self.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
+        model = _logits(self.captured.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
         is_token = torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
         return [torch.inf if twin is None else difference(twin[is_token], model[is_token]) for twin in twins]
 
@@ -100,15 +101,9 @@ class _Trial:
 
     @property
     def tolerance(self) -> float:
-        parameters = self.model.parameters()
-        return TOLERANCE[next(parameter.dtype for parameter in parameters if parameter.is_floating_point())]
+        return TOLERANCE[self.captured.parameter.dtype]
 
 
 def _logits(model: nn.Module, ids: Tensor, options: Mapping[str, Any]) -> Tensor:
     no_cache = {"use_cache": False} if "use_cache" in parameters_of(model.forward) else {}
     return logits_of(model(ids, **no_cache, **options))
-
-
-def _ids(model: nn.Module, vocabulary: int, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (1, tokens), generator=generator).to(next(model.parameters()).device)

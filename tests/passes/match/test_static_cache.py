@@ -22,7 +22,7 @@ from kvmix_compile.passes.rewrite.static import StaticRewritten, rewrite_static
 from tests.helpers.cache_argument import with_cache
 from tests.helpers.stored import stored_alike
 
-SLOTS, RECENT = 64, 32
+SLOTS = 64
 KEY, VALUE = Precision(3, 32, 4), Precision(2, 8, 16)
 
 

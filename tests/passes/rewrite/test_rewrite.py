@@ -12,10 +12,9 @@ from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rewrite import STATE_TENSORS, Rewritten, rewrite
-from tests.helpers.stored import stored_alike
+from tests.helpers.stored import RECENT, stored_alike
 
 NAMES = ("llama", "mistral", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "hand_written", "fused_arange")
-RECENT = 32
 KEY, VALUE = Precision(3, 32, 4), Precision(2, 16, 16)
 # What attention and masks are made of; none of these models uses them for anything else.
 REPLACED = {
