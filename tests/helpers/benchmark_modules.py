@@ -3,10 +3,9 @@
 import importlib
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.repository import ROOT
 
 
 def benchmark(name: str) -> ModuleType:

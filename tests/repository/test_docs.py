@@ -13,8 +13,8 @@ from kvmix_compile.models_zoo import smollm2
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.cache_argument import CACHE_ARGUMENT
+from tests.helpers.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = (
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("**/*.md")),

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FILES = [
-    path
-    for folder in ("kvmix_compile", "passes", "kernels", "models_zoo")
-    for path in sorted((ROOT / folder).rglob("*.py"))  # which follows no links
-]
+from tests.helpers.repository import ROOT, modules
+
+FILES = list(modules().values())
 Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

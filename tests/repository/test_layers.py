@@ -2,12 +2,10 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = {"kvmix_compile": "", "passes": "passes", "kernels": "kernels", "models_zoo": "models_zoo"}
+from tests.helpers.repository import ROOT, modules
 
 # Folders and loose modules of the installed package, without its name: each after all that it may import.
 ROOMS = (
@@ -28,16 +26,7 @@ LAZY = {
 }
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """The name of every module without that of the package, and its file."""
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):  # which follows no links
-            within = path.relative_to(ROOT / folder).with_suffix("").parts
-            parts = within[:-1] if within[-1] == "__init__" else within
-            yield ".".join(filter(None, (package, *parts))), path
-
-
-MODULES = dict(modules())
+MODULES = modules()
 
 
 def room_of(module: str) -> str | None:

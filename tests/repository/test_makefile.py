@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.repository import ROOT
+
 STEPS = [
     "-m pip install --quiet --no-deps --no-build-isolation .",
     "-m pytest tests/kernels/gpu/test_cuda.py tests/runtime/test_cuda_graph.py",

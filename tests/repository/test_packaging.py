@@ -5,11 +5,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = {
-    "kvmix_compile": "kvmix_compile",
-    **{name: f"kvmix_compile/{name}" for name in ("passes", "kernels", "models_zoo")},
-}
+from tests.helpers.repository import FOLDERS, ROOT
 
 
 def test_the_wheel_holds_every_module_and_header(tmp_path: Path) -> None:
@@ -23,7 +19,7 @@ def test_the_wheel_holds_every_module_and_header(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "made").glob("*.whl")
     held = [name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name]
     expected = {
-        f"{package}/{path.relative_to(ROOT / folder)}"
+        str(Path("kvmix_compile", package, path.relative_to(ROOT / folder)))
         for folder, package in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")  # which follows no links
         if path.suffix in (".py", ".cpp", ".h", ".typed")

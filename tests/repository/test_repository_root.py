@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.repository import ROOT
 
 
 def run_in_root(program: str, **environment: str) -> str:
