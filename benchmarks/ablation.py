@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
 from kvmix_compile.compiler import CALIBRATION_LENGTH
-from kvmix_compile.config import TAILS
+from kvmix_compile.config import RECENT_WINDOWS
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans
 from kvmix_compile.evaluate.held_out import token_ids
@@ -33,7 +33,7 @@ from kvmix_compile.passes.measure import sensitivity
 from kvmix_compile.passes.measure.importance import Importance, measure
 
 RESULTS = Path(__file__).parent / "results"
-SINKS, RECENT = TAILS["window"]
+SINKS, RECENT = RECENT_WINDOWS["window"]
 STUDIES = ("ingredients", "calibration")
 CALIBRATION_TOKENS = (512, 1024, 2048, 4096, 8192)
 

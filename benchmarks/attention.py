@@ -1,8 +1,8 @@
 """Time of attend and append against PyTorch's attention over 16-bit keys and values: `python -m benchmarks.attention`.
 
-One decoded token per row, on a CUDA device if there is one, else on the CPU; the baseline is the fastest of SDPA's
-backends and the package flash-attn, if it is installed, at the same shapes in the same run, taking turns with attend.
-SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two layouts.
+One decoded token per row, on a CUDA device if there is one, else on the CPU. The baseline is the fastest of SDPA's
+backends and of the package flash-attn, if it is installed. It has the same shapes in the same run, and takes turns with
+attend. SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two layouts.
 What does not run, or does not fit into memory, is left out, and the reason printed and stored. The share of memory
 bandwidth counts the bytes that must be read, the state's, against what a copy reaches on the same device.
 """
@@ -25,6 +25,7 @@ from benchmarks.errors import is_out_of_memory, one_line
 from kvmix_compile.evaluate.records import circumstances
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.ops import append_arguments, attend_arguments
 from kvmix_compile.kernels.weighting import Weighting
@@ -60,7 +61,9 @@ class Shape:
 
     def layout(self) -> StateLayout:
         key, value = Precision(self.key_bits, 32, 4), Precision(self.value_bits, 32, 4)
-        return StateLayout(self.kv_heads, self.head_dim, self.head_dim, key, value, sinks=64, recent=128)
+        return StateLayout(
+            SiteShape(self.kv_heads, self.head_dim, self.head_dim), key=key, value=value, sinks=64, recent=128
+        )
 
 
 def main() -> None:
@@ -156,7 +159,7 @@ def operators(shape: Shape, q: Tensor) -> tuple[Runs, int]:
 
 def fill(state: SiteState) -> None:
     """Random codes with small scales and zero points: float16 zeros where those are read."""
-    for tensor in (state.sink_k, state.sink_v, state.tail_k, state.tail_v):
+    for tensor in (state.sink_k, state.sink_v, state.recent_k, state.recent_v):
         tensor.normal_()
     # Every byte below 0x3C keeps what is read as float16 below one.
     for tensor in (state.packed_k, state.packed_v):

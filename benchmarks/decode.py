@@ -1,9 +1,9 @@
 """Tokens a second when a whole model decodes: `python -m benchmarks.decode [--context 1000 7000] [--dtype float32]`.
 
-A model reads a prompt and continues it token by token, on a CUDA device if there is one, else on the CPU: the original
-model with transformers' DynamicCache, StaticCache (compiled where there is a GPU) and QuantizedCache (of those back
-ends that are installed), and the model compiled to a budget with its KVMixCache, as it is and with `compile=True`. All
-of them take turns in rounds of a few tokens, so that whatever else the machine does meets each alike; ratios are to the
+A model reads a prompt and continues it token by token, on a CUDA device if there is one, else on the CPU. The original
+model does so with transformers' DynamicCache, StaticCache (compiled where there is a GPU) and QuantizedCache (of those
+back ends that are installed); the model compiled to a budget with its KVMixCache, as it is and with `compile=True`. All
+of them take turns in rounds of a few tokens, so that whatever else the machine does meets each alike. Ratios are to the
 DynamicCache of the same rounds. One that fails, in memory or otherwise, is left out, and the reason printed and stored;
 without the DynamicCache its context is.
 

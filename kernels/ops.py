@@ -30,13 +30,13 @@ _library = torch.library.Library("kvmix", "DEF")
 
 _library.define(
     "append(Tensor k, Tensor v, Tensor lengths, Tensor starts, "
-    "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) tail_k, "
-    "Tensor(f!) tail_v, int[] key, int[] value, int recent, int window=0) -> ()",
+    "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) recent_k, "
+    "Tensor(f!) recent_v, int[] key, int[] value, int recent, int window=0) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
-    "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor tail_k, Tensor tail_v, "
+    "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor recent_k, Tensor recent_v, "
     "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
     "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -80,8 +80,8 @@ def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Cal
         sink_v: Tensor,
         packed_k: Tensor,
         packed_v: Tensor,
-        tail_k: Tensor,
-        tail_v: Tensor,
+        recent_k: Tensor,
+        recent_v: Tensor,
         key: list[int],
         value: list[int],
         recent: int,
@@ -91,7 +91,9 @@ def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Cal
             k.device,
             kernel,
             Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
-            SiteState(sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, tail_k=tail_k, tail_v=tail_v),
+            SiteState(
+                sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
+            ),
             _storage(tuple(key), tuple(value), recent, window),
         )
 
@@ -111,8 +113,8 @@ def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weight
         sink_v: Tensor,
         packed_k: Tensor,
         packed_v: Tensor,
-        tail_k: Tensor,
-        tail_v: Tensor,
+        recent_k: Tensor,
+        recent_v: Tensor,
         key: list[int],
         value: list[int],
         recent: int,
@@ -131,7 +133,9 @@ def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weight
             kernel,
             _as_stored(q, sink_k),
             Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
-            SiteState(sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, tail_k=tail_k, tail_v=tail_v),
+            SiteState(
+                sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
+            ),
             _storage(tuple(key), tuple(value), recent, weighting.window),
             weighting,
         )

@@ -44,7 +44,7 @@ class _Side:
     chunk: Tensor
     sink: Tensor
     packed: Tensor
-    tail: Tensor
+    ring: Tensor
     precision: Precision
     axis: Axis
     recent: int
@@ -57,7 +57,7 @@ class _Side:
             chunk=self.chunk[rows, :, group.start :],
             sink=self.sink[rows],
             packed=self.packed[rows],
-            tail=self.tail[rows],
+            ring=self.ring[rows],
         )
 
     @property
@@ -68,9 +68,9 @@ class _Side:
         """Packed blocks of a row of this many tokens."""
         return packed_blocks(length, self.sinks, self.recent)
 
-    def tail_pieces(self, first: int, last: int) -> Iterator[Tensor]:
-        """Views of tokens first to last - 1 in the tail, in order."""
-        return _pieces(self.tail, first - self.sinks, last - self.sinks)
+    def ring_pieces(self, first: int, last: int) -> Iterator[Tensor]:
+        """Views of tokens first to last - 1 in the ring, in order."""
+        return _pieces(self.ring, first - self.sinks, last - self.sinks)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def _sides(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[_Side, _Si
         chunk=chunk.key,
         sink=state.sink_k,
         packed=state.packed_k,
-        tail=state.tail_k,
+        ring=state.recent_k,
         precision=storage.key,
         axis=Axis.TOKENS,
         recent=storage.recent,
@@ -126,7 +126,7 @@ def _sides(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[_Side, _Si
         chunk=chunk.value,
         sink=state.sink_v,
         packed=state.packed_v,
-        tail=state.tail_v,
+        ring=state.recent_v,
         precision=storage.value,
         axis=Axis.CHANNELS,
         recent=storage.recent,
@@ -162,13 +162,13 @@ def _append_rows(side: _Side, length: int) -> None:
     first_block = max(side.blocks(length), end_block - side.packed.shape[2])
     if end_block > first_block:
         first, last = sinks + first_block * BLOCK_TOKENS, sinks + end_block * BLOCK_TOKENS
-        earlier = side.tail_pieces(first, min(length, last))
+        earlier = side.ring_pieces(first, min(length, last))
         tokens = torch.cat([*earlier, chunk[:, :, max(0, first - length) : max(0, last - length)]], dim=2)
         packed = quantize_block(tokens.unflatten(2, (-1, BLOCK_TOKENS)), side.precision, side.axis)
         _fill(_pieces(side.packed, first_block, end_block), packed)
     # Only now may the ring be overwritten: the tokens just packed lay in it.
-    token = max(length, sinks, end - side.tail.shape[2])
-    _fill(side.tail_pieces(token, end), chunk[:, :, max(0, token - length) :])
+    token = max(length, sinks, end - side.ring.shape[2])
+    _fill(side.ring_pieces(token, end), chunk[:, :, max(0, token - length) :])
 
 
 def _pieces(ring: Tensor, first: int, last: int) -> Iterator[Tensor]:
@@ -207,7 +207,7 @@ def _history(side: _Side, first: int, length: int) -> Tensor:
         blocks = history[:, :, place : place + packed.shape[2] * BLOCK_TOKENS]
         dequantize_into(blocks.unflatten(2, (-1, BLOCK_TOKENS)), packed, side.precision, side.axis)
         place += blocks.shape[2]
-    for piece in (*side.tail_pieces(begin + place, length), chunk):
+    for piece in (*side.ring_pieces(begin + place, length), chunk):
         history[:, :, place : place + piece.shape[2]] = piece
         place += piece.shape[2]
     return history[:, :, first - begin :]

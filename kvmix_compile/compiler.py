@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from kvmix_compile.calibration import Calibration, build_calibration
-from kvmix_compile.config import Config, Tail
+from kvmix_compile.config import Config, RecentWindow
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
@@ -61,7 +61,7 @@ def apply(
     policy: Policy = Config.policy,
     tokenizer: Any = None,
     calibration: Any = None,
-    tail: Tail = Config.tail,
+    recent_window: RecentWindow = Config.recent_window,
     sinks: int | None = None,
     recent: int | None = None,
     compile: bool = False,
@@ -81,8 +81,8 @@ def apply(
         tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
         calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and
             calibration, on tokens that the model itself samples.
-        tail: which tokens of each row stay in the model's dtype: "window", the first 64 and the last 128, or "rpc", the
-            paper's, none of the first and the last 40.
+        recent_window: which tokens of each row stay in the model's dtype: "fixed", the first 64 and the last 128, or
+            "rpc", the paper's, none of the first and the last 40.
         sinks: another number of first tokens.
         recent: another number of last tokens, at least 32.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
@@ -102,7 +102,7 @@ def apply(
         policy=policy,
         tokenizer=tokenizer,
         calibration=calibration,
-        tail=tail,
+        recent_window=recent_window,
         sinks=sinks,
         recent=recent,
     ).checked()
@@ -147,7 +147,7 @@ def analyze(
     *,
     tokenizer: Any = None,
     calibration: Any = None,
-    tail: Tail = Config.tail,
+    recent_window: RecentWindow = Config.recent_window,
     sinks: int | None = None,
     recent: int | None = None,
     progress: bool = False,
@@ -156,7 +156,9 @@ def analyze(
     plans of it.
     """
     check_model(model)
-    config = Config(tokenizer=tokenizer, calibration=calibration, tail=tail, sinks=sinks, recent=recent).checked()
+    config = Config(
+        tokenizer=tokenizer, calibration=calibration, recent_window=recent_window, sinks=sinks, recent=recent
+    ).checked()
     report = Report(type(model).__name__)
     text = _given_calibration(model, report, config)
     check_weights(model)

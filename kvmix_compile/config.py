@@ -17,16 +17,16 @@ from kvmix_compile.passes.measure.sensitivity import CANDIDATE_BITS
 # The paper's headline configuration: K 2.19 and V 2.38 bits, 2.3 on average.
 DEFAULT_BUDGET = 2.3
 
-Tail = Literal["window", "rpc"]
+RecentWindow = Literal["fixed", "rpc"]
 
-# (attention sinks, recent tokens) of each tail.
+# (attention sinks, recent tokens) of each.
 #
-# "window": of at most 64 sinks and 128 recent tokens the most, which tell in accuracy (docs/method.md).
+# "fixed": of at most 64 sinks and 128 recent tokens the most, which tell in accuracy (docs/method.md).
 #
-# "rpc": KVmix (arXiv 2506.08018), Recent Pivotal Context. Of a tail of recent tokens it keeps a tenth (2-bit tensors)
+# "rpc": KVmix (arXiv 2506.08018), Recent Pivotal Context. Of the recent tokens it keeps a tenth (2-bit tensors)
 # or a fifth, and quantizes what else fills groups of 32: while decoding, 3 to 34 or 8 to 39 tokens wait. A window of 40
 # lets 9 to 40 wait. The paper keeps no sinks.
-TAILS: Mapping[Tail, tuple[int, int]] = {"window": (64, 128), "rpc": (0, 40)}
+RECENT_WINDOWS: Mapping[RecentWindow, tuple[int, int]] = {"fixed": (64, 128), "rpc": (0, 40)}
 
 # The fewest code bits of each policy, whatever the model.
 _LEAST_BITS: Mapping[Policy, int] = {
@@ -48,7 +48,7 @@ class Config:
     policy: how a budget becomes a plan: "fisher" (least predicted loss), "kvmix" (the paper's), or "uniform".
     tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
     calibration: texts (with a tokenizer) or token ids to measure importance on.
-    tail: which tokens of each row stay in the model's dtype, one of TAILS.
+    recent_window: which tokens of each row stay in the model's dtype, one of RECENT_WINDOWS.
     sinks, recent: other numbers of first and of last tokens.
     """
 
@@ -58,7 +58,7 @@ class Config:
     policy: Policy = "fisher"
     tokenizer: Any = None
     calibration: Any = None
-    tail: Tail = "window"
+    recent_window: RecentWindow = "fixed"
     sinks: int | None = None
     recent: int | None = None
 
@@ -88,7 +88,7 @@ class Config:
     @property
     def unquantized(self) -> tuple[int, int]:
         """The sinks and recent tokens."""
-        return unquantized_tokens(self.tail, self.sinks, self.recent)
+        return unquantized_tokens(self.recent_window, self.sinks, self.recent)
 
     def _check_bits(self) -> None:
         check_policy(self.policy)
@@ -112,14 +112,16 @@ class Config:
             )
 
 
-def unquantized_tokens(tail: Tail, sinks: int | None, recent: int | None) -> tuple[int, int]:
-    """The sinks and recent tokens asked for, those of `tail` where None is given.
+def unquantized_tokens(recent_window: RecentWindow, sinks: int | None, recent: int | None) -> tuple[int, int]:
+    """The sinks and recent tokens asked for, those that go with `recent_window` where None is given.
 
-    Raises PlanError where there is no such tail, or no state that keeps so many.
+    Raises PlanError where there is no such recent window, or no state that keeps so many.
     """
-    if not isinstance(tail, str) or tail not in TAILS:
-        raise PlanError(f"there is no tail {tail!r}; choose one of {', '.join(get_args(Tail))}")
-    usual_sinks, usual_recent = TAILS[tail]
+    if not isinstance(recent_window, str) or recent_window not in RECENT_WINDOWS:
+        raise PlanError(
+            f"there is no recent window {recent_window!r}; choose one of {', '.join(get_args(RecentWindow))}"
+        )
+    usual_sinks, usual_recent = RECENT_WINDOWS[recent_window]
     sinks, recent = usual_sinks if sinks is None else sinks, usual_recent if recent is None else recent
     for name, tokens in (("sinks", sinks), ("recent", recent)):
         if isinstance(tokens, bool) or not isinstance(tokens, int):

@@ -19,7 +19,7 @@ from kvmix_compile.models_zoo.plain import fused_arange
         (("rpc", 4, None), (4, 40)),
     ],
 )
-def test_a_tail_says_what_is_not_asked_for(arguments: tuple, tokens: tuple[int, int]) -> None:
+def test_a_recent_window_says_what_is_not_asked_for(arguments: tuple, tokens: tuple[int, int]) -> None:
     assert unquantized_tokens(*arguments) == tokens
 
 
@@ -31,6 +31,6 @@ def test_impossible_states_are_refused(arguments: tuple) -> None:
 
 def test_the_paper_is_two_words() -> None:
     calibration = torch.randint(3, 64, (1, 96), generator=torch.Generator().manual_seed(0))
-    plan = kvmix_compile.apply(fused_arange(), policy="kvmix", tail="rpc", calibration=calibration).kvmix_plan
+    plan = kvmix_compile.apply(fused_arange(), policy="kvmix", recent_window="rpc", calibration=calibration).kvmix_plan
     assert (plan.policy, plan.sinks, plan.recent) == ("kvmix", 0, 40)
     assert {(site.key.group, site.value.scale_bits) for site in plan.sites} == {(32, 16)}

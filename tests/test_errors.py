@@ -151,7 +151,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "negative sinks": ({"sinks": -1}, r"sinks"),
     "sinks in a string": ({"sinks": "4"}, r"sinks is a whole number of tokens, not '4'"),
     "a part of a token": ({"recent": 64.5}, r"recent is a whole number of tokens, not 64\.5"),
-    "an unknown tail": ({"tail": "short"}, r"no tail 'short'; choose one of window, rpc"),
+    "an unknown recent window": ({"recent_window": "short"}, r"no recent window 'short'; choose one of fixed, rpc"),
     "a plan and a budget": ({"plan": "absent.json", "budget": 3}, r"either a plan or a budget"),
     "a plan that is not there": ({"plan": "absent.json"}, r"cannot read the plan absent\.json"),
     "a plan of another kind": ({"plan": {"sites": []}}, r"plan is a dict: pass a kvmix_compile\.Plan"),

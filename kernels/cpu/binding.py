@@ -87,7 +87,7 @@ def _served(chunk: Chunk, state: SiteState) -> bool:
     return (
         dtype in ELEMENTS
         and chunk.value.dtype == state.sink_k.dtype == state.sink_v.dtype == dtype
-        and state.tail_k.dtype == state.tail_v.dtype == dtype
+        and state.recent_k.dtype == state.recent_v.dtype == dtype
         and all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts, *state.tensors())))
     )
 
@@ -127,20 +127,20 @@ def _shape(chunk: Chunk, state: SiteState, storage: Storage) -> Shape:
         tokens=tokens,
         sinks=state.sinks,
         capacity=state.blocks,
-        slots=state.tail_slots,
+        slots=state.recent_slots,
         recent=storage.recent,
     )
 
 
 def _key_side(chunk: Chunk, state: SiteState) -> Side:
-    return _side(chunk.key, state.sink_k, state.packed_k, state.tail_k)
+    return _side(chunk.key, state.sink_k, state.packed_k, state.recent_k)
 
 
 def _value_side(chunk: Chunk, state: SiteState) -> Side:
-    return _side(chunk.value, state.sink_v, state.packed_v, state.tail_v)
+    return _side(chunk.value, state.sink_v, state.packed_v, state.recent_v)
 
 
-def _side(chunk: Tensor, sink: Tensor, packed: Tensor, tail: Tensor) -> Side:
+def _side(chunk: Tensor, sink: Tensor, packed: Tensor, ring: Tensor) -> Side:
     row_stride, head_stride, token_stride, _ = chunk.stride()
     return Side(
         chunk=chunk.data_ptr(),
@@ -150,7 +150,7 @@ def _side(chunk: Tensor, sink: Tensor, packed: Tensor, tail: Tensor) -> Side:
         dim=chunk.shape[3],
         sink=sink.data_ptr(),
         packed=packed.data_ptr(),
-        tail=tail.data_ptr(),
+        ring=ring.data_ptr(),
     )
 
 

@@ -143,7 +143,7 @@ void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
                 bool is_sink = token < shape.sinks;
                 int64_t to = is_sink ? pair * shape.sinks + token
                                      : pair * shape.slots + (token - shape.sinks) % shape.slots;
-                memcpy(static_cast<char*>(is_sink ? side.sink : side.tail) + to * side.dim * size,
+                memcpy(static_cast<char*>(is_sink ? side.sink : side.ring) + to * side.dim * size,
                        static_cast<const char*>(side.chunk) + from * size, side.dim * size);
             }
         }

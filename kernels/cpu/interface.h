@@ -25,7 +25,7 @@ struct Side {
     int64_t row_stride, head_stride, token_stride, dim;
     void* sink;
     const uint8_t* packed;
-    void* tail;
+    void* ring;
 };
 
 struct Shape {
@@ -64,7 +64,7 @@ extern "C" const Extent* kvmix_extents() {
         STRUCTURE(BlockFormat), MEMBER(BlockFormat, bits), MEMBER(BlockFormat, group), MEMBER(BlockFormat, scale_bits),
         MEMBER(BlockFormat, block_bytes), MEMBER(BlockFormat, part_count), MEMBER(BlockFormat, parts),
         STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
-        MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, tail),
+        MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, ring),
         STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
         MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, capacity), MEMBER(Shape, slots),
         MEMBER(Shape, recent),

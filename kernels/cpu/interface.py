@@ -56,7 +56,7 @@ class Side(ctypes.Structure):
         ("dim", c_int64),
         ("sink", c_void_p),
         ("packed", c_void_p),
-        ("tail", c_void_p),
+        ("ring", c_void_p),
     )
 
 

@@ -46,7 +46,7 @@ class Library:
     parallel: int
 
 
-class CompilationError(Exception):
+class CompilerError(Exception):
     """Why there is no library; the message is part of a warning."""
 
 
@@ -59,7 +59,7 @@ def library() -> Library | None:
         return None
     try:
         return load(compiled(cache_folder()))
-    except (CompilationError, OSError) as error:
+    except (CompilerError, OSError) as error:
         warnings.warn(
             f"attention over a compressed cache runs slowly on this CPU, in plain PyTorch: {error}. Install a C++ "
             f"compiler (g++ or clang++, or name one in $CXX); {SWITCH}=0 chooses plain PyTorch, without this warning",
@@ -98,7 +98,7 @@ def cache_folder() -> Path:
 def compiled(folder: Path) -> Path:
     """The library's file in this folder, compiled unless it is there.
 
-    Raises CompilationError, or OSError where the compiler or the folder cannot be used.
+    Raises CompilerError, or OSError where the compiler or the folder cannot be used.
     """
     compiler = _compiler()
     target = folder / f"cpu-{_fingerprint(compiler)}.so"
@@ -117,7 +117,7 @@ def _compiler() -> str:
     candidates = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
     found = next(filter(None, map(shutil.which, candidates)), None)
     if found is None:
-        raise CompilationError(f"none of {', '.join(candidates)} is installed")
+        raise CompilerError(f"none of {', '.join(candidates)} is installed")
     return found
 
 
@@ -155,11 +155,11 @@ def _compile(compiler: str, target: Path) -> None:
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            raise CompilationError(f"{compiler} did not come to an end") from None
+            raise CompilerError(f"{compiler} did not come to an end") from None
         if result.returncode == 0:
             return
     complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-    raise CompilationError(f"{compiler} failed: {complaint}")
+    raise CompilerError(f"{compiler} failed: {complaint}")
 
 
 def _parallel_address() -> int:

@@ -64,7 +64,7 @@ struct Reader {
         if (token < shape.sinks)
             return static_cast<const Element*>(side.sink) + (pair * shape.sinks + token) * side.dim;
         int64_t slot = (token - shape.sinks) % shape.slots;
-        return static_cast<const Element*>(side.tail) + (pair * shape.slots + slot) * side.dim;
+        return static_cast<const Element*>(side.ring) + (pair * shape.slots + slot) * side.dim;
     }
 
     // Unquantized tokens of a tile to [32][stride], zeros where there is none.

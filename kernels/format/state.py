@@ -1,14 +1,14 @@
 """What one attention site keeps of its past, and which token lies where.
 
-    [ sink: first tokens | packed blocks of 32 tokens | tail: recent tokens ]
+    [ sink: first tokens | packed blocks of 32 tokens | recent window ]
 
 Of a row that holds n tokens, token u lies in
 - ``sink[u]`` for u < sinks;
-- block ``b = (u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n), in place ``b % C`` where there is room
-  for C blocks: in its own place, except where attention sees a window, or chunks, and later blocks take the places of
+- block ``b = (u - sinks) // 32`` for sinks <= u < sinks + 32 * packed_blocks(n), which is in place ``b % C`` of C. That
+  is its own place, except where attention sees a sliding window, or chunks: there, later blocks take the places of
   those that nothing sees any more;
-- slot ``(u - sinks) % slots`` of the tail, a ring, from there to n. These are recent - 31 to recent tokens once any is
-  packed.
+- slot ``(u - sinks) % slots`` of the recent window, a ring, from there to n. These are recent - 31 to recent tokens
+  once any is packed.
 The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
 function of the tokens alone, not of the chunks they came in.
 """
@@ -25,11 +25,13 @@ from torch import Tensor
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
+from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.kernels.format.storage import Storage
 
 Length = TypeVar("Length", int, Tensor)
 
-# As recent tokens, more than a row will ever have.
+# As recent tokens, more than a row will ever have: where attention sees no more than the recent window, nothing is ever
+# packed. A number and not None, since kernels on every device work out a row's packed blocks from it, and get none.
 ENDLESS = 2**30
 
 # A state grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
@@ -49,7 +51,7 @@ def unpacked_tokens(window: int, sinks: int, recent: int) -> tuple[int, int]:
 
 
 def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
-    """Blocks packed of a row that holds this many tokens; as many as keep at most `recent` of them in the tail.
+    """Blocks packed of a row that holds this many tokens: as many as leave at most `recent` of them unpacked.
 
     length: a number, or an int64 tensor of any shape.
     """
@@ -66,33 +68,29 @@ def required_blocks(length: int, sinks: int, recent: int, window: int = 0, rollb
 
 def visible_blocks(window: int, recent: int, rollback: int = 0) -> int:
     """The most blocks of a row that hold a token which one of the next sees, be it `rollback` tokens earlier."""
-    # Packed blocks end where the tail begins, which holds recent - 31 tokens at least.
+    # Packed blocks end where the recent window begins, which holds recent - 31 tokens at least.
     tokens = window - 1 + rollback - (recent - BLOCK_TOKENS + 1)
     return max(0, tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
-class StateLayout:
-    """The shape of one site's state.
+class StateLayout(Shaped):
+    """How one site's state is laid out.
 
-    kv_heads: heads of keys and values, before they are repeated for grouped queries.
-    key_dim, value_dim: channels of a head.
+    shape: what the site caches of a token, and the window that a token attends to.
+    key, value: how its packed blocks are stored.
     sinks: first tokens of a row that are never quantized (attention sinks, arXiv:2309.17453).
-    recent: the most tokens that wait in the tail to be packed, at least 32; ENDLESS, where there is a window: none is
-        ever packed.
+    recent: the most tokens that wait in the recent window to be packed, at least 32; ENDLESS, where there is a sliding
+        window: none is ever packed.
     rollback: the most tokens by which a row may be shortened again.
-    window: the most tokens that one attends to, itself included, such as a sliding window; 0: all before it.
     """
 
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    shape: SiteShape
     key: Precision
     value: Precision
     sinks: int
     recent: int
     rollback: int = 0
-    window: int = 0
 
     def __post_init__(self) -> None:
         self.key.check(self.key_dim, Axis.TOKENS)
@@ -112,8 +110,8 @@ class StateLayout:
         return Storage(key=self.key, value=self.value, recent=self.recent, window=self.window)
 
     @property
-    def tail_slots(self) -> int:
-        """Tokens the tail has room for."""
+    def recent_slots(self) -> int:
+        """Tokens the recent window has room for."""
         # A window of one token sees none before it; a ring has a slot nevertheless.
         kept = max(1, self.window - 1) if self.recent == ENDLESS else self.recent
         return kept + self.rollback
@@ -139,8 +137,8 @@ class StateLayout:
         first_seen = max(0, length - self.window + 1) if self.window else 0
         # What waits to be packed is needed whether it is seen or not: its whole group shares a scale.
         first_needed = first_seen if self.recent == ENDLESS else self.sinks + BLOCK_TOKENS * blocks
-        # Later tokens took the slots of earlier ones in the tail, and later blocks of a window those of earlier blocks.
-        if first_needed < min(length, furthest - self.tail_slots):
+        # Later tokens took the slots of earlier ones, and later blocks of a sliding window the places of earlier ones.
+        if first_needed < min(length, furthest - self.recent_slots):
             return False
         if not self.window:
             return True
@@ -150,7 +148,7 @@ class StateLayout:
 
     def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
         """What a state of this many rows and blocks occupies."""
-        unpacked = (self.sinks + self.tail_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
+        unpacked = (self.sinks + self.recent_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
         packed = self.key.block_bytes(self.key_dim, dtype.itemsize) + self.value.block_bytes(
             self.value_dim, dtype.itemsize
         )
@@ -163,7 +161,7 @@ class SiteState:
 
     sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
     packed_k, packed_v: uint8 [B, H, C, bytes of a block].
-    tail_k [B, H, slots, key_dim], tail_v [B, H, slots, value_dim]: the model's dtype.
+    recent_k [B, H, slots, key_dim], recent_v [B, H, slots, value_dim]: the model's dtype.
     None is made in inference mode, whatever mode is on: they are written to in any.
     """
 
@@ -171,8 +169,8 @@ class SiteState:
     sink_v: Tensor
     packed_k: Tensor
     packed_v: Tensor
-    tail_k: Tensor
-    tail_v: Tensor
+    recent_k: Tensor
+    recent_v: Tensor
 
     @classmethod
     @ordinary_tensors()
@@ -189,13 +187,13 @@ class SiteState:
             sink_v=zeros(layout.sinks, layout.value_dim),
             packed_k=zeros(blocks, layout.key.block_bytes(layout.key_dim, dtype.itemsize), torch.uint8),
             packed_v=zeros(blocks, layout.value.block_bytes(layout.value_dim, dtype.itemsize), torch.uint8),
-            tail_k=zeros(layout.tail_slots, layout.key_dim),
-            tail_v=zeros(layout.tail_slots, layout.value_dim),
+            recent_k=zeros(layout.recent_slots, layout.key_dim),
+            recent_v=zeros(layout.recent_slots, layout.value_dim),
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the order the operators take them."""
-        return self.sink_k, self.sink_v, self.packed_k, self.packed_v, self.tail_k, self.tail_v
+        return self.sink_k, self.sink_v, self.packed_k, self.packed_v, self.recent_k, self.recent_v
 
     @property
     def batch(self) -> int:
@@ -213,9 +211,9 @@ class SiteState:
         return self.packed_k.shape[2]
 
     @property
-    def tail_slots(self) -> int:
-        """Tokens the tail has room for."""
-        return self.tail_k.shape[2]
+    def recent_slots(self) -> int:
+        """Tokens the recent window has room for."""
+        return self.recent_k.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -241,9 +239,9 @@ class SiteState:
             the places of earlier ones.
         blocks: places for blocks, where `new` has a window; those of other states stay as they are.
         """
-        first, end = furthest - old.sinks - old.tail_slots, (lengths - old.sinks).clamp(min=0)
-        self.tail_k = _in_ring(self.tail_k, first, end, new.tail_slots)
-        self.tail_v = _in_ring(self.tail_v, first, end, new.tail_slots)
+        first, end = furthest - old.sinks - old.recent_slots, (lengths - old.sinks).clamp(min=0)
+        self.recent_k = _in_ring(self.recent_k, first, end, new.recent_slots)
+        self.recent_v = _in_ring(self.recent_v, first, end, new.recent_slots)
         if new.window:
             end = packed_blocks(lengths, old.sinks, old.recent)
             # None is lost before there is room for as many as are seen.

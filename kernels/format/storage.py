@@ -11,7 +11,7 @@ from kvmix_compile.kernels.format.precision import Precision
 @dataclass(frozen=True, eq=False)
 class Storage:
     """key, value: how packed blocks of keys and of values are stored.
-    recent: the most tokens that wait in the tail to be packed.
+    recent: the most tokens that wait in the recent window to be packed.
     window: the most tokens that one attends to, itself included; 0: all. Blocks of earlier ones may be overwritten.
     """
 

@@ -95,8 +95,8 @@ def append_kernel(
     sink_v,
     packed_k,
     packed_v,
-    tail_k,
-    tail_v,
+    recent_k,
+    recent_v,
     k_row,  # strides, in elements
     k_head,
     k_token,
@@ -130,7 +130,7 @@ def append_kernel(
             k_channel,
             sink_k + state_head * SINKS * KEYS[0].head_dim,
             packed_k + state_head * capacity * KEYS[0].block_bytes,
-            tail_k + state_head * SLOTS * KEYS[0].head_dim,
+            recent_k + state_head * SLOTS * KEYS[0].head_dim,
             length,
             start,
             tokens,
@@ -150,7 +150,7 @@ def append_kernel(
             v_channel,
             sink_v + state_head * SINKS * VALUES[0].head_dim,
             packed_v + state_head * capacity * VALUES[0].block_bytes,
-            tail_v + state_head * SLOTS * VALUES[0].head_dim,
+            recent_v + state_head * SLOTS * VALUES[0].head_dim,
             length,
             start,
             tokens,
@@ -172,7 +172,7 @@ def _append(
     chunk_channel,
     sink,
     packed,
-    tail,
+    ring,
     length,
     start,
     tokens,
@@ -209,7 +209,7 @@ def _append(
                 chunk + FORMATS[part].first_channel * chunk_channel,
                 chunk_token,
                 chunk_channel,
-                tail + FORMATS[part].first_channel,
+                ring + FORMATS[part].first_channel,
                 length,
                 part_of(FORMATS, part),
                 part_of(WRITERS, part),
@@ -222,7 +222,7 @@ def _append(
         in_sink = tl.minimum(end, SINKS)
         _copy_tokens(sink, chunk, chunk_token, chunk_channel, length, in_sink, 0, SINKS, FORMAT, WRITER)
         oldest = tl.maximum(tl.maximum(length, SINKS), end - SLOTS)
-        _copy_tokens(tail, chunk, chunk_token, chunk_channel, oldest, end, SINKS, SLOTS, FORMAT, WRITER)
+        _copy_tokens(ring, chunk, chunk_token, chunk_channel, oldest, end, SINKS, SLOTS, FORMAT, WRITER)
 
 
 @triton.jit
@@ -256,11 +256,11 @@ def _copy_tokens(
 
 @triton.jit
 def _load_tokens(
-    token, channel, mask, chunk, chunk_token, chunk_channel, tail, length, DIM, SINKS: tl.constexpr, SLOTS: tl.constexpr
+    token, channel, mask, chunk, chunk_token, chunk_channel, ring, length, DIM, SINKS: tl.constexpr, SLOTS: tl.constexpr
 ):
     """Elements of tokens from the ring or, from number `length` on, from the chunk."""
     slot = tl.where(token < length, token - SINKS, 0) % SLOTS
-    old = tl.load(tail + slot * DIM + channel, mask=mask & (token < length), other=0.0)
+    old = tl.load(ring + slot * DIM + channel, mask=mask & (token < length), other=0.0)
     new = tl.load(
         chunk + token.to(tl.int64) * chunk_token + channel * chunk_channel, mask=mask & (token >= length), other=0.0
     )
@@ -274,28 +274,28 @@ def _pack_part(
     chunk,
     chunk_token,
     chunk_channel,
-    tail,
+    ring,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """target, chunk and tail: pointers to where the part's own bytes and channels begin."""
+    """target, chunk and ring: pointers to where the part's own bytes and channels begin."""
     if FORMAT.bits == 16:
-        _copy_block(target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS)
+        _copy_block(target, first, chunk, chunk_token, chunk_channel, ring, length, FORMAT, WRITER, SINKS, SLOTS)
     else:
-        _write_metadata(target, first, chunk, chunk_token, chunk_channel, tail, length, FORMAT, WRITER, SINKS, SLOTS)
+        _write_metadata(target, first, chunk, chunk_token, chunk_channel, ring, length, FORMAT, WRITER, SINKS, SLOTS)
         # Other threads of this program read what was written.
         tl.debug_barrier()
         LOW: tl.constexpr = 8 // FORMAT.slices
         _write_plane(
-            *(target, first, chunk, chunk_token, chunk_channel, tail, length, 0, LOW),
+            *(target, first, chunk, chunk_token, chunk_channel, ring, length, 0, LOW),
             *(FORMAT, WRITER, SINKS, SLOTS),
         )
         if FORMAT.bits == 3:
             _write_plane(
-                *(target, first, chunk, chunk_token, chunk_channel, tail, length, 2, 1),
+                *(target, first, chunk, chunk_token, chunk_channel, ring, length, 2, 1),
                 *(FORMAT, WRITER, SINKS, SLOTS),
             )
 
@@ -307,7 +307,7 @@ def _copy_block(
     chunk,
     chunk_token,
     chunk_channel,
-    tail,
+    ring,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
@@ -318,7 +318,7 @@ def _copy_block(
     channel = tl.arange(0, WRITER.padded_dim)[None, :]
     mask = (place >= 0) & (channel < FORMAT.head_dim)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, tail, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     typed = target.to(tl.pointer_type(elements.dtype))
@@ -332,7 +332,7 @@ def _write_metadata(
     chunk,
     chunk_token,
     chunk_channel,
-    tail,
+    ring,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
@@ -351,7 +351,7 @@ def _write_metadata(
     is_group = index < WRITER.groups
     mask = is_group[:, None] & (within < FORMAT.group)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, tail, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     elements = _clamped(elements)
@@ -394,7 +394,7 @@ def _write_plane(
     chunk,
     chunk_token,
     chunk_channel,
-    tail,
+    ring,
     length,
     BELOW: tl.constexpr,  # bits of a code in the planes before this one
     BITS: tl.constexpr,  # bits of a field of this plane
@@ -412,7 +412,7 @@ def _write_plane(
     channel = field * WIDTH + within
     mask = (place >= 0) & (field >= 0) & (within < WIDTH)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, tail, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     if WRITER.by_tokens:
@@ -485,7 +485,7 @@ def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
         VALUE_WRITERS=BlockWriter.parts(storage.value, Axis.CHANNELS, value_dim),
         SINKS=state.sinks,
         RECENT=storage.recent,
-        SLOTS=state.tail_slots,
+        SLOTS=state.recent_slots,
         num_warps=4,
         # A product and a sum must be rounded one after the other, as PyTorch does.
         enable_fp_fusion=False,

@@ -56,8 +56,8 @@ def attend_kernel(
     sink_v,
     packed_k,
     packed_v,
-    tail_k,
-    tail_v,
+    recent_k,
+    recent_v,
     output,  # [splits, B, Hq, M, value_dim], in q's dtype where there is one split, else float32
     log_sums,  # float32 [splits, B, Hq, M]: log2 of the sum of exponentials
     sink_logits,  # [Hq] or None
@@ -114,7 +114,7 @@ def attend_kernel(
     query_head = head * SHARED + query % SHARED
     queries = _load_queries(q + row * q_row + query_head * q_head + place * q_token, q_channel, is_query, KEYS)
 
-    # The past as stored, then what is not packed: sink, tail and the chunk up to the tile's last token.
+    # The past as stored, then what is not packed: sink, ring and the chunk up to the tile's last token.
     last_place = tl.minimum((first_query + QUERIES - 1) // SHARED, tokens - 1)
     first_number = length - start + tl.maximum(first_query // SHARED, start)
     first_visible = _first_visible(first_number, sliding_window, attention_chunk, SLIDING, CHUNKED)
@@ -167,8 +167,8 @@ def attend_kernel(
 
     head_of_sink_k = sink_k + state_head * SINKS * KEYS[0].head_dim
     head_of_sink_v = sink_v + state_head * SINKS * VALUE.head_dim
-    head_of_tail_k = tail_k + state_head * SLOTS * KEYS[0].head_dim
-    head_of_tail_v = tail_v + state_head * SLOTS * VALUE.head_dim
+    head_of_recent_k = recent_k + state_head * SLOTS * KEYS[0].head_dim
+    head_of_recent_v = recent_v + state_head * SLOTS * VALUE.head_dim
     # Few tiles: reading ahead would only take shared memory from the loop above.
     for tile in tl.range(tl.maximum(begin, packed_tiles), end, num_stages=1):
         index = skipped + (tile - packed_tiles) * TILE + place_in_tile
@@ -177,7 +177,7 @@ def attend_kernel(
         for part in tl.static_range(len(KEYS)):
             keys = _load_unpacked(
                 head_of_sink_k,
-                head_of_tail_k,
+                head_of_recent_k,
                 k + row * k_row + head * k_head,
                 k_token,
                 k_channel,
@@ -199,7 +199,7 @@ def attend_kernel(
         )
         values = _load_unpacked(
             head_of_sink_v,
-            head_of_tail_v,
+            head_of_recent_v,
             v + row * v_row + head * v_head,
             v_token,
             v_channel,
@@ -255,7 +255,7 @@ def _load_queries(queries, channel_stride, is_query, KEYS: tl.constexpr):
 @triton.jit
 def _load_unpacked(
     sink,
-    tail,
+    ring,
     chunk,
     chunk_token,
     chunk_channel,
@@ -268,23 +268,23 @@ def _load_unpacked(
     SLOTS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The elements of tokens that lie in the sink, the tail or the chunk: [tokens, places], zero beyond the chunk."""
+    """The elements of tokens that lie in the sink, the ring or the chunk: [tokens, places], zero beyond the chunk."""
     channel, is_channel = channels_in_order(FORMAT)
-    in_tail = (token >= in_sink) & (token < length)
+    in_ring = (token >= in_sink) & (token < length)
     of_chunk = (token >= length) & (token < length + in_chunk)
-    slot = tl.where(in_tail, token - SINKS, 0) % SLOTS
+    slot = tl.where(in_ring, token - SINKS, 0) % SLOTS
     # One of the three is read; the others are masked out.
     elements = tl.load(
         chunk + ((token - length + start).to(tl.int64) * chunk_token)[:, None] + (channel * chunk_channel)[None, :],
         mask=of_chunk[:, None] & is_channel[None, :],
         other=0.0,
     )
-    from_tail = tl.load(
-        tail + (slot * FORMAT.head_dim)[:, None] + channel[None, :],
-        mask=in_tail[:, None] & is_channel[None, :],
+    from_ring = tl.load(
+        ring + (slot * FORMAT.head_dim)[:, None] + channel[None, :],
+        mask=in_ring[:, None] & is_channel[None, :],
         other=0.0,
     )
-    elements = tl.where(in_tail[:, None], from_tail, elements)
+    elements = tl.where(in_ring[:, None], from_ring, elements)
     if SINKS > 0:
         of_sink = token < in_sink
         from_sink = tl.load(
@@ -412,7 +412,7 @@ def attend(
     if output.numel() == 0:
         return output
     if launch is None:
-        most_tokens = state.sinks + state.blocks * BLOCK_TOKENS + state.tail_slots + tokens
+        most_tokens = state.sinks + state.blocks * BLOCK_TOKENS + state.recent_slots + tokens
         widest = max(key_dim, value_dim)
         launch = Launch.choose(shared * tokens, rows * heads, most_tokens, widest, _multiprocessors(query.device))
     splits = launch.splits
@@ -437,7 +437,7 @@ def attend(
         VALUE=BlockFormat.parts(storage.value, value_dim, itemsize)[0],
         SINKS=state.sinks,
         RECENT=storage.recent,
-        SLOTS=state.tail_slots,
+        SLOTS=state.recent_slots,
         SOFTCAP=weighting.softcap != 0,
         SLIDING=weighting.sliding_window != 0,
         CHUNKED=weighting.attention_chunk != 0,

@@ -91,7 +91,7 @@ def _planned(options: Options, node: fx.Node) -> Plan:
             model,
             tokenizer=options.tokenizer,
             calibration=options.calibration,
-            tail=options.tail,
+            recent_window=options.recent_window,
             sinks=options.sinks,
             recent=options.recent,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, QuantizedCache
 
-from kvmix_compile.config import TAILS
+from kvmix_compile.config import RECENT_WINDOWS
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.configurations import Configuration
 from kvmix_compile.kernels.format.precision import UNQUANTIZED_BITS
@@ -79,7 +79,7 @@ def check_baselines(names: Iterable[str], model: nn.Module) -> None:
 
 def published_plans(names: Iterable[str], importance: Importance) -> dict[str, Plan]:
     """The plans of those baselines that are a recipe for this project's own cache."""
-    rpc_sinks, rpc_recent = TAILS["rpc"]
+    rpc_sinks, rpc_recent = RECENT_WINDOWS["rpc"]
     recipes = {
         "kivi": (replace(importance, sinks=0, recent=KIVI_RECENT), "uniform", KIVI_BITS),
         "kvmix-paper": (replace(importance, sinks=rpc_sinks, recent=rpc_recent), "kvmix", KVMIX_BUDGET),

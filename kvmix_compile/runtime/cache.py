@@ -79,7 +79,7 @@ class KVMixCache(Cache):
             self._allocate(batch, blocks, device)
             return
         for state, needed in zip(self.states, blocks, strict=True):
-            if state.tail_k.is_inference():  # a copy, or unpickled, that was made in inference mode
+            if state.recent_k.is_inference():  # a copy, or unpickled, that was made in inference mode
                 state.make_ordinary()
             if state.blocks < needed:
                 state.grow(needed)

@@ -69,8 +69,8 @@ class InductorGraph:
     ) -> Tensor:  # fmt: skip
         given = (input_ids, position_ids, logit_positions, lengths, starts)
         compiled = self._graph(input_ids.shape[1] == len(logit_positions) == 1)
-        packed, tails = state[2::6], state[4::6]  # of keys
-        sizes = [kept[site].shape[2] for kept in (packed, tails) for site in self._first_sites]
+        packed, rings = state[2::6], state[4::6]  # of keys
+        sizes = [kept[site].shape[2] for kept in (packed, rings) for site in self._first_sites]
         if not compiled.holds((*input_ids.shape, len(logit_positions), *sizes)):
             return self.module(*given, *state)
         (logits,) = compiled.graph([tensor.contiguous() for tensor in given], state)
@@ -93,14 +93,14 @@ class InductorGraph:
             for shape in ((batch, tokens), (batch, tokens), (logits,), (batch,), (batch,)):
                 inputs.append(torch.empty(shape, dtype=torch.int64, device=self.device))
             for layout, dtype in zip(self.layouts, self.dtypes, strict=True):
-                *fixed, tail_k, tail_v = SiteState.allocate(
+                *fixed, recent_k, recent_v = SiteState.allocate(
                     layout, batch, blocks[layout.window], dtype, self.device
                 ).tensors()
-                tails = (
-                    tail.new_empty(batch, layout.kv_heads, slots[layout.window], tail.shape[3])
-                    for tail in (tail_k, tail_v)
+                rings = (
+                    ring.new_empty(batch, layout.kv_heads, slots[layout.window], ring.shape[3])
+                    for ring in (recent_k, recent_v)
                 )
-                inputs += [*fixed, *tails]
+                inputs += [*fixed, *rings]
         try:
             with torch.no_grad(), own_compiled_code():
                 graph = torch._inductor.compile(_returning_tuple(self.module), inputs)

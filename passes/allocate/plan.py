@@ -39,8 +39,8 @@ class SitePlan(Shaped):
 
     layer: name of the site in the model, such as "model.layers.3.self_attn".
     key, value: precision of the cached keys and values.
-    channel_tiers: where key has important_bits, of each head a string with a digit for each channel: its tier of
-        the channels, from 0, the most important one, to 3; else empty.
+    channel_tiers: where key has important_bits, a string for each head, with a digit for each of its channels: the
+        channel's tier, from 0, the most important one, to 3. Else empty.
     key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
         (see passes.measure.exponents); empty: by none.
     """
@@ -161,14 +161,7 @@ class Plan:
 
     def layouts(self, rollback: int = 0) -> tuple[StateLayout, ...]:
         """The state of each site; `rollback` is the number of tokens that can be taken back."""
-        return tuple(
-            StateLayout(
-                *(site.kv_heads, site.key_dim, site.value_dim, site.key, site.value),
-                *unpacked_tokens(site.window, self.sinks, self.recent),
-                *(rollback, site.window),
-            )
-            for site in self.sites
-        )
+        return tuple(_layout(site, self.sinks, self.recent, rollback) for site in self.sites)
 
     def stored_sites(self) -> tuple[StoredSite, ...]:
         """What a rewritten graph is told of each site."""
@@ -250,6 +243,12 @@ class Plan:
             return
         difference = _difference(self.sites, layers, shapes)
         raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
+
+
+def _layout(site: SitePlan, sinks: int, recent: int, rollback: int) -> StateLayout:
+    """Where the plan leaves so many sinks and recent tokens unquantized."""
+    sinks, recent = unpacked_tokens(site.window, sinks, recent)
+    return StateLayout(site.shape, key=site.key, value=site.value, sinks=sinks, recent=recent, rollback=rollback)
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float:

@@ -1,6 +1,6 @@
 """Dataflow: a networkx view of a graph, for questions about who feeds whom."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import networkx
@@ -25,6 +25,21 @@ class Dataflow:
 
     def descendants(self, node: fx.Node) -> set[fx.Node]:
         return networkx.descendants(self.edges, node)
+
+    def between(self, first: fx.Node, last: fx.Node) -> set[fx.Node]:
+        """The nodes on the ways from one to the other, without these two."""
+        return self.descendants(first) & self.ancestors(last)
+
+    def tokens_behind(self, node: fx.Node, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """What depends on tokens and feeds `node`, itself first, then from near to far. What feeds a node is not looked
+        at where `through` is false of it.
+        """
+        if node not in self.token_dependent:
+            return []
+        open_edges = networkx.subgraph_view(
+            self.edges, filter_edge=lambda source, target: source in self.token_dependent and through(target)
+        )
+        return [node, *(source for _, source in networkx.bfs_edges(open_edges, node, reverse=True))]
 
     @cached_property
     def token_dependent(self) -> frozenset[fx.Node]:

@@ -4,7 +4,7 @@ Export writes ATen overloads (`aten.add.Tensor`), Dynamo writes functions, opera
 `operator.add`, `.add`). Matchers speak of `operation(node) == "add"` and never of targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
@@ -111,10 +111,10 @@ def as_node(value: object) -> fx.Node:
     return value
 
 
-def behind_layout(node: fx.Node) -> Iterator[fx.Node]:
-    """`node`, what it is a rearrangement of, what that is one of, and so on."""
+def behind_layout(node: fx.Node, operations: Set[str] = LAYOUT) -> Iterator[fx.Node]:
+    """`node`, what it is a rearrangement of, what that is one of, and so on. `operations`: what counts as one."""
     yield node
-    while operation(node) in LAYOUT and node.all_input_nodes:
+    while operation(node) in operations and node.all_input_nodes:
         node = node.all_input_nodes[0]
         yield node
 

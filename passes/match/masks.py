@@ -1,15 +1,14 @@
 """Masks by probing: what lies between the attention scores and the softmax is run on a probe and recognised by what
 it does.
 
-Whatever the model wrote (a boolean mask, an additive one, `where`, `masked_fill`, a scale before or after, a soft
-cap), the function of one score is `cap * tanh(scale * score / cap)`, or `scale * score`, where attention is allowed,
-and minus infinity elsewhere; a bias may be added to it that is linear in the distance of the two tokens. What is not
-that is an error.
+The model may have written a boolean mask, an additive one, `where`, `masked_fill`, a scale before or after, a soft cap.
+Whatever it is, where attention is allowed a score must become `scale * score` or `cap * tanh(scale * score / cap)`, and
+minus infinity elsewhere. A bias may be added that is linear in the distance of the two tokens. Anything else is an
+error.
 """
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from sympy import Integer
@@ -20,7 +19,8 @@ from kvmix_compile.passes.capture.export import UNLIMITED
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.evaluate import evaluate
 from kvmix_compile.passes.graph.vocabulary import SHAPE_ONLY, graph_inputs, operation, tensor_of
-from kvmix_compile.passes.match.sink_logits import PROBED_LOGIT, SinkLogits, without_column
+from kvmix_compile.passes.match.scores import function_of, scale_and_softcap
+from kvmix_compile.passes.match.sink_logits import SinkLogits
 from kvmix_compile.passes.match.slopes import slopes_of
 
 # A probe of n tokens costs n * n scores a layer; 8192 of them is half a gigabyte for a moment.
@@ -28,11 +28,6 @@ LONGEST_PROBE = 8192
 SHORTEST_PROBE = 48
 # An additive mask blocks with the lowest number of its dtype, or a "large" constant such as -1e4 in older models.
 BLOCKED = -1e4
-# A score that saturates every soft cap in use (30 to 50) at any scale in use, and that float16 can hold.
-SATURATING = 3e4
-SMALLEST_SCORE = 2.0**-6
-# Models that rescale scores by a learned or computed factor do it in float32 at best.
-TOLERANCE = 1e-4
 
 MaskKind = Literal["causal", "sliding", "chunked"]
 
@@ -162,79 +157,6 @@ class Probe:
             int(size.node.expr.xreplace(rows)) if isinstance(size, torch.SymInt) else size
             for size in scores.meta["val"].shape[:-2]
         ]
-
-
-def function_of(
-    module: fx.GraphModule,
-    scores: fx.Node,
-    weights_input: fx.Node,
-    sink: SinkLogits | None,
-    known: Mapping[fx.Node, Any],
-) -> Callable[[Tensor], Tensor]:
-    """What the graph makes of scores, in float32, by the time they are the softmax's input; the other arguments are
-    those of Probe.score_function, `known` the graph's inputs.
-    """
-
-    def run(value: Tensor) -> Tensor:
-        given = {**known, scores: value}
-        if sink is None:
-            return evaluate(module, weights_input, given).float()
-        joined = evaluate(module, sink.scores, given)
-        column = torch.full_like(joined[..., :1], PROBED_LOGIT)
-        return without_column(
-            evaluate(module, weights_input, {**known, sink.scores: joined, sink.column: column}).float()
-        )
-
-    return run
-
-
-def scale_and_softcap(
-    run: Callable[[Tensor], Tensor], no_scores: Tensor, allowed: Tensor, precision: float, layer: str
-) -> tuple[float, float]:
-    """The scale and the soft cap (0: none) that `run` applies to scores, float32 out, of the shape, dtype and device of
-    `no_scores` `[.., queries, keys]` wherever it is `allowed`, boolean `[queries, keys]`. `precision`: the rounding of
-    what the model computes them in, as a share.
-    """
-    bias = run(no_scores)
-    largest_bias = bias.masked_fill(~allowed, 0).abs().max().item()
-    # A score is looked at where the bias leaves it the most digits, as late in the text as possible.
-    last = int(bias.abs().masked_fill(~allowed, torch.inf).flatten().flip(0).argmin()) + 1
-
-    def at(score: float) -> float:
-        """What a score becomes where attention is allowed, its bias aside."""
-        return (run(no_scores + score) - bias).flatten()[-last].item()
-
-    # A soft cap is what remains of a score without bounds; without one the function is linear.
-    unbounded = at(SATURATING) / SATURATING
-    scale = at(SMALLEST_SCORE) / SMALLEST_SCORE
-    capped = abs(unbounded - scale) > 0.1 * abs(scale)
-    softcap = unbounded * SATURATING if capped else 0.0
-    scale = scale if capped else at(1.0)
-    for probe in _probes(no_scores):
-        expected = probe.float() * scale
-        if capped:
-            expected = softcap * torch.tanh(expected / softcap)
-        error = (run(probe) - bias - expected).abs()
-        # Where the largest score is taken from all of them, they are rounded as it is.
-        largest = expected.abs().max().item()
-        rounding = TOLERANCE * expected.abs().clamp(min=min(1.0, largest)) + 8 * precision * (largest + largest_bias)
-        if (~(error <= rounding) & allowed).any():
-            raise UnsupportedModelError(
-                f"{layer}: what happens between its attention scores and the softmax is not a scale, a soft cap and a "
-                "mask"
-            )
-    return scale, softcap
-
-
-def _probes(like: Tensor) -> Iterator[Tensor]:
-    """Random scores: as they usually are, and of either sign from SMALLEST_SCORE to SATURATING, as many of each order
-    of magnitude, so that what is cut off anywhere shows.
-    """
-    generator = torch.Generator().manual_seed(0)
-    yield torch.randn(like.shape, generator=generator).to(like)
-    share, sign = torch.rand(2, *like.shape, generator=generator)
-    size = SMALLEST_SCORE * (SATURATING / SMALLEST_SCORE) ** share
-    yield torch.where(sign < 0.5, -size, size).to(like)
 
 
 def recognise(allowed: Tensor, layer: str) -> Mask:

@@ -25,29 +25,28 @@ def find_projection(node: fx.Node, dataflow: Dataflow) -> Projection | None:
     """The nearest linear map behind keys or values. Of several that are added up, as a low-rank adapter is to what it
     adapts, the one that is adapted; None where there is none such.
     """
-    found: list[Projection] = []
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen or current not in dataflow.token_dependent:
-            continue
-        seen.add(current)
-        inputs = [source for source in current.all_input_nodes if source in dataflow.token_dependent]
-        if operation(current) in PROJECTIONS and len(inputs) == 1:
-            found.append(Projection(inputs[0], current))
-        else:
-            pending.extend(inputs)
+    behind = dataflow.tokens_behind(node, through=lambda other: not is_projection(other, dataflow))
+    found = [Projection(_tokens_of(other, dataflow)[0], other) for other in behind if is_projection(other, dataflow)]
     whole = [one for one in found if all(_adapts(other, one, dataflow) for other in found if other is not one)]
     return whole[0] if len(whole) == 1 else None
+
+
+def is_projection(node: fx.Node, dataflow: Dataflow) -> bool:
+    """Whether `node` is a linear map of what depends on tokens, by what does not."""
+    return operation(node) in PROJECTIONS and len(_tokens_of(node, dataflow)) == 1
 
 
 def _adapts(projection: Projection, whole: Projection, dataflow: Dataflow) -> bool:
     """Whether `projection` gives as many features as `whole`, from an earlier linear map of the same input."""
     node = projection.input
     while node is not whole.input and operation(node) in PROJECTIONS | LINEAR:
-        node = next(source for source in node.all_input_nodes if source in dataflow.token_dependent)
+        node = _tokens_of(node, dataflow)[0]
     return node is whole.input and node is not projection.input and _features(projection) == _features(whole)
+
+
+def _tokens_of(node: fx.Node, dataflow: Dataflow) -> list[fx.Node]:
+    """Its inputs that depend on tokens."""
+    return [source for source in node.all_input_nodes if source in dataflow.token_dependent]
 
 
 def _features(projection: Projection) -> int:

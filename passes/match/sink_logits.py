@@ -33,7 +33,7 @@ class SinkLogits:
     @classmethod
     def match(cls, products: fx.Node, softmax: fx.Node, dataflow: Dataflow, layer: str) -> Self | None:
         """What is concatenated to the scores between these two nodes, if anything is."""
-        between = dataflow.descendants(products) & dataflow.ancestors(softmax)
+        between = dataflow.between(products, softmax)
         joins = [node for node in between if operation(node) == "cat"]
         if not joins:
             return None

@@ -26,6 +26,7 @@ from kvmix_compile.passes.graph.vocabulary import (
     LAYOUT,
     argument,
     as_node,
+    behind_layout,
     graph_inputs,
     is_active_dropout,
     operation,
@@ -350,9 +351,7 @@ def _weighted_sum_after(softmax: fx.Node, sink: SinkLogits | None, layer: str) -
 
 def _transposed(key: fx.Node, layer: str) -> fx.Node:
     """The keys `[.., tokens, head_dim]` of which `key` `[.., head_dim, tokens]` is the transpose."""
-    node = key
-    while operation(node) in ("to", "contiguous", "clone"):
-        node = as_node(node.args[0])
+    *_, node = behind_layout(key, {"to", "contiguous", "clone"})
     if operation(node) == "mT":
         return as_node(node.args[0])
     rank = len(_shape(node))
@@ -370,25 +369,18 @@ def _before_repeat(node: fx.Node, query_heads: int, captured: Captured) -> fx.No
     """
     dim = _shape(node)[-1]
     best = node
-    current = node
-    while operation(current) in LAYOUT and operation(current) != "to" and len(current.all_input_nodes) >= 1:
-        current = current.all_input_nodes[0]
-        if (
-            _is_heads(current, captured)
-            and _shape(current)[-1] == dim
-            and _repeats(current, node, query_heads, captured)
-        ):
-            best = current
+    for source in behind_layout(node, LAYOUT - {"to"}):
+        if _is_heads(source, captured) and _shape(source)[-1] == dim and _repeats(source, node, query_heads, captured):
+            best = source
     return best
 
 
 def _before_flattening(node: fx.Node, captured: Captured) -> fx.Node:
     """The `[batch, heads, tokens, dim]` that `node` `[batch * heads, tokens, dim]` is a view of, if it is one."""
-    current = node
-    while len(_shape(node)) == 3 and operation(current) in LAYOUT and current.all_input_nodes:
-        current = current.all_input_nodes[0]
-        if _is_heads(current, captured) and _repeats(current, node, _shape(current)[1], captured):
-            return current
+    if len(_shape(node)) == 3:
+        for source in behind_layout(node):
+            if _is_heads(source, captured) and _repeats(source, node, _shape(source)[1], captured):
+                return source
     return node
 
 

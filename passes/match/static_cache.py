@@ -28,14 +28,16 @@ from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
 from kvmix_compile.passes.graph.vocabulary import (
     LAYOUT,
-    PROJECTIONS,
     as_node,
+    behind_layout,
     graph_inputs,
     operation,
     tensor_of,
     unarranged,
 )
-from kvmix_compile.passes.match.masks import Mask, ScoreFunction, function_of, scale_and_softcap, unbiased
+from kvmix_compile.passes.match.masks import Mask, ScoreFunction, unbiased
+from kvmix_compile.passes.match.projections import is_projection
+from kvmix_compile.passes.match.scores import function_of, scale_and_softcap
 from kvmix_compile.passes.match.sink_logits import SinkLogits
 from kvmix_compile.passes.match.sites import (
     ATTENTION,
@@ -59,10 +61,13 @@ _CREATIONS = frozenset({"zeros", "empty", "full", "new_zeros", "new_empty"})
 class Buffer:
     """The keys or the values of one layer in a StaticCache.
 
-    tensor: the buffer before this call, an input or where it is made. written: after it. new: what is added, `[batch,
-    kv_heads, tokens, dim]`. read: what attention sees, past and new. position: of the form "indexed", the slots that
-    `new` goes to, int64 `[tokens]`. slot: of the form "rolled", the one that it goes to, int64 `[1]`. holds_all: no
-    token has left it before this call.
+    tensor: the buffer before this call: an input, or where it is made.
+    written: the buffer after it.
+    new: what is added, `[batch, kv_heads, tokens, dim]`.
+    read: what attention sees, past and new.
+    position: of the form "indexed", the slots that `new` goes to, int64 `[tokens]`.
+    slot: of the form "rolled", the one that it goes to, int64 `[1]`.
+    holds_all: no token has left it before this call.
     """
 
     tensor: fx.Node
@@ -168,32 +173,23 @@ class _Finder:
 
     def _reads_a_buffer(self, softmax: fx.Node) -> bool:
         """Whether the softmax is of a matrix product with what is in a buffer, without a projection in between."""
-        pending, seen = [softmax], set[fx.Node]()
-        while pending:
-            node = pending.pop()
-            if node in seen or node not in self.dataflow.token_dependent:
-                continue
-            seen.add(node)
-            if node in self.buffers:
-                return True
-            is_projection = operation(node) in PROJECTIONS and _token_inputs_of(node, self.dataflow) == 1
-            if not is_projection and operation(node) not in ("embedding", ATTENTION):
-                pending.extend(node.all_input_nodes)
-        return False
+
+        def is_between(node: fx.Node) -> bool:
+            return operation(node) not in ("embedding", ATTENTION) and not is_projection(node, self.dataflow)
+
+        return not self.buffers.keys().isdisjoint(self.dataflow.tokens_behind(softmax, through=is_between))
 
     def _buffer_behind(self, node: fx.Node, layer: str) -> Buffer | None:
         """The buffer that attention's keys or values are read from, through layout operations alone."""
-        current = node
-        while current not in self.buffers:
+        for current in behind_layout(node):
+            if current in self.buffers:
+                return self.buffers[current]
             if {unarranged(source) for source in (current, *current.all_input_nodes)} & self.written_inputs:
                 raise UnsupportedModelError(
                     f"{layer}: it reads a cache that is written in a way that is not understood: use transformers' "
                     "StaticCache, or kvmix_compile.apply"
                 )
-            if operation(current) not in LAYOUT or not current.all_input_nodes:
-                return None
-            current = current.all_input_nodes[0]
-        return self.buffers[current]
+        return None
 
     @cached_property
     def written_inputs(self) -> set[fx.Node]:
@@ -238,10 +234,15 @@ class _Finder:
             # With a column of sink logits the softmax's input is not of the mask's shape, what it is joined to is.
             masked = attention.softmax_input if attention.sink is None else attention.sink.scores
             return CachedSite(
-                site, key, value, masked, attention.scores, _joined_between(attention.scores, masked)
+                site, key, value, masked, attention.scores, self._joined_between(attention.scores, masked)
             )  # fmt: skip
         sides = frozenset({attention.mask} if attention.mask is not None else ())
         return CachedSite(site, key, value, attention.mask, None, sides)
+
+    def _joined_between(self, first: fx.Node, last: fx.Node) -> frozenset[fx.Node]:
+        """The nodes that feed the way from `first` to `last` from outside."""
+        way = self.dataflow.between(first, last) | {last} - {first}
+        return frozenset(source for node in way for source in node.all_input_nodes) - way - {first}
 
     def _sink_logits(self, attention: Attention, query_heads: int) -> fx.Node | None:
         if attention.sink is None:
@@ -320,20 +321,13 @@ class _Finder:
     def _check_no_growing_cache(self, attention: Attention) -> None:
         """Keys that are returned from the graph are kept by a cache that is not static."""
         output = next(node for node in self.lowered.graph.nodes if node.op == "output")
-        returned, current = set(output.all_input_nodes), attention.key
-        while current not in returned:
-            if operation(current) not in LAYOUT | {"cat"} or not current.all_input_nodes:
-                return
-            current = current.all_input_nodes[0]
+        if not set(output.all_input_nodes).intersection(behind_layout(attention.key, LAYOUT | {"cat"})):
+            return
         raise UnsupportedModelError(
             f"{attention.layer}: its keys and values are returned to a cache that grows, such as DynamicCache: "
             "generate with cache_implementation='static', pass a transformers.StaticCache, or pass use_cache=False; "
             "for any other cache use kvmix_compile.apply"
         )
-
-
-def _token_inputs_of(node: fx.Node, dataflow: Dataflow) -> int:
-    return sum(source in dataflow.token_dependent for source in node.all_input_nodes)
 
 
 def _buffers(graph: fx.Graph) -> Iterator[Buffer]:
@@ -372,21 +366,6 @@ def _window(tensor: fx.Node, written: fx.Node, source: fx.Node) -> Iterator[Buff
 def _writes_of_a_slot(node: fx.Node) -> list[fx.Node]:
     """The in-place writes that `node` shows: itself, or those to views of it."""
     return [write for write in (node, *node.users) if operation(write) == "index_put_"]
-
-
-def _joined_between(first: fx.Node, last: fx.Node) -> frozenset[fx.Node]:
-    """The nodes that feed the way from `first` to `last` from outside."""
-    way, pending = {first}, [last]
-    after_first = {first}
-    for node in first.graph.nodes:
-        if any(source in after_first for source in node.all_input_nodes):
-            after_first.add(node)
-    while pending:
-        node = pending.pop()
-        if node not in way and node in after_first:
-            way.add(node)
-            pending.extend(node.all_input_nodes)
-    return frozenset(source for node in way - {first} for source in node.all_input_nodes if source not in way)
 
 
 def _hints(node: fx.Node) -> tuple[int, ...]:

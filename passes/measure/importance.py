@@ -5,8 +5,8 @@ One forward and one backward of the captured graph for each calibration row give
 - the KVmix score (arXiv 2506.08018): the norm of the loss's gradient with respect to the weights of the key and of the
   value projection;
 - the sensitivity to each candidate precision: half the sum over a head's channels of (sum over a row's tokens of
-  gradient x quantization error)^2, the second-order increase of the loss with the Hessian replaced by the empirical
-  Fisher information, of which only what joins the tokens of one channel is kept.
+  gradient x quantization error)^2. This is the second-order increase of the loss, with the Hessian replaced by the
+  empirical Fisher information, of which only what joins the tokens of one channel is kept.
   Unlike the score, it compares keys with values and one precision with another, because the error is the one that the
   quantizer really makes. The gradient is with respect to the *stored* keys and values, those that a later token reads
   from the cache in quantized form: what it reads of recent tokens and of attention sinks has no error to multiply.

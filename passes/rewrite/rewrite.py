@@ -28,7 +28,7 @@ from kvmix_compile.passes.rewrite.positions import shift_positions
 from kvmix_compile.passes.rewrite.powers import multiply_output, with_divided_inputs
 
 # The six tensors of kernels.format.state.SiteState, in its order.
-STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "tail_key", "tail_value")
+STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "recent_key", "recent_value")
 
 
 @dataclass(frozen=True)

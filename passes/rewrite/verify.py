@@ -23,7 +23,7 @@ from kvmix_compile.passes.rewrite import original
 from kvmix_compile.passes.rewrite.lengths import Assumption, broken_assumptions
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
 
-# A small state, so that a short probe passes through sinks, packed blocks and tail. The chunks straddle their
+# A small state, so that a short probe passes through sinks, packed blocks and recent window. The chunks straddle their
 # boundaries.
 SINKS, RECENT = 4, 32
 CHUNKS = (7, 1, 40, 1, 33, 2, 29)
@@ -173,11 +173,8 @@ def _chunks(longest_context: int | None, reach: int) -> Iterator[int]:
 
 
 def _lossless_layout(site: AttentionSite) -> StateLayout:
-    return StateLayout(
-        *(site.kv_heads, site.key_dim, site.value_dim, Precision(16), Precision(16)),
-        *unpacked_tokens(site.mask.size, SINKS, RECENT),
-        window=site.mask.size,
-    )
+    sinks, recent = unpacked_tokens(site.window, SINKS, RECENT)
+    return StateLayout(site.shape, key=Precision(16), value=Precision(16), sinks=sinks, recent=recent)
 
 
 def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:

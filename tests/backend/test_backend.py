@@ -173,7 +173,7 @@ def test_bfloat16() -> None:
     found = logits(model_compiled, past, text, 80)
     expected = model(text, use_cache=False).logits
     assert (found - expected).float().square().mean().sqrt() < 0.1 * expected.float().std()
-    assert held(past).states[0].tail_k.dtype == torch.bfloat16
+    assert held(past).states[0].recent_k.dtype == torch.bfloat16
 
 
 # Generation

@@ -16,9 +16,9 @@ TOLERANCE = 1e-4
 
 def assert_states_agree(found: SiteState, expected: SiteState, layout: StateLayout) -> None:
     """What is unquantized agrees up to rounding, and each quantized element up to one step of its group."""
-    for name in ("sink_k", "sink_v", "tail_k", "tail_v"):
+    for name in ("sink_k", "sink_v", "recent_k", "recent_v"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=TOLERANCE, rtol=TOLERANCE)
-    dtype = found.tail_k.dtype
+    dtype = found.recent_k.dtype
     for name, precision, axis, head_dim in (
         ("packed_k", layout.key, Axis.TOKENS, layout.key_dim),
         ("packed_v", layout.value, Axis.CHANNELS, layout.value_dim),

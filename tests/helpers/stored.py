@@ -15,7 +15,4 @@ def stored_alike(
     sites: Sequence[AttentionSite], key: Precision = LOSSLESS, value: Precision = LOSSLESS
 ) -> list[StoredSite]:
     """Every site at the same two precisions."""
-    return [
-        StoredSite(StateLayout(site.kv_heads, site.key_dim, site.value_dim, key, value, SINKS, RECENT))
-        for site in sites
-    ]
+    return [StoredSite(StateLayout(site.shape, key=key, value=value, sinks=SINKS, recent=RECENT)) for site in sites]

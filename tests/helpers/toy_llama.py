@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kvmix_compile import Plan
 from tests.helpers.one_capture import applied, zoo
 
-# Few, so that short texts are stored in all three ways: as sinks, packed, and in the tail.
+# Few, so that short texts are stored in all three ways: as sinks, packed, and in the recent window.
 SINKS, RECENT = 4, 32
 
 

@@ -102,7 +102,7 @@ def compile_attend(
 ) -> Compiled:
     shared, widest = 4, max(key_dim, value_dim)
     launch = triton_attend.Launch.choose(shared * tokens, HEADS, 32768, widest, MULTIPROCESSORS[chip])
-    elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
+    elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     types |= {
         "output": "*fp32",
@@ -138,7 +138,7 @@ def compile_attend(
 def compile_append(
     chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str, windowed: bool
 ) -> Compiled:
-    elements = dict.fromkeys(("k", "v", "sink_k", "sink_v", "tail_k", "tail_v"), f"*{dtype}")
+    elements = dict.fromkeys(("k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     constants = {
         "WINDOWED": windowed,

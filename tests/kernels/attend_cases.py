@@ -10,10 +10,12 @@ from torch import Tensor
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, packed_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.important_keys import with_important_keys
+from tests.kernels.layouts import with_window
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -68,7 +70,7 @@ class Case:
         """The same with those packed blocks alone that tokens which see `window` tokens need, where state.py has them:
         the fewest that there can be room for.
         """
-        layout = replace(self.layout, window=window)
+        layout = with_window(self.layout, window)
         room = layout.required_blocks(int(self.lengths.max()))
         state = replace(self.state)
         for name in ("packed_k", "packed_v"):
@@ -87,15 +89,15 @@ class Case:
         state, q, k, v = changed.state, changed.q, changed.k, changed.v
         for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
             blocks = packed_blocks(length, layout.sinks, layout.recent)
-            waiting = [(u - layout.sinks) % layout.tail_slots for u in range(layout.sinks + 32 * blocks, length)]
-            unused = [slot for slot in range(layout.tail_slots) if slot not in waiting]
-            for sink, packed, tail, chunk in (
-                (state.sink_k, state.packed_k, state.tail_k, k),
-                (state.sink_v, state.packed_v, state.tail_v, v),
+            waiting = [(u - layout.sinks) % layout.recent_slots for u in range(layout.sinks + 32 * blocks, length)]
+            unused = [slot for slot in range(layout.recent_slots) if slot not in waiting]
+            for sink, packed, ring, chunk in (
+                (state.sink_k, state.packed_k, state.recent_k, k),
+                (state.sink_v, state.packed_v, state.recent_v, v),
             ):
                 sink[row, :, length:] = torch.nan
                 packed[row, :, blocks:] = 0xFF  # none, where they took each other's places
-                tail[row, :, unused] = torch.nan
+                ring[row, :, unused] = torch.nan
                 chunk[row, :, :start] = torch.nan
             q[row, :, :start] = torch.nan
         return changed
@@ -136,9 +138,7 @@ def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,)) -> Case:
     value_dim = draw(st.sampled_from([16, 24, 64]))
     value_group = st.sampled_from([group for group in value_groups if value_dim % group == 0])
     layout = StateLayout(
-        kv_heads=draw(st.sampled_from([1, 2])),
-        key_dim=draw(st.sampled_from([16, 40, 64, 96])),
-        value_dim=value_dim,
+        SiteShape(draw(st.sampled_from([1, 2])), draw(st.sampled_from([16, 40, 64, 96])), value_dim),
         key=draw(precision),
         value=replace(draw(precision), group=draw(value_group)),
         sinks=draw(st.sampled_from([0, 3, 40])),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, SCALE_BIT_WIDTHS, Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import ENDLESS, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case
@@ -66,7 +67,10 @@ def fits(chosen: Combination) -> bool:
 
 def layout_of(chosen: Combination) -> StateLayout:
     window = chosen["window"] if "window" in chosen else chosen["limit"][1] if chosen["keeps"] == "window" else 0
-    layout = StateLayout(2, *chosen["dimensions"], *precisions(chosen), *chosen["state"], window)
+    key, value = precisions(chosen)
+    sinks, recent, rollback = chosen["state"]
+    shape = SiteShape(2, *chosen["dimensions"], window=window)
+    layout = StateLayout(shape, key=key, value=value, sinks=sinks, recent=recent, rollback=rollback)
     return replace(layout, sinks=0, recent=ENDLESS) if window and chosen["keeps"] == "window" else layout
 
 

@@ -12,9 +12,11 @@ from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import quantize_block
 from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append
 from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+from tests.kernels.layouts import with_window
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
@@ -22,15 +24,18 @@ precisions = st.builds(
 layouts = with_important_keys(
     st.builds(
         StateLayout,
-        kv_heads=st.sampled_from([1, 2]),
-        key_dim=st.sampled_from([24, 32]),
-        value_dim=st.just(16),
+        st.builds(
+            SiteShape,
+            kv_heads=st.sampled_from([1, 2]),
+            key_dim=st.sampled_from([24, 32]),
+            value_dim=st.just(16),
+            window=st.sampled_from([0, 0, 1, 40, 100]),
+        ),
         key=precisions,
         value=precisions,
         sinks=st.sampled_from([0, 3, 32, 40]),
         recent=st.sampled_from([32, 45, 64]),
         rollback=st.sampled_from([0, 7]),
-        window=st.sampled_from([0, 0, 1, 40, 100]),
     )
 )
 # Those of windows also as states that pack nothing and keep the window alone.
@@ -88,7 +93,7 @@ def test_any_chunking_gives_the_same_bytes(
 @given(layouts, st.integers(0, 400), st.data())
 def test_of_a_window_the_last_blocks_are_kept(layout: StateLayout, length: int, data: st.DataObject) -> None:
     k, v = random_tokens(layout, 2, length, torch.float32)
-    of_all, of_window = replace(layout, window=0), replace(layout, window=layout.window or 64)
+    of_all, of_window = with_window(layout, 0), with_window(layout, layout.window or 64)
     whole, last = (empty_state(of, 2, length, torch.float32) for of in (of_all, of_window))
     append_in_chunks(of_all, whole, k, v, [])
     append_in_chunks(of_window, last, k, v, data.draw(st.lists(st.integers(0, length), max_size=12), label="cuts"))
@@ -102,7 +107,9 @@ def test_of_a_window_the_last_blocks_are_kept(layout: StateLayout, length: int, 
 @pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in (1, 2, 3, 4, 8, 16)), *IMPORTANT_BITS])
 def test_token_by_token_gives_the_same_bytes(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
     key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 8, scale_bits)
-    layout = StateLayout(2, 32 if important_bits else 24, 16, key, value, 5, 40, 3)
+    layout = StateLayout(
+        SiteShape(2, 32 if important_bits else 24, 16), key=key, value=value, sinks=5, recent=40, rollback=3
+    )
     k, v = random_tokens(layout, 1, 150, torch.float32)
     whole, chunked = (empty_state(layout, 1, 150, torch.float32) for _ in range(2))
     append_in_chunks(layout, whole, k, v, [])
@@ -141,7 +148,9 @@ def test_a_row_of_a_padded_and_reordered_batch_has_the_bytes_it_has_alone(
 
 
 def test_every_token_lies_where_it_is_said_to() -> None:
-    layout = StateLayout(1, 8, 8, Precision(2, 32), Precision(3, 8, 4), sinks=4, recent=40, rollback=2)
+    layout = StateLayout(
+        SiteShape(1, 8, 8), key=Precision(2, 32), value=Precision(3, 8, 4), sinks=4, recent=40, rollback=2
+    )
     k, v = random_tokens(layout, 1, 110, torch.float32)
     state = empty_state(layout, 1, 110, torch.float32)
     append_in_chunks(layout, state, k, v, [7, 60])
@@ -150,11 +159,11 @@ def test_every_token_lies_where_it_is_said_to() -> None:
     assert torch.equal(state.packed_k[0, 0, 2], quantize_block(k[0, 0, 68:100], layout.key, Axis.TOKENS))
     assert torch.equal(state.packed_v[0, 0, 1], quantize_block(v[0, 0, 36:68], layout.value, Axis.CHANNELS))
     for token in range(110 - 42, 110):
-        assert torch.equal(state.tail_v[0, 0, (token - 4) % 42], v[0, 0, token])
+        assert torch.equal(state.recent_v[0, 0, (token - 4) % 42], v[0, 0, token])
 
 
 def test_without_room_nothing_is_written() -> None:
-    layout = StateLayout(1, 8, 8, Precision(2), Precision(2, 8), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 8, 8), key=Precision(2), value=Precision(2, 8), sinks=0, recent=32)
     k, v = random_tokens(layout, 2, 100, torch.float32)
     state = SiteState.allocate(layout, 2, 2, torch.float32)
     # The second row has 97 tokens, one more than fit beside two blocks.

@@ -13,6 +13,7 @@ from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import dequantize_block
 from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
@@ -25,9 +26,12 @@ precisions = st.builds(
 layouts = with_important_keys(
     st.builds(
         StateLayout,
-        kv_heads=st.sampled_from([1, 2]),
-        key_dim=st.sampled_from([16, 48, 64]),
-        value_dim=st.sampled_from([16, 48]),
+        st.builds(
+            SiteShape,
+            kv_heads=st.sampled_from([1, 2]),
+            key_dim=st.sampled_from([16, 48, 64]),
+            value_dim=st.sampled_from([16, 48]),
+        ),
         key=precisions,
         value=precisions,
         sinks=st.sampled_from([0, 3, 32]),
@@ -47,10 +51,10 @@ def attended(case: Case, weighting: Weighting) -> Tensor:
 def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
     """One token's key or value as the state has it."""
     layout, state = case.layout, case.state
-    sink, packed, tail, precision, dim = (
-        (state.sink_k, state.packed_k, state.tail_k, layout.key, layout.key_dim)
+    sink, packed, ring, precision, dim = (
+        (state.sink_k, state.packed_k, state.recent_k, layout.key, layout.key_dim)
         if axis == Axis.TOKENS
-        else (state.sink_v, state.packed_v, state.tail_v, layout.value, layout.value_dim)
+        else (state.sink_v, state.packed_v, state.recent_v, layout.value, layout.value_dim)
     )
     beyond_sinks = token - layout.sinks
     if beyond_sinks < 0:
@@ -63,7 +67,7 @@ def stored(case: Case, row: int, head: int, token: int, axis: Axis) -> Tensor:
         if place is None:
             return torch.zeros(dim)
         return dequantize_block(packed[row, head, place], precision, axis, dim, sink.dtype)[beyond_sinks % 32]
-    return tail[row, head, beyond_sinks % layout.tail_slots]
+    return ring[row, head, beyond_sinks % layout.recent_slots]
 
 
 def expected(case: Case, weighting: Weighting) -> Tensor:
@@ -129,9 +133,16 @@ def test_a_window_alone(window: int, kind: str) -> None:
     """Of states that pack nothing and keep what is seen."""
     weighting = Weighting(0.25, **{kind: window})
     for lengths, tokens, rollback in (([0, 1], 1, 0), ([23, 24], 9, 0), ([25, 80], 1, 5), ([100, 33], 40, 5)):
-        layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), 0, ENDLESS, rollback, window)
+        layout = StateLayout(
+            SiteShape(2, 16, 16, window=window),
+            key=Precision(2),
+            value=Precision(2, 16),
+            sinks=0,
+            recent=ENDLESS,
+            rollback=rollback,
+        )
         case = Case.random(layout, 2, lengths, [0, tokens // 2], tokens, torch.float32)
-        assert case.state.tail_k.shape[2] == max(1, window - 1) + rollback
+        assert case.state.recent_k.shape[2] == max(1, window - 1) + rollback
         for back in (0, rollback):
             shorter = replace(case, lengths=(case.lengths - back).clamp(min=0))
             output = attended(shorter, weighting)
@@ -143,7 +154,7 @@ def test_a_window_alone(window: int, kind: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
     for key in (Precision(3, 32, 4), Precision(2, 32, 4, important_bits=(4, 4))):
-        layout = StateLayout(2, 32, 32, key, Precision(2, 32), sinks=4, recent=32)
+        layout = StateLayout(SiteShape(2, 32, 32), key=key, value=Precision(2, 32), sinks=4, recent=32)
         case = Case.random(layout, 2, [120, 37], [0, tokens // 2], tokens, dtype)
         by_head = torch.tensor([0.3, -0.2, 0.1, 0.5])
         for weighting in (
@@ -177,7 +188,7 @@ LONG_CHUNKS = {
 
 @pytest.mark.parametrize("name", LONG_CHUNKS)
 def test_long_chunks_are_attended_to_in_slices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32)
     case = Case.random(layout, 2, [90, 0], [0, 3], 30, torch.float32)
     in_one = attended(case, LONG_CHUNKS[name])
     monkeypatch.setattr(reference, "MAX_SCORE_ELEMENTS", 1000)
@@ -185,7 +196,7 @@ def test_long_chunks_are_attended_to_in_slices(name: str, monkeypatch: pytest.Mo
 
 
 def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
-    layout = StateLayout(2, 16, 16, Precision(16), Precision(16), sinks=4, recent=32)
+    layout = StateLayout(SiteShape(2, 16, 16), key=Precision(16), value=Precision(16), sinks=4, recent=32)
     q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
     state = SiteState.allocate(layout, 2, layout.required_blocks(200), torch.float32)
     outputs, begin = [], 0
@@ -201,14 +212,16 @@ def test_unquantized_chunks_add_up_to_ordinary_attention() -> None:
 
 
 def test_a_row_can_be_shortened_by_as_many_tokens_as_its_layout_allows() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32, rollback=20)
+    layout = StateLayout(
+        SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32, rollback=20
+    )
     long = Case.random(layout, 1, [131], [0], 4, torch.float32)
-    tail = long.state.tail_k, long.state.tail_v
-    tokens = [(u - layout.sinks) % layout.tail_slots for u in range(131 - layout.tail_slots, 111)]
-    short_tail = [torch.zeros_like(side) for side in tail]
-    for short, side in zip(short_tail, tail, strict=True):
+    ring = long.state.recent_k, long.state.recent_v
+    tokens = [(u - layout.sinks) % layout.recent_slots for u in range(131 - layout.recent_slots, 111)]
+    short_window = [torch.zeros_like(side) for side in ring]
+    for short, side in zip(short_window, ring, strict=True):
         short[:, :, tokens] = side[:, :, tokens]
-    alone = replace(long.state, tail_k=short_tail[0], tail_v=short_tail[1])
+    alone = replace(long.state, recent_k=short_window[0], recent_v=short_window[1])
     shortened = replace(long, lengths=torch.tensor([111]))
     output = attended(shortened, PLAIN)
     assert torch.equal(output, attended(replace(shortened, state=alone), PLAIN))

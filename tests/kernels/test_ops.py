@@ -10,11 +10,12 @@ import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
 
-LAYOUT = StateLayout(2, 16, 24, Precision(3, 32, 4), Precision(2, 8, 16), sinks=3, recent=32)
+LAYOUT = StateLayout(SiteShape(2, 16, 24), key=Precision(3, 32, 4), value=Precision(2, 8, 16), sinks=3, recent=32)
 IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
 
 

@@ -37,7 +37,7 @@ MODES: dict[str, Mode] = {
 
 
 def continued(model: PreTrainedModel, past: KVMixCache) -> Tensor:
-    """Logits of steps that write over the tail and pack blocks; the cache is filled further."""
+    """Logits of steps that write over the recent window and pack blocks; the cache is filled further."""
     text = ids(past.batch_size, MORE, seed=2)
     steps = [model(part, past_key_values=past).logits[:, -1].float() for part in text.split([1] * 35 + [10], dim=1)]
     return torch.stack(steps, dim=1)

@@ -122,7 +122,7 @@ def test_the_same_text_in_the_same_chunks_is_the_same_bytes() -> None:
 def test_the_first_layers_unquantized_tokens_do_not_depend_on_chunks() -> None:
     text = ids(1, 120)
     whole, cut = filled(quantized(), text), filled(quantized(), *text.split([50, 1, 69], dim=1))
-    for index in (0, 1, 4, 5):  # sinks and tail of keys and values
+    for index in (0, 1, 4, 5):  # sinks and recent window of keys and values
         torch.testing.assert_close(whole.tensors()[index], cut.tensors()[index], atol=1e-5, rtol=1e-5)
 
 

@@ -154,7 +154,7 @@ def flip(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
 
 
 def forget_a_tensor(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    del tensors["1.tail_k"]
+    del tensors["1.recent_k"]
 
 
 def count_wrong(tensors: dict[str, Any], metadata: dict[str, str]) -> None:

@@ -107,16 +107,16 @@ def state_of(past: KVMixCache, row: int) -> list[Tensor]:
         first_seen = max(0, length - layout.window + 1) if layout.window else 0
         seen = [block % state.blocks for block in range(max(0, first_seen - sinks) // BLOCK_TOKENS, blocks)]
         first_waiting = first_seen if layout.recent == ENDLESS else sinks + BLOCK_TOKENS * blocks
-        slots = torch.arange(first_waiting - sinks, max(first_waiting, length) - sinks) % layout.tail_slots
-        for precision, sink, packed, tail in (
-            (layout.key, state.sink_k, state.packed_k, state.tail_k),
-            (layout.value, state.sink_v, state.packed_v, state.tail_v),
+        slots = torch.arange(first_waiting - sinks, max(first_waiting, length) - sinks) % layout.recent_slots
+        for precision, sink, packed, ring in (
+            (layout.key, state.sink_k, state.packed_k, state.recent_k),
+            (layout.value, state.sink_v, state.packed_v, state.recent_v),
         ):
             stored = packed[row][:, seen]
             held += [
                 sink[row, :, :length].clone(),
-                stored if precision.is_quantized else stored.view(tail.dtype),
-                tail[row][:, slots],
+                stored if precision.is_quantized else stored.view(ring.dtype),
+                ring[row][:, slots],
             ]
     return held
 

@@ -13,6 +13,7 @@ from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
@@ -24,15 +25,18 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compi
 layouts = with_important_keys(
     st.builds(
         StateLayout,
-        kv_heads=st.sampled_from([1, 2]),
-        key_dim=st.sampled_from([16, 32, 40]),
-        value_dim=st.sampled_from([16, 24]),
+        st.builds(
+            SiteShape,
+            kv_heads=st.sampled_from([1, 2]),
+            key_dim=st.sampled_from([16, 32, 40]),
+            value_dim=st.sampled_from([16, 24]),
+            window=st.sampled_from([0, 0, 1, 40, 100]),
+        ),
         key=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
         value=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.just(8), st.sampled_from([4, 16])),
         sinks=st.sampled_from([0, 3, 40]),
         recent=st.sampled_from([32, 45]),
         rollback=st.sampled_from([0, 7]),
-        window=st.sampled_from([0, 0, 1, 40, 100]),
     )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -67,7 +71,7 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
 @pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
 def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
     key, value = Precision(bits, 32, scale_bits, important_bits), Precision(bits, 24, scale_bits)
-    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
+    layout = StateLayout(SiteShape(1, 32, 24), key=key, value=value, sinks=5, recent=32)
     pair = Pair(cpu.append, layout, 1, torch.float32, most_tokens=105)
     k, v, start = torch.randn(1, 1, 105, 32), torch.randn(1, 1, 105, 24), torch.zeros(1, dtype=torch.int64)
     for token in range(105):
@@ -80,18 +84,18 @@ def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.Monkey
     def unexpected(*arguments: Any) -> None:
         raise AssertionError
 
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32)
     state = SiteState.allocate(layout, 1, 1, torch.float32)
     token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     monkeypatch.setattr(reference, "append", unexpected)
     for length in range(34):
         chunk = Chunk(key=token, value=token, lengths=nothing + length, starts=nothing)
         cpu.append(chunk, state, layout.storage)
-    assert state.sink_k.all() and state.tail_v.all()
+    assert state.sink_k.all() and state.recent_v.all()
 
 
 def test_without_room_nothing_is_written() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=0, recent=32)
     state = SiteState.allocate(layout, 1, 0, torch.float32)
     token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     for length in (32, 40):

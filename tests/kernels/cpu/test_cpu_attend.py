@@ -17,6 +17,7 @@ from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
@@ -63,7 +64,7 @@ def test_it_is_the_reference_with_narrower_vectors(flag: str, tmp_path: Path, mo
     monkeypatch.setattr(cpu_library, "MACHINE_FLAGS", (("-march=native", flag),))
     try:
         narrow = cpu_library.load(cpu_library.compiled(tmp_path))
-    except cpu_library.CompilationError:
+    except cpu_library.CompilerError:
         pytest.skip(f"the compiler does not know {flag}")
     monkeypatch.setattr(cpu, "library", lambda: narrow)
 
@@ -82,7 +83,7 @@ def test_it_is_the_reference_with_narrower_vectors(flag: str, tmp_path: Path, mo
 def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     group = 32 if value_dim % 32 == 0 else 16
     key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
-    layout = StateLayout(2, key_dim, value_dim, key, value, sinks=4, recent=32)
+    layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
     for shared, dtype in ((1, torch.float32), (4, torch.bfloat16), (11, torch.float32)):
         check(Case.random(layout, shared, [131], [0], 1, dtype))
 
@@ -93,19 +94,19 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
 def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int, group: int, scale_bits: int) -> None:
     key = Precision(bits, group, scale_bits, important_bits)
     for key_dim in filter(lambda dim: key.fits(dim, Axis.TOKENS), (16, 32, 64, 80, 96, 128)):
-        layout = StateLayout(2, key_dim, 16, key, Precision(2, 16, 4), sinks=4, recent=32)
+        layout = StateLayout(SiteShape(2, key_dim, 16), key=key, value=Precision(2, 16, 4), sinks=4, recent=32)
         for shared in (1, 3, 11):
             check(Case.random(layout, shared, [131], [0], 1, torch.float32))
 
 
 def test_channels_of_any_number_at_full_precision() -> None:
-    layout = StateLayout(1, 7, 13, Precision(16), Precision(16), sinks=3, recent=32)
+    layout = StateLayout(SiteShape(1, 7, 13), key=Precision(16), value=Precision(16), sinks=3, recent=32)
     check(Case.random(layout, 2, [100, 5], [0, 1], 3, torch.float32))
 
 
 @pytest.mark.parametrize("past", [31, 32, 33, STRETCH - 1, STRETCH, STRETCH + 1, 3 * STRETCH - 1, 3 * STRETCH])
 def test_around_every_stretch(past: int) -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(3, 16, 4), sinks=0, recent=32)
     for length in (past, past + 32):
         case = Case.random(layout, 2, [length, 3], [0, 0], 1, torch.float32)
         check(case)
@@ -116,7 +117,7 @@ def test_around_every_stretch(past: int) -> None:
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_a_chunk_of_many_queries(softcap: float) -> None:
-    layout = StateLayout(2, 16, 24, Precision(2), Precision(3, 8, 4), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(2, 16, 24), key=Precision(2), value=Precision(3, 8, 4), sinks=2, recent=32)
     case = Case.random(layout, 3, [700, 3], [0, 20], 70, torch.float32)
     check(case, Weighting(0.25, softcap))
     for size in (20, 400):
@@ -125,7 +126,7 @@ def test_a_chunk_of_many_queries(softcap: float) -> None:
 
 
 def test_elements_beyond_half_precision_stay_finite() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2, 32, 4), Precision(2, 16, 4), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2, 32, 4), value=Precision(2, 16, 4), sinks=0, recent=32)
     case = Case.random(layout, 1, [70], [0], 1, torch.float16)
     k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
     k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
@@ -139,7 +140,7 @@ def test_elements_beyond_half_precision_stay_finite() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_result_depends_neither_on_threads_nor_on_other_rows(tokens: int) -> None:
-    layout = StateLayout(3, 16, 16, Precision(2), Precision(2, 16, 4), sinks=4, recent=32)
+    layout = StateLayout(SiteShape(3, 16, 16), key=Precision(2), value=Precision(2, 16, 4), sinks=4, recent=32)
     case = Case.random(layout, 3, [900, 40, 600], [0, 0, 0], tokens, torch.float32)
     results = []
     for threads in (1, 2, 5):
@@ -152,14 +153,14 @@ def test_the_result_depends_neither_on_threads_nor_on_other_rows(tokens: int) ->
 
 
 def test_any_strides() -> None:
-    layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), sinks=4, recent=32)
+    layout = StateLayout(SiteShape(2, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=4, recent=32)
     case = Case.random(layout, 2, [130], [0], 3, torch.float32)
     strided = replace(case, q=case.q.mT.contiguous().mT, k=case.k.mT.contiguous().mT, v=case.v.mT.contiguous().mT)
     assert torch.equal(cpu.attend(*strided.arguments()), cpu.attend(*case.arguments()))
 
 
 def test_nothing_to_attend_with() -> None:
-    layout = StateLayout(1, 16, 24, Precision(2), Precision(3, 8), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 24), key=Precision(2), value=Precision(3, 8), sinks=2, recent=32)
     case = Case.random(layout, 2, [50], [0], 1, torch.float32)
     no_rows = case.mapped(lambda tensor: tensor[:0])
     no_tokens = replace(case, q=case.q[:, :, :0], k=case.k[:, :, :0], v=case.v[:, :, :0])
@@ -168,14 +169,14 @@ def test_nothing_to_attend_with() -> None:
 
 
 def test_nothing_is_read_beyond_the_state() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=0, recent=32)
     case = Case.random(layout, 1, [50], [0], 1, torch.float32)
     with pytest.raises(KVMixError, match="room"):
         cpu.attend(*replace(case, lengths=torch.tensor([100_000])).arguments())
 
 
 def test_what_is_no_number_is_not_hidden() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32)
     case = Case.random(layout, 1, [50], [0], 1, torch.float32)
     for name in ("q", "k", "v"):
         wrong = getattr(case, name).clone()
@@ -188,7 +189,7 @@ def test_what_is_no_number_is_not_hidden() -> None:
 
 
 def test_a_prompt_goes_to_pytorch() -> None:
-    layout = StateLayout(2, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(2, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32)
     case = Case.random(layout, 2, [0, 0], [0, 3], 20, torch.float32)
     assert torch.equal(cpu.attend(*case.arguments()), reference.attend(*case.arguments()))
 
@@ -200,12 +201,14 @@ import re, torch
 from pathlib import Path
 import kvmix_compile.kernels.ops
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-layout = StateLayout(2, 128, 128, Precision(2, 32, 4), Precision(2, 32, 4), sinks=4, recent=32)
+precision = Precision(2, 32, 4)
+layout = StateLayout(SiteShape(2, 128, 128), key=precision, value=precision, sinks=4, recent=32)
 state = SiteState.allocate(layout, 1, layout.required_blocks(100_001), torch.float32)
 state.packed_k.fill_(3), state.packed_v.fill_(3)
 q, k = torch.ones(1, 6, 1, 128), torch.ones(1, 2, 1, 128)

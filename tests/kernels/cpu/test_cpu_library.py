@@ -14,6 +14,7 @@ from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 
@@ -54,7 +55,7 @@ def script(path: Path, text: str) -> str:
 
 
 def check_the_reference_runs() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(2, 16), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16), sinks=2, recent=32)
     one, other = (SiteState.allocate(layout, 1, 3, torch.float32) for _ in range(2))
     storage = layout.storage
     k, nothing = torch.randn(1, 1, 70, 16), torch.zeros(1, dtype=torch.int64)

@@ -1,6 +1,7 @@
 """What a state occupies, and how its rows and blocks are rearranged."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import (
     ENDLESS,
     SiteState,
@@ -19,8 +21,11 @@ from kvmix_compile.kernels.format.state import (
     unpacked_tokens,
     visible_blocks,
 )
+from tests.kernels.layouts import with_window
 
-LAYOUT = StateLayout(2, 16, 8, Precision(3, 16, 4), Precision(2, 8), sinks=4, recent=32, rollback=5)
+LAYOUT = StateLayout(
+    SiteShape(2, 16, 8), key=Precision(3, 16, 4), value=Precision(2, 8), sinks=4, recent=32, rollback=5
+)
 
 
 def random_state(batch: int, blocks: int) -> SiteState:
@@ -35,7 +40,7 @@ def as_bytes(tensor: torch.Tensor) -> list[int]:
 
 
 @given(st.integers(0, 500), st.integers(0, 70), st.integers(32, 200))
-def test_the_tail_keeps_the_recent_tokens_and_never_more(length: int, sinks: int, recent: int) -> None:
+def test_the_recent_window_keeps_the_recent_tokens_and_never_more(length: int, sinks: int, recent: int) -> None:
     blocks = packed_blocks(length, sinks, recent)
     unpacked = length - sinks - 32 * blocks
     assert unpacked <= recent
@@ -53,7 +58,7 @@ def test_of_a_window_there_is_room_for_what_can_be_seen_and_no_more(
         earliest = max(0, length - rollback - window + 1 - sinks)
         most = max(most, packed_blocks(length, sinks, recent) - earliest // 32)
     assert visible_blocks(window, recent, rollback) == most
-    layout = replace(LAYOUT, sinks=sinks, recent=recent, window=window, rollback=rollback)
+    layout = replace(with_window(LAYOUT, window), sinks=sinks, recent=recent, rollback=rollback)
     for length in (0, sinks + recent + 1, 500, 10_000):
         needed = min(packed_blocks(length, sinks, recent), most)
         assert layout.required_blocks(length) == needed
@@ -64,16 +69,16 @@ def test_of_a_window_there_is_room_for_what_can_be_seen_and_no_more(
 def test_a_window_of_recent_tokens_is_kept_alone(window: int, packed: bool) -> None:
     sinks, recent = unpacked_tokens(window, 64, 128)
     assert is_packed(window, 128) == packed and (sinks, recent) == ((64, 128) if packed else (0, ENDLESS))
-    layout = replace(LAYOUT, sinks=sinks, recent=recent, window=window, rollback=5)
-    assert layout.tail_slots == (133 if packed else max(1, window - 1) + 5)
+    layout = replace(with_window(LAYOUT, window), sinks=sinks, recent=recent, rollback=5)
+    assert layout.recent_slots == (133 if packed else max(1, window - 1) + 5)
     assert (layout.capacity_blocks(10_000) == 0) != packed
 
 
 def test_a_row_can_be_shortened_while_what_it_needs_is_kept() -> None:
-    alone = replace(LAYOUT, sinks=0, recent=ENDLESS, window=20, rollback=5)
+    alone = replace(with_window(LAYOUT, 20), sinks=0, recent=ENDLESS, rollback=5)
     assert alone.can_shorten(100, 95) and not alone.can_shorten(100, 94)
     assert alone.can_shorten(24, 0) and alone.can_shorten(100, 0)
-    packing = replace(LAYOUT, window=60)  # sinks 4, recent 32, rollback 5; of 100 tokens two blocks are packed
+    packing = with_window(LAYOUT, 60)  # sinks 4, recent 32, rollback 5; of 100 tokens two blocks are packed
     assert packing.can_shorten(100, 95) and not packing.can_shorten(100, 60)
 
 
@@ -89,7 +94,7 @@ def test_a_row_can_be_shortened_while_what_it_needs_is_kept() -> None:
 def test_a_layout_predicts_what_its_tensors_occupy(
     key: Precision, value: Precision, key_dim: int, value_dim: int, batch: int, blocks: int, dtype: torch.dtype
 ) -> None:
-    layout = StateLayout(2, key_dim, value_dim, key, value, sinks=5, recent=33, rollback=3)
+    layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=5, recent=33, rollback=3)
     state = SiteState.allocate(layout, batch, blocks, dtype)
     assert state.nbytes == layout.bytes(batch, blocks, dtype)
     assert state.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in state.tensors())
@@ -119,8 +124,16 @@ def test_rows_are_reordered_repeated_and_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"recent": 31}, {"sinks": -1}, {"rollback": -1}, {"window": -1}, {"recent": ENDLESS}, {"key_dim": 12}]
+    "change",
+    [
+        {"recent": 31},
+        {"sinks": -1},
+        {"rollback": -1},
+        {"shape": SiteShape(2, 16, 8, window=-1)},
+        {"recent": ENDLESS},
+        {"shape": SiteShape(2, 12, 8)},
+    ],
 )
-def test_a_layout_that_cannot_work_is_refused(change: dict[str, int]) -> None:
+def test_a_layout_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(KVMixError):
         replace(LAYOUT, **change)

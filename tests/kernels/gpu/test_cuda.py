@@ -8,13 +8,16 @@ import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import TOLERANCE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
-LAYOUT = StateLayout(2, 64, 64, Precision(2, 32, 4, (4, 3)), Precision(2, 32, 4), sinks=4, recent=32)
+LAYOUT = StateLayout(
+    SiteShape(2, 64, 64), key=Precision(2, 32, 4, (4, 3)), value=Precision(2, 32, 4), sinks=4, recent=32
+)
 SHARED = 4
 SCALE = 64**-0.5
 

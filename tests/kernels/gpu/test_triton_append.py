@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
@@ -28,15 +29,18 @@ pytestmark = pytest.mark.skipif(
 precisions = st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
 layouts = st.builds(
     StateLayout,
-    kv_heads=st.sampled_from([1, 2]),
-    key_dim=st.sampled_from([16, 40, 64]),
-    value_dim=st.sampled_from([16, 24, 64]),
+    st.builds(
+        SiteShape,
+        kv_heads=st.sampled_from([1, 2]),
+        key_dim=st.sampled_from([16, 40, 64]),
+        value_dim=st.sampled_from([16, 24, 64]),
+        window=st.sampled_from([0, 0, 1, 40, 100]),
+    ),
     key=precisions,
     value=precisions.map(lambda precision: replace(precision, group=8)),
     sinks=st.sampled_from([0, 3, 40]),
     recent=st.sampled_from([32, 45, 64]),
     rollback=st.sampled_from([0, 7]),
-    window=st.sampled_from([0, 0, 1, 40, 100]),
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -82,7 +86,7 @@ def test_it_writes_the_bytes_of_the_reference(
 @pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
 def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
-    layout = StateLayout(1, 32, 24, key, value, sinks=5, recent=32)
+    layout = StateLayout(SiteShape(1, 32, 24), key=key, value=value, sinks=5, recent=32)
     pair = pair_of(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 75, torch.float32, 1.0)
     for token in range(75):
@@ -96,7 +100,7 @@ def test_heads_of_real_models(dim: int) -> None:
         key, value = Precision(bits, 32, 4, important_bits), Precision(bits, dim // 2, 4)
         if not key.fits(dim, Axis.TOKENS):
             continue
-        layout = StateLayout(1, dim, dim, key, value, sinks=4, recent=32)
+        layout = StateLayout(SiteShape(1, dim, dim), key=key, value=value, sinks=4, recent=32)
         pair = pair_of(layout, 1, torch.bfloat16)
         pair.append(*random_chunk(layout, 1, 140, torch.bfloat16, 1.0), torch.tensor([0]))
         pair.check()
@@ -106,7 +110,7 @@ def test_heads_of_real_models(dim: int) -> None:
 def test_equal_elements(constant: float) -> None:
     for important_bits, scale_bits in product(((), (3, 3), (4,)), (4, 16)):
         key, value = Precision(2, 32, scale_bits, important_bits), Precision(3, 16, scale_bits)
-        layout = StateLayout(1, 32, 32, key, value, sinks=0, recent=32)
+        layout = StateLayout(SiteShape(1, 32, 32), key=key, value=value, sinks=0, recent=32)
         pair = pair_of(layout, 1, torch.float32)
         chunk = torch.full((1, 1, 100, 32), constant)
         pair.append(chunk, chunk, torch.tensor([0]))
@@ -114,7 +118,7 @@ def test_equal_elements(constant: float) -> None:
 
 
 def test_a_block_without_room_is_not_written() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(3, 16, 4), sinks=0, recent=32)
     k, v = random_chunk(layout, 2, 200, torch.float32, 1.0)
     # The state is the middle of larger tensors, so that a write past its end would show.
     whole = SiteState.allocate(layout, 3, 2, torch.float32, DEVICE)

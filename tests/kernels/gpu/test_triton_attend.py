@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
@@ -57,7 +58,7 @@ def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: 
 def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     group = 32 if value_dim % 32 == 0 else value_dim // 2
     key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
-    layout = StateLayout(2, key_dim, value_dim, key, value, sinks=4, recent=32)
+    layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
     case = Case.random(layout, 4, [131], [0], 1, torch.bfloat16)
     check(case, splits=2, blocks=1)
 
@@ -68,26 +69,26 @@ def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int
         key = Precision(bits, group, scale_bits, important_bits)
         if not key.fits(key_dim, Axis.TOKENS):
             continue
-        layout = StateLayout(2, key_dim, 64, key, Precision(2, 32, 4), sinks=4, recent=32)
+        layout = StateLayout(SiteShape(2, key_dim, 64), key=key, value=Precision(2, 32, 4), sinks=4, recent=32)
         check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), splits=2, blocks=1)
 
 
 @pytest.mark.parametrize("length", [*range(94, 100), 126, 127, 128, 129, 190, 191, 192, 193])
 def test_around_every_split(length: int) -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(3, 16, 4), sinks=0, recent=32)
     for splits in (2, 4, 8):
         check(Case.random(layout, 2, [length], [0], 1, torch.float32), splits, 1)
 
 
 def test_a_tile_of_many_queries() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2), Precision(3, 16, 4), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(3, 16, 4), sinks=2, recent=32)
     case = Case.random(layout, 3, [100, 3], [0, 20], 50, torch.float32)
     for weighting in (None, Weighting(0.25, sliding_window=20), Weighting(0.25, attention_chunk=30)):
         check(case, 2, 2, weighting, query_tile=64)
 
 
 def test_elements_beyond_half_precision_stay_finite() -> None:
-    layout = StateLayout(1, 16, 16, Precision(2, 32, 4), Precision(2, 16, 4), sinks=0, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2, 32, 4), value=Precision(2, 16, 4), sinks=0, recent=32)
     case = Case.random(layout, 1, [70], [0], 1, torch.float16)
     k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
     k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
@@ -113,7 +114,7 @@ def test_a_launch_is_chosen_from_shapes(
 
 
 def test_no_rows_give_no_output() -> None:
-    layout = StateLayout(1, 16, 24, Precision(2), Precision(3, 8), sinks=2, recent=32)
+    layout = StateLayout(SiteShape(1, 16, 24), key=Precision(2), value=Precision(3, 8), sinks=2, recent=32)
     state = SiteState.allocate(layout, 0, 1, torch.float32)
     q = torch.empty(0, 2, 1, 16)
     none = torch.empty(0, dtype=torch.int64)
