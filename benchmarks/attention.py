@@ -2,9 +2,9 @@
 
 One decoded token per row, on a CUDA device if there is one, else on the CPU. The baseline is the fastest of SDPA's
 backends and of the package flash-attn, if it is installed. It has the same shapes in the same run, and takes turns with
-attend. SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two layouts.
-What does not run, or does not fit into memory, is left out, and the reason printed and stored. The share of memory
-bandwidth counts the bytes that must be read, the state's, against what a copy reaches on the same device.
+attend. SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two
+layouts. What does not run, or does not fit into memory, is left out, and the reason printed and stored. The share of
+memory bandwidth counts the bytes that must be read, the state's, against what a copy reaches on the same device.
 """
 
 import argparse

@@ -18,7 +18,8 @@ HEADER = """# Models
 Made by `python -m benchmarks.models` with {versions} on {device}; do not edit. Every architecture that transformers
 maps to a causal language model is made at toy size with random weights, by rules that name none of them, and tried in a
 process of its own. It reads two rows of 150 tokens, one of them padded on the left where the model takes positions, and
-generates 16 tokens; 4 sinks and 32 recent tokens stay unquantized, so that most is read from storage. Of {run} that generate text from ids:
+generates 16 tokens; 4 sinks and 32 recent tokens stay unquantized, so that most is read from storage. Of {run} that
+generate text from ids:
 
 - **{applied}** work through `apply`: verified, with 16 bits the original's greedy text, with 2.3 bits finite logits;
 - **{compiled}** work through `torch.compile(backend="kvmix")` and a `StaticCache`: with 16 bits the original's text;
