@@ -12,9 +12,9 @@ from kvmix_compile.models_zoo.plain import fused_arange
 @pytest.mark.parametrize(
     ("arguments", "tokens"),
     [
-        (("window", None, None), (64, 128)),
-        (("window", 0, 32), (0, 32)),
-        (("window", None, 64), (64, 64)),
+        (("fixed", None, None), (64, 128)),
+        (("fixed", 0, 32), (0, 32)),
+        (("fixed", None, 64), (64, 64)),
         (("rpc", None, None), (0, 40)),
         (("rpc", 4, None), (4, 40)),
     ],
@@ -23,7 +23,7 @@ def test_a_recent_window_says_what_is_not_asked_for(arguments: tuple, tokens: tu
     assert unquantized_tokens(*arguments) == tokens
 
 
-@pytest.mark.parametrize("arguments", [("window", -1, None), ("rpc", None, 31), ("none", None, None)])
+@pytest.mark.parametrize("arguments", [("fixed", -1, None), ("rpc", None, 31), ("none", None, None)])
 def test_impossible_states_are_refused(arguments: tuple) -> None:
     with pytest.raises(PlanError):
         unquantized_tokens(*arguments)

@@ -8,7 +8,6 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kvmix_compile.kernels.format.precision import Axis, Precision
@@ -28,12 +27,13 @@ STATE = {"SINKS": 64, "RECENT": 128, "SLOTS": 128}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one kernel."""
+    """What became of one kernel. stack_bytes: of a thread, for the registers that are spilled."""
 
     registers: int
-    spilled_bytes: int
+    stack_bytes: int
     shared_bytes: int
     ptx: str
+    cubin: bytes
 
 
 def compile_kernel(
@@ -49,27 +49,30 @@ def compile_kernel(
     }
     source = ASTSource(kernel, signature, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    ptx = built.asm["ptx"]
-    registers, spilled = assemble(ptx)
-    return Compiled(registers, spilled, built.metadata.shared, ptx)
+    registers, stack = resources(built.asm["cubin"])
+    return Compiled(
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=built.metadata.shared,
+        ptx=built.asm["ptx"],
+        cubin=built.asm["cubin"],
+    )
 
 
-def assemble(ptx: str, output: str = "/dev/null") -> tuple[int, int]:
-    """Registers of a thread, and the bytes of them that are spilled, as NVIDIA's assembler says."""
-    target = re.search(r"\.target (sm_\w+)", ptx)
-    assert target
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack that a thread has, as NVIDIA's tool reads them off machine code."""
+    report = inspected(cubin, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    return int(found[1]), int(found[2])
+
+
+def inspected(cubin: bytes, *command: str) -> str:
+    """What a command says of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        # Triton comes with two assemblers, and writes for the one that it chooses itself.
-        assembler = get_ptxas(int(re.sub(r"\D", "", target[1]))).path
-        command = [assembler, "-v", f"--gpu-name={target[1]}", "-o", output, file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + done.stdout
-    report = done.stderr
-    registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
-    assert registers and spilled, report
-    return int(registers[1]), int(spilled[1])
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def unit_strides(*names: str) -> dict[str, int]:
@@ -156,12 +159,12 @@ def compile_append(
 
 def show(chip: int, what: str, compiled: Compiled) -> None:
     print(
-        f"\nsm_{chip} {what}: {compiled.registers} registers, {compiled.spilled_bytes} bytes spilled, "
+        f"\nsm_{chip} {what}: {compiled.registers} registers, {compiled.stack_bytes} bytes spilled, "
         f"{compiled.shared_bytes} bytes shared"
     )
 
 
 def check_decoding(chip: int, compiled: Compiled) -> None:
     assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled.ptx)
-    assert compiled.spilled_bytes == 0
+    assert compiled.stack_bytes == 0
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]

@@ -5,8 +5,6 @@ on the tensor cores. `pytest -s` shows the table.
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import replace
 
 import pytest
@@ -24,10 +22,10 @@ from tests.kernels.ahead_of_time import (  # noqa: E402
     NOTHING,
     SHARED_MEMORY,
     Extras,
-    assemble,
     check_decoding,
     compile_append,
     compile_attend,
+    inspected,
     show,
 )
 
@@ -107,17 +105,14 @@ def test_the_loop_over_packed_blocks_is_short(chip: int, bits: int, most: float)
     compiled = compile_attend(chip, key, value, dim, dim, "bf16")
     launch = triton_attend.Launch.choose(4, HEADS, 32768, dim, MULTIPROCESSORS[chip])
     elements = 2 * launch.blocks * BLOCK_TOKENS * dim / (32 * launch.warps)
-    count = instructions_of_first_loop(compiled.ptx) / elements
+    count = instructions_of_first_loop(compiled.cubin) / elements
     print(f"\nsm_{chip} attend {bits}/{bits} bits, dim {dim}: {count:.1f} instructions an element")
     assert count < most
 
 
-def instructions_of_first_loop(ptx: str) -> int:
+def instructions_of_first_loop(cubin: bytes) -> int:
     """Machine instructions between the first branch backwards and where it leads: the loop over packed blocks."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        assemble(ptx, file.name)
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listing = inspected(cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
     labels: dict[str, int] = {}
     place = 0
     for line in listing.splitlines():
