@@ -1,22 +1,37 @@
 """The command line on tiny models: what it prints, saves and returns; bad input is a message, not a traceback."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import kvmix_compile
 from kvmix_compile import compiler
+from kvmix_compile.cli import loading
 from kvmix_compile.cli.commands import app
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
+from tests.helpers.one_capture import captured_once
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 
 
 def kvmix(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_model_is_captured_once() -> Iterator[None]:
+    with (
+        mock.patch.object(loading, "tiny", cache(tiny)),
+        mock.patch.object(compiler, "capture", captured_once),
+        mock.patch.object(compiler, "capture_to_measure", lambda model, _: captured_once(model)),
+    ):
+        yield
 
 
 @pytest.fixture(scope="module")

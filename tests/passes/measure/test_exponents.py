@@ -23,11 +23,18 @@ PROMPT = 200
 
 
 @cache
+def toy_llama(dtype: torch.dtype) -> PreTrainedModel:
+    """Shared by all tests, each of which gives it weights."""
+    return tiny("llama").to(dtype)
+
+
 def scaled(side: str, factors: tuple[float, float], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The toy Llama, which has two KV heads of two query heads each, with other keys or values and equal logits.
-    Shared: tests leave it as they found it.
+
+    It is one model of each dtype, so that it is captured once: a test has one at a time.
     """
-    model = tiny("llama").to(dtype)
+    model = toy_llama(dtype)
+    model.load_state_dict(tiny("llama").state_dict())
     by_head = torch.tensor(factors, dtype=dtype).repeat_interleave(32)
     by_query_head = by_head.view(2, 1, 32).expand(2, 2, 32).reshape(-1)
     with torch.no_grad():
