@@ -170,36 +170,7 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, writ
     exported = program.graph_module
     passes = [recorded("regions", exported, lambda: inline_regions(exported))[0]]
     refuse_randomness(exported.graph)
-    graph, constants = exported.graph, nn.Module()
-    for spec, node in zip(
-        program.graph_signature.input_specs, [n for n in graph.nodes if n.op == "placeholder"], strict=True
-    ):
-        if spec.kind == InputKind.USER_INPUT:
-            continue
-        if not node.users:
-            graph.erase_node(node)
-            continue
-        if spec.kind == InputKind.CUSTOM_OBJ:
-            raise CaptureError(
-                f"the model's forward uses an object that no graph can hold: keep {spec.target} out of it"
-            )
-        assert spec.target is not None
-        target = spec.target
-        if spec.kind == InputKind.CONSTANT_TENSOR:
-            target = target.replace(".", "_")
-            constants.register_buffer(target, program.constants[spec.target], persistent=False)
-        with graph.inserting_before(node):
-            attribute = graph.create_node("get_attr", target)
-            attribute.meta = dict(node.meta)
-        node.replace_all_uses_with(attribute)
-        graph.erase_node(node)
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (output.args[0][0],)
-    root = nn.Module()
-    root.add_module(MODEL, wrapper.model)
-    for name, buffer in constants.named_buffers():
-        root.register_buffer(name, buffer, persistent=False)
-    module = bind(root, graph)
+    module = _of_inputs_alone(program, wrapper.model)
     passes += [
         recorded("products", module, lambda: take_out_additions(module.graph))[0],
         recorded("writes", module, lambda: write_to_copies(module))[0],
@@ -215,17 +186,48 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, writ
             f"the model's forward takes another path for a batch beyond {most}, at {line_of_bound(batch)}; it must "
             "take any batch"
         )
-    has_position_input = "position_ids" in wrapper.parameters_taken
     return Captured(
         module=module,
         batch=batch,
         tokens=tokens,
         most_tokens=_bound(program, tokens, "sequence"),
-        has_position_input=has_position_input,
+        has_position_input="position_ids" in wrapper.parameters_taken,
         reads=reads,
         written=written,
         passes=tuple(passes),
     )
+
+
+def _of_inputs_alone(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
+    """The program as a module that takes what its user gives and returns logits: weights, buffers and constants, which
+    export makes inputs too, become attributes.
+    """
+    graph, root = program.graph_module.graph, nn.Module()
+    root.add_module(MODEL, model)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for spec, node in zip(program.graph_signature.input_specs, placeholders, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        if spec.kind == InputKind.CUSTOM_OBJ:
+            raise CaptureError(
+                f"the model's forward uses an object that no graph can hold: keep {spec.target} out of it"
+            )
+        assert spec.target is not None
+        target = spec.target
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            target = target.replace(".", "_")
+            root.register_buffer(target, program.constants[spec.target], persistent=False)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", target)
+            attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (output.args[0][0],)
+    return bind(root, graph)
 
 
 def bind(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

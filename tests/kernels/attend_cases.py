@@ -14,8 +14,7 @@ from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, packed_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
-from tests.kernels.important_keys import with_important_keys
-from tests.kernels.layouts import with_window
+from tests.kernels.layouts import with_important_keys, with_window
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -15,7 +15,7 @@ from kvmix_compile.kernels.format.state import ENDLESS, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case
 from tests.kernels.covering import Combination
-from tests.kernels.important_keys import IMPORTANT_BITS
+from tests.kernels.layouts import IMPORTANT_BITS
 
 Choices = dict[str, tuple[Any, ...]]
 

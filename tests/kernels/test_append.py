@@ -15,28 +15,13 @@ from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append
-from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
-from tests.kernels.layouts import with_window
+from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys, with_window
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
 )
 layouts = with_important_keys(
-    st.builds(
-        StateLayout,
-        st.builds(
-            SiteShape,
-            kv_heads=st.sampled_from([1, 2]),
-            key_dim=st.sampled_from([24, 32]),
-            value_dim=st.just(16),
-            window=st.sampled_from([0, 0, 1, 40, 100]),
-        ),
-        key=precisions,
-        value=precisions,
-        sinks=st.sampled_from([0, 3, 32, 40]),
-        recent=st.sampled_from([32, 45, 64]),
-        rollback=st.sampled_from([0, 7]),
-    )
+    drawn_layouts(precisions, precisions, key_dims=[24, 32], value_dims=[16], sinks=[0, 3, 32, 40], recent=[32, 45, 64])
 )
 # Those of windows also as states that pack nothing and keep the window alone.
 all_layouts = layouts.flatmap(

@@ -18,25 +18,20 @@ from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, weighted
-from tests.kernels.important_keys import with_important_keys
+from tests.kernels.layouts import drawn_layouts, with_important_keys
 
 precisions = st.builds(
     Precision, st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16]), st.sampled_from([4, 16])
 )
 layouts = with_important_keys(
-    st.builds(
-        StateLayout,
-        st.builds(
-            SiteShape,
-            kv_heads=st.sampled_from([1, 2]),
-            key_dim=st.sampled_from([16, 48, 64]),
-            value_dim=st.sampled_from([16, 48]),
-        ),
-        key=precisions,
-        value=precisions,
-        sinks=st.sampled_from([0, 3, 32]),
-        recent=st.sampled_from([32, 45]),
-        rollback=st.sampled_from([0, 7]),
+    drawn_layouts(
+        precisions,
+        precisions,
+        key_dims=[16, 48, 64],
+        value_dims=[16, 48],
+        sinks=[0, 3, 32],
+        recent=[32, 45],
+        windows=[0],
     )
 )
 

@@ -18,25 +18,18 @@ from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
-from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
 
 layouts = with_important_keys(
-    st.builds(
-        StateLayout,
-        st.builds(
-            SiteShape,
-            kv_heads=st.sampled_from([1, 2]),
-            key_dim=st.sampled_from([16, 32, 40]),
-            value_dim=st.sampled_from([16, 24]),
-            window=st.sampled_from([0, 0, 1, 40, 100]),
-        ),
-        key=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
-        value=st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.just(8), st.sampled_from([4, 16])),
-        sinks=st.sampled_from([0, 3, 40]),
-        recent=st.sampled_from([32, 45]),
-        rollback=st.sampled_from([0, 7]),
+    drawn_layouts(
+        st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 32]), st.sampled_from([4, 16])),
+        st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.just(8), st.sampled_from([4, 16])),
+        key_dims=[16, 32, 40],
+        value_dims=[16, 24],
+        sinks=[0, 3, 40],
+        recent=[32, 45],
     )
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -23,7 +23,7 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import ATTENDING, case_of, fits
-from tests.kernels.important_keys import IMPORTANT_BITS
+from tests.kernels.layouts import IMPORTANT_BITS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
 

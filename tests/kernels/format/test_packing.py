@@ -11,7 +11,7 @@ from torch import Tensor
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import KEYS_KEPT_RANGE, dequantize_block, quantize_block
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
-from tests.kernels.important_keys import IMPORTANT_BITS
+from tests.kernels.layouts import IMPORTANT_BITS
 
 FLOAT16_MAX = 65504.0
 QUANTIZED_BITS = [1, 2, 3, 4, 8]

@@ -17,7 +17,7 @@ from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
-from tests.kernels.important_keys import IMPORTANT_BITS, with_important_keys
+from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 
@@ -27,20 +27,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 precisions = st.builds(Precision, st.sampled_from(BIT_WIDTHS), st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
-layouts = st.builds(
-    StateLayout,
-    st.builds(
-        SiteShape,
-        kv_heads=st.sampled_from([1, 2]),
-        key_dim=st.sampled_from([16, 40, 64]),
-        value_dim=st.sampled_from([16, 24, 64]),
-        window=st.sampled_from([0, 0, 1, 40, 100]),
-    ),
-    key=precisions,
-    value=precisions.map(lambda precision: replace(precision, group=8)),
-    sinks=st.sampled_from([0, 3, 40]),
-    recent=st.sampled_from([32, 45, 64]),
-    rollback=st.sampled_from([0, 7]),
+layouts = drawn_layouts(
+    precisions,
+    precisions.map(lambda precision: replace(precision, group=8)),
+    key_dims=[16, 40, 64],
+    value_dims=[16, 24, 64],
+    sinks=[0, 3, 40],
+    recent=[32, 45, 64],
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

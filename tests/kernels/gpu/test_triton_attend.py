@@ -17,7 +17,7 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import ATTENDING, case_of, fits
-from tests.kernels.important_keys import IMPORTANT_BITS
+from tests.kernels.layouts import IMPORTANT_BITS
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
 
