@@ -168,7 +168,7 @@ def show(study: str, rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         print(
             f"{row['configuration']:58} stored {row['stored_bits']:5.2f}  perplexity {row['perplexity']:7.3f}  "
-            f"KL {row['divergence']:.4f}  top-1 {row['agreement']:.1%}"
+            f"KL {row['divergence']['mean']:.4f}  top-1 {row['agreement']:.1%}"
         )
 
 

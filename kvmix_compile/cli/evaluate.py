@@ -17,7 +17,15 @@ from kvmix_compile.evaluate.configurations import Configuration, compile_plans, 
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
 from kvmix_compile.evaluate.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
-from kvmix_compile.evaluate.plots import FRONTIER_FILE, LAYERS_FILE, check_plots, plot_frontier, plot_layers
+from kvmix_compile.evaluate.plots import (
+    DIVERGENCE_FILE,
+    FRONTIER_FILE,
+    LAYERS_FILE,
+    check_plots,
+    plot_divergence,
+    plot_frontier,
+    plot_layers,
+)
 from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import check_policy, limit
@@ -63,7 +71,7 @@ def evaluate(
     passkey_depths: PasskeyDepths = None,
     calibration: CalibrationFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="A folder for plots: the frontier, and the layers.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
 ) -> None:
     """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
     for policy in policies or ():
@@ -97,7 +105,9 @@ def evaluate(
     if json_file is not None:
         write_json(json_file, record(name, found, retrievals, importance, plans, packages(names)))
     if plots is not None:
-        plot_frontier({text.text: text.results for text in found}, plots / FRONTIER_FILE)
+        of_text = {text.text: text.results for text in found}
+        plot_frontier(of_text, plots / FRONTIER_FILE)
+        plot_divergence(of_text, plots / DIVERGENCE_FILE)
         plot_layers(importance, plans, plots / LAYERS_FILE)
 
 

@@ -46,12 +46,13 @@ def megabytes(count: int) -> str:
 def results_table(results: Sequence[Result], title: str) -> Table:
     """A line for each configuration."""
     table = Table(Column("configuration", overflow="fold"), title=title)
-    for name in ("code\nbits", "stored\nbits", "held\nbits", "perplexity", "KL", "top-1"):
+    for name in ("code\nbits", "stored\nbits", "held\nbits", "perplexity", "KL", "KL\n99.9%", "top-1"):
         table.add_column(name, justify="right")
     for row in results:
         table.add_row(
             row.configuration, f"{row.code_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.held_bits:.2f}",
-            f"{row.perplexity:.3f}", f"{row.divergence:.4f}", f"{row.agreement:.1%}",
+            f"{row.perplexity:.3f}", f"{row.divergence.mean:.4f}", f"{row.divergence.worst_permille:.3f}",
+            f"{row.agreement:.1%}",
         )  # fmt: skip
     return table
 

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.configurations import Configuration
-from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW, read, summed_loss, windowed
+from kvmix_compile.evaluate.divergence import Divergence, Predictions
+from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW, Chunk, read, summed_loss, windowed
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.progress import progress_bar
 
@@ -21,8 +21,8 @@ class Result:
 
     code_bits, stored_bits: of a quantized element, without and with its share of scales and zero points.
     held_bits: of an element, averaged over everything that the cache holds at the end of the first window.
-    divergence: Kullback-Leibler divergence from the original's next-token distribution, in nats.
-    agreement: share of the tokens where the most likely next token is the original's.
+    divergence: from the original's next-token distribution.
+    agreement, probability_change: as of Predictions.
     """
 
     configuration: str
@@ -30,8 +30,9 @@ class Result:
     stored_bits: float
     held_bits: float
     perplexity: float
-    divergence: float
+    divergence: Divergence
     agreement: float
+    probability_change: float
 
 
 def compare(
@@ -59,7 +60,7 @@ def compare(
                     reader.cache = reader.configuration.new_cache()
                 logits = read(reader.configuration.model, piece.given, reader.cache)[: piece.targets.numel()].float()
                 reference = logits.log_softmax(-1) if reference is None else reference
-                reader.add(logits, piece.targets, reference)
+                reader.add(logits, piece, reference)
                 if piece.closes_window:
                     reader.close_window()
                 advance()
@@ -85,17 +86,16 @@ class _Reader:
     held_bits: float | None = None
     tokens: int = 0
     loss: float = 0.0
-    divergence: float = 0.0
-    agreed: int = 0
+    predictions: Predictions = field(default_factory=Predictions)
 
-    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
-        """Count predictions, `logits` `[tokens, vocabulary]`, of `targets`, int64 `[tokens]`; the original's are
-        `reference`, log-probabilities of the same shape.
+    def add(self, logits: Tensor, piece: Chunk, reference: Tensor) -> None:
+        """Count predictions, `logits` `[targets, vocabulary]`, of a chunk's targets; the original's are `reference`,
+        log-probabilities of the same shape.
         """
+        targets = piece.targets.to(logits.device)
         self.tokens += targets.numel()
         self.loss += summed_loss(logits, targets)
-        self.divergence += F.kl_div(logits.log_softmax(-1), reference, reduction="sum", log_target=True).item()
-        self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+        self.predictions.add(logits.log_softmax(-1), reference, targets, piece.position)
 
     def close_window(self) -> None:
         if self.held_bits is None:
@@ -104,11 +104,12 @@ class _Reader:
     def result(self) -> Result:
         chosen = self.configuration
         return Result(
-            chosen.name,
-            chosen.code_bits,
-            chosen.stored_bits,
-            float(self.held_bits or 0.0),
-            math.exp(self.loss / self.tokens),
-            max(0.0, self.divergence / self.tokens),  # zero, but for rounding
-            self.agreed / self.tokens,
+            configuration=chosen.name,
+            code_bits=chosen.code_bits,
+            stored_bits=chosen.stored_bits,
+            held_bits=float(self.held_bits or 0.0),
+            perplexity=math.exp(self.loss / self.tokens),
+            divergence=self.predictions.divergence(),
+            agreement=self.predictions.agreement,
+            probability_change=self.predictions.probability_change,
         )

@@ -26,13 +26,19 @@ CHUNK = 64
 @dataclass(frozen=True)
 class Chunk:
     """Tokens that a model reads at once, int64 `[tokens]`, and those that follow each of them (`targets`: one fewer at
-    the end of a window). `opens_window`, `closes_window`: the cache is new, or will not be needed again.
+    the end of a window). `position`: that of the first token in its window. `closes_window`: the cache will not be
+    needed again.
     """
 
     given: Tensor
     targets: Tensor
-    opens_window: bool
+    position: int
     closes_window: bool
+
+    @property
+    def opens_window(self) -> bool:
+        """Whether the cache is to be new."""
+        return self.position == 0
 
 
 def windowed(ids: Tensor, chunk: int = CHUNK, window: int = WINDOW) -> list[Chunk]:
@@ -62,7 +68,7 @@ def _chunks(window: Tensor, chunk: int) -> Iterator[Chunk]:
     tokens = window.numel()
     for start in range(0, tokens, chunk):
         given, targets = window[start : start + chunk], window[start + 1 : start + chunk + 1]
-        yield Chunk(given, targets, start == 0, start + chunk >= tokens)
+        yield Chunk(given, targets, position=start, closes_window=start + chunk >= tokens)
 
 
 @torch.no_grad()

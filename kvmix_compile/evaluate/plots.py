@@ -1,4 +1,4 @@
-"""Plots of an evaluation as PNG files: the frontier of perplexity against bits, and a heat map of the layers.
+"""Plots of an evaluation as PNG files: the frontier of perplexity against bits, divergences, and a heat map of layers.
 
 Needs matplotlib, an optional dependency.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.divergence import POSITION_BIN
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
 
 FRONTIER_FILE = "frontier.png"
+DIVERGENCE_FILE = "divergence.png"
 LAYERS_FILE = "layers.png"
 DOTS_PER_INCH = 150
 # Perplexities beyond this multiple of the original's are drawn at the edge, with their value: the others would be flat.
@@ -48,6 +50,31 @@ def plot_frontier(texts: Mapping[str, Sequence[Result]], path: Path) -> None:
     for axes, (name, results) in zip(row, texts.items(), strict=True):
         _plot_results(axes, results)
         axes.set_title(name, fontsize="medium")
+    _save(figure, path)
+
+
+def plot_divergence(texts: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """For each named text two diagrams of the divergence from the original: how it is distributed over the tokens, and
+    how it goes along a window. A text's first result is the original's, which has none.
+    """
+    figure, diagrams = _figure(14, 4.5 * len(texts), rows=len(texts), columns=2)
+    for (spread, along), (name, results) in zip(diagrams.reshape(-1, 2), texts.items(), strict=True):
+        for result in results[1:]:
+            found = result.divergence
+            spread.plot(
+                ["median", "mean", "99%", "99.9%", "largest"],
+                [found.median, found.mean, found.worst_percent, found.worst_permille, found.largest],
+                marker="o", label=result.configuration,
+            )  # fmt: skip
+            middles = [POSITION_BIN * (number + 0.5) for number in range(len(found.by_position))]
+            along.plot(middles, found.by_position, marker="o", label=result.configuration)
+        along.set_xlabel("position in the window")
+        for axes, what in ((spread, "over the tokens"), (along, "along the window, means")):
+            axes.set_yscale("log")
+            axes.set_ylabel("KL divergence from the original")
+            axes.set_title(f"{name}: {what}", fontsize="medium")
+            axes.grid(alpha=0.3)
+        spread.legend(fontsize="x-small")
     _save(figure, path)
 
 

@@ -113,7 +113,7 @@ def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None
     assert original["code_bits"] == lossless["code_bits"] == 16
     assert lossless["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
     assert rows["fisher, budget 2"]["code_bits"] <= 2 < rows["fisher, budget 2"]["stored_bits"]
-    assert rows["kivi"]["divergence"] > 0
+    assert rows["kivi"]["divergence"]["mean"] > 0
     assert record["precisions"]["kivi"] == {"keys": [[2, 32, 16]] * 2, "values": [[2, 32, 16]] * 2}
     assert len(record["importance"]) == 2
     assert found["tokens"] == 400
@@ -135,7 +135,7 @@ def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
     assert [(row["configuration"], row["tokens"]) for row in retrievals] == [
         (name, length) for length in (300, 350) for name in ("original", "fisher, storage budget 2.6")
     ]
-    assert {file.name for file in plots.iterdir()} == {"frontier.png", "layers.png"}
+    assert {file.name for file in plots.iterdir()} == {"divergence.png", "frontier.png", "layers.png"}
 
 
 @pytest.mark.parametrize(

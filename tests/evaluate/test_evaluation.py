@@ -17,9 +17,10 @@ from kvmix_compile.evaluate import baselines, comparison
 from kvmix_compile.evaluate.baselines import Quantized, check_baselines, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import Result, compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.divergence import Divergence
 from kvmix_compile.evaluate.passkey import INTRODUCTION, QUESTION, SENTENCE, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
-from kvmix_compile.evaluate.plots import check_plots, plot_frontier, plot_layers
+from kvmix_compile.evaluate.plots import check_plots, plot_divergence, plot_frontier, plot_layers
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
@@ -98,9 +99,9 @@ def test_the_original_and_a_lossless_plan_agree(configurations: list[Configurati
     original, _, lossless = compare(configurations, text, chunk=32, window=160)
     expected = [F.nll_loss(one_shot(model, part), part[1:]).item() for part in text.split(160)]
     assert original.perplexity == pytest.approx(math.exp(sum(expected) / 2), rel=1e-4)
-    assert (original.divergence, original.agreement) == (0.0, 1.0)
+    assert (original.divergence.largest, original.agreement, original.probability_change) == (0.0, 1.0, 0.0)
     assert lossless.perplexity == pytest.approx(original.perplexity, rel=1e-4)
-    assert lossless.divergence < 1e-6
+    assert lossless.divergence.largest < 1e-5
     assert lossless.agreement > 0.99
 
 
@@ -109,7 +110,7 @@ def test_figures_are_those_of_each_configuration_by_itself(configurations: list[
     _, two_bits, _ = compare(configurations, text, chunk=32, window=200)
     alone = kvmix_compile.perplexity(configurations[1].model, text, chunk=32, window=200)
     assert two_bits.perplexity == pytest.approx(alone)
-    assert two_bits.divergence > 0.01
+    assert two_bits.divergence.mean > 0.01
     assert two_bits.agreement < 1.0
 
 
@@ -118,8 +119,28 @@ def test_divergence_and_agreement_follow_their_definitions(model: PreTrainedMode
     other, text = tiny("llama", seed=1), ids(150)
     _, compared = compare([Configuration("original", model), Configuration("other", other)], text, chunk=32)
     p, q = one_shot(model, text), one_shot(other, text)
-    assert compared.divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    each = (p.exp() * (p - q)).sum(-1)
+    found = compared.divergence
+    assert found.mean == pytest.approx(each.mean().item(), rel=1e-3)
+    assert (found.median, found.largest) == pytest.approx((each.median().item(), each.max().item()), rel=1e-3)
+    assert [found.worst_percent, found.worst_permille] == pytest.approx(
+        each.quantile(torch.tensor([0.99, 0.999])).tolist(), rel=1e-3
+    )
+    change = (p - q).new_tensor([(p[at, token].exp() - q[at, token].exp()) for at, token in enumerate(text[1:])])
+    assert compared.probability_change == pytest.approx(change.square().mean().sqrt().item(), rel=1e-3)
     assert compared.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+def test_divergence_is_told_along_the_window(model: PreTrainedModel) -> None:
+    """Of windows of different lengths: the bins are of positions in them."""
+    other, text = tiny("llama", seed=1), ids(700)
+    _, compared = compare([Configuration("original", model), Configuration("other", other)], text, chunk=32, window=400)
+    windows = [
+        (p.exp() * (p - q)).sum(-1)
+        for p, q in ((one_shot(model, part), one_shot(other, part)) for part in text.split(400))
+    ]
+    expected = [torch.cat([part[begin : begin + 256] for part in windows]).mean().item() for begin in (0, 256)]
+    assert compared.divergence.by_position == pytest.approx(expected, rel=1e-3)
 
 
 def test_bits_are_the_plans_and_the_caches(configurations: list[Configuration]) -> None:
@@ -210,7 +231,7 @@ def test_quantized_caches_of_transformers(name: str, model: PreTrainedModel) -> 
     original, quantized = compare([Configuration("original", model), *quantized_caches([name], model)], text)
     assert quantized.code_bits == bits
     assert quantized.stored_bits <= quantized.held_bits < 16
-    assert quantized.divergence > 0
+    assert quantized.divergence.mean > 0
     assert quantized.perplexity != original.perplexity
 
 
@@ -288,7 +309,16 @@ def test_a_passkey_beyond_the_models_positions(configurations: list[Configuratio
 
 
 def result(name: str, stored_bits: float, perplexity: float) -> Result:
-    return Result(name, stored_bits, stored_bits, stored_bits, perplexity, 0.1, 0.9)
+    return Result(
+        configuration=name,
+        code_bits=stored_bits,
+        stored_bits=stored_bits,
+        held_bits=stored_bits,
+        perplexity=perplexity,
+        divergence=Divergence(0.1, 0.0, 0.5, 1.0, 2.0, (0.1, 0.2)),
+        agreement=0.9,
+        probability_change=0.1,
+    )
 
 
 def test_plots_are_pictures(importance: Importance, tmp_path: Path) -> None:
@@ -303,7 +333,8 @@ def test_plots_are_pictures(importance: Importance, tmp_path: Path) -> None:
     unknown = replace(importance.sites[0], key_gradient_norm=math.nan, value_gradient_norm=0.0)
     plans, _ = make_plans(importance, ["fisher"], [2.3, 16.0], [])
     plot_layers(replace(importance, sites=(unknown, *importance.sites[1:])), plans, tmp_path / "layers.png")
-    for name in ("frontier.png", "layers.png"):
+    plot_divergence({"a text": results, "another": results}, tmp_path / "divergence.png")
+    for name in ("frontier.png", "layers.png", "divergence.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -21,7 +21,7 @@ PAGES = (
 )
 # Folders that pages name files of, and files that they name of others.
 FOLDERS = ("kvmix_compile", "passes", "kernels", "models_zoo", "benchmarks", "tests")
-OTHERS = {"argparse.py", "transformer.h"}
+OTHERS = {"argparse.py", "transformer.h", "llama.cpp"}
 
 
 def python_blocks(page: Path) -> list[str]:
