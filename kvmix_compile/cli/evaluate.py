@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
-from kvmix_compile.cli.tables import passkey_table, results_table
+from kvmix_compile.cli.tables import passkey_table, results_table, scores_table
 from kvmix_compile.config import DEFAULT_BUDGET
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import compare
@@ -26,7 +26,10 @@ from kvmix_compile.evaluate.plots import (
     plot_frontier,
     plot_layers,
 )
+from kvmix_compile.evaluate.puzzles import PUZZLES
 from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
+from kvmix_compile.evaluate.tasks import LENGTHS as TASK_LENGTHS
+from kvmix_compile.evaluate.tasks import QUESTIONS, Score, answerable, check_room, make_questions, solve
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import check_policy, limit
 from kvmix_compile.passes.measure.importance import Importance
@@ -56,6 +59,14 @@ PasskeyDepths = Annotated[
     list[float] | None,
     typer.Option("--passkey-depth", help="Where the key is, from 0 to 1 (default 0.1 to 0.9); may be repeated."),
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help=f"Questions on made texts: {', '.join(PUZZLES)}, or all; may be repeated."),
+]
+TaskLengths = Annotated[
+    list[int] | None,
+    typer.Option("--task-length", help=f"Tokens of text (default {TASK_LENGTHS[0]}); may be repeated."),
+]
 
 
 def evaluate(
@@ -69,6 +80,9 @@ def evaluate(
     passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
     passkey_lengths: PasskeyLengths = None,
     passkey_depths: PasskeyDepths = None,
+    tasks: Tasks = None,
+    task_lengths: TaskLengths = None,
+    task_questions: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = QUESTIONS,
     calibration: CalibrationFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
@@ -92,6 +106,9 @@ def evaluate(
     asked = passkey or passkey_lengths or passkey_depths
     lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
     passkeys = hide_passkeys(tokenizer, lengths, depths) if asked else []
+    kinds = list(PUZZLES) if "all" in (tasks or ()) else tasks or []
+    questions = make_questions(tokenizer, kinds, task_lengths or TASK_LENGTHS, task_questions)
+    check_room([Configuration("original", model)], questions)  # before anything is measured
 
     importance = analyze_on(loaded, calibration)
     plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
@@ -100,10 +117,11 @@ def evaluate(
     ]  # fmt: skip
     found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
     retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
+    scores = solve(configurations, tokenizer, questions, progress=True) if questions else []
 
-    _show(name, found, retrievals)
+    _show(name, found, retrievals, scores)
     if json_file is not None:
-        write_json(json_file, record(name, found, retrievals, importance, plans, packages(names)))
+        write_json(json_file, record(name, found, retrievals, scores, importance, plans, packages(names)))
     if plots is not None:
         of_text = {text.text: text.results for text in found}
         plot_frontier(of_text, plots / FRONTIER_FILE)
@@ -126,9 +144,15 @@ def _plans(
     return plans
 
 
-def _show(model: str, texts: Sequence[TextResults], retrievals: Sequence[Retrieval]) -> None:
+def _show(model: str, texts: Sequence[TextResults], retrievals: Sequence[Retrieval], scores: Sequence[Score]) -> None:
     console = Console()
     for text in texts:
         console.print(results_table(text.results, f"{model}, {text}"))
     if retrievals:
         console.print(passkey_table(retrievals))
+    if scores:
+        kept, left_out = answerable(scores)
+        if kept:
+            console.print(scores_table(kept))
+        for score in left_out:
+            console.print(f"left out: {score.task}, {score.length} tokens: the original answers {score.share:.0%}")

@@ -7,6 +7,7 @@ from rich.table import Column, Table
 
 from kvmix_compile.evaluate.comparison import Result
 from kvmix_compile.evaluate.passkey import Retrieval
+from kvmix_compile.evaluate.tasks import Score
 from kvmix_compile.report import Report
 from kvmix_compile.runtime.cache import KVMixCache
 
@@ -72,6 +73,19 @@ def passkey_table(retrievals: Sequence[Retrieval]) -> Table:
             for length in lengths
         ]
         table.add_row(name, *marks, f"{sum(retrieval.retrieved for retrieval in own)}/{len(own)}")
+    return table
+
+
+def scores_table(scores: Sequence[Score]) -> Table:
+    """A line for each task and length, a column for each configuration."""
+    configurations = list(dict.fromkeys(score.configuration for score in scores))
+    share = {(score.task, score.length, score.configuration): score for score in scores}
+    table = Table("task", Column("tokens", justify="right"), title="what was expected, and the answers contain")
+    for name in configurations:
+        table.add_column(name, justify="right")
+    for task, length in dict.fromkeys((score.task, score.length) for score in scores):
+        own = [share[task, length, name] for name in configurations]
+        table.add_row(task, str(length), *(f"{score.share:.0%} ± {score.error:.0%}" for score in own))
     return table
 
 

@@ -1,21 +1,16 @@
-"""Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300): a number hidden in a long text, asked for at its end.
-
-The text is in the cache before the question comes, so that question and answer know of the number what the cache kept.
-"""
+"""Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300): a number hidden in a long text, asked for at its end."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvmix_compile.errors import InputError
+from kvmix_compile.evaluate.answering import all_ids, answer, check_positions
 from kvmix_compile.evaluate.configurations import Configuration
-from kvmix_compile.evaluate.held_out import token_ids
-from kvmix_compile.evaluate.perplexity import read
 from kvmix_compile.progress import progress_bar
 
 SEED = 0
@@ -31,8 +26,6 @@ SENTENCE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 LENGTHS = (2048,)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Within a chunk attention is in full precision: so the text is read in chunks, and the question is one of its own.
-CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ def hide_passkeys(tokenizer: PreTrainedTokenizerBase, lengths: Iterable[int], de
     Raises InputError for a depth that is not from 0 to 1, and a length that leaves no room for a text.
     """
     random, depths = Random(SEED), tuple(depths)
-    filler = _all_ids(tokenizer, FILLER)
+    filler = all_ids(tokenizer, FILLER)
     return [_hide(tokenizer, filler, length, depth, random) for length in lengths for depth in depths]
 
 
@@ -80,17 +73,16 @@ def retrieve(
 
     Raises InputError where text, question and answer are more than the model has positions for.
     """
-    question = _all_ids(tokenizer, QUESTION)
-    _check_positions(
-        configurations, max(passkey.text.numel() for passkey in passkeys) + question.numel() + ANSWER_TOKENS
-    )
+    question = all_ids(tokenizer, QUESTION)
+    longest = max(passkey.text.numel() for passkey in passkeys) + question.numel() + ANSWER_TOKENS
+    check_positions(configurations, longest, "a passkey's text, question and answer", "--passkey-length")
     retrievals = []
     with progress_bar("passkeys", len(passkeys) * len(configurations), progress) as advance:
         for passkey in passkeys:
             for configuration in configurations:
-                answer = _answer(configuration, tokenizer, passkey, question)
+                written = answer(configuration, tokenizer, passkey.text, question, ANSWER_TOKENS)
                 retrievals.append(
-                    Retrieval(configuration.name, passkey.text.numel(), passkey.depth, passkey.key, answer)
+                    Retrieval(configuration.name, passkey.text.numel(), passkey.depth, passkey.key, written)
                 )
                 advance()
     return retrievals
@@ -100,7 +92,7 @@ def _hide(tokenizer: PreTrainedTokenizerBase, filler: Tensor, length: int, depth
     if not 0 <= depth <= 1:
         raise InputError(f"a passkey's depth is from 0 (the beginning of the text) to 1 (its end), not {depth:g}")
     key = str(random.randrange(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
-    introduction, sentence = _all_ids(tokenizer, INTRODUCTION), _all_ids(tokenizer, SENTENCE.format(key=key))
+    introduction, sentence = all_ids(tokenizer, INTRODUCTION), all_ids(tokenizer, SENTENCE.format(key=key))
     around = length - introduction.numel() - sentence.numel()
     if around < 1:
         raise InputError(
@@ -109,38 +101,3 @@ def _hide(tokenizer: PreTrainedTokenizerBase, filler: Tensor, length: int, depth
     text = filler.repeat(-(-around // filler.numel()))[:around]
     before = round(depth * around)
     return Passkey(key, depth, torch.cat([introduction, text[:before], sentence, text[before:]]))
-
-
-def _all_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    # No tokenizer makes more tokens than a text has bytes.
-    return token_ids(tokenizer, text, len(text.encode()))
-
-
-def _answer(
-    configuration: Configuration, tokenizer: PreTrainedTokenizerBase, passkey: Passkey, question: Tensor
-) -> str:
-    """What follows the question, ANSWER_TOKENS tokens."""
-    model, cache = configuration.model, configuration.new_cache()
-    for part in passkey.text.split(CHUNK):
-        read(model, part, cache, logits_to_keep=1)
-    answer: list[int] = []
-    given = question
-    for _ in range(ANSWER_TOKENS):
-        given = read(model, given, cache, logits_to_keep=1)[-1].argmax(-1, keepdim=True)
-        answer += given.tolist()
-    return str(tokenizer.decode(answer))
-
-
-def _check_positions(configurations: Sequence[Configuration], tokens: int) -> None:
-    for configuration in configurations:
-        longest = _positions(configuration.model)
-        if longest is not None and tokens > longest:
-            raise InputError(
-                f"a passkey's text, question and answer are {tokens} tokens, and the model has {longest} positions: "
-                "choose a smaller --passkey-length"
-            )
-
-
-def _positions(model: Any) -> int | None:
-    program = getattr(model, "kvmix_program", None)
-    return getattr(model.config, "max_position_embeddings", None) if program is None else program.longest_context

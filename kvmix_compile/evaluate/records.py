@@ -16,6 +16,7 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.comparison import Result
 from kvmix_compile.evaluate.passkey import Retrieval
 from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW
+from kvmix_compile.evaluate.tasks import Score
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
 
@@ -40,6 +41,7 @@ def record(
     model: str,
     texts: Sequence[TextResults],
     retrievals: Sequence[Retrieval],
+    scores: Sequence[Score],
     importance: Importance,
     plans: Mapping[str, Plan],
     packages: Iterable[str] = (),
@@ -49,6 +51,7 @@ def record(
         "model": model,
         "texts": [asdict(text) for text in texts],
         "passkeys": [asdict(retrieval) | {"retrieved": retrieval.retrieved} for retrieval in retrievals],
+        "tasks": [asdict(score) for score in scores],
         "importance": _importance(importance),
         "precisions": {name: _precisions(plan) for name, plan in plans.items()},
         **circumstances("kvmix", torch.device("cpu"), packages),

@@ -121,6 +121,19 @@ def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None
     assert record["device"].startswith("CPU")
 
 
+def test_eval_asks_questions_on_made_texts(tmp_path: Path, text: Path) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path]
+    tasks = ["--task", "needle", "--task", "records", "--task-length", 250, "--task-questions", 2]
+    result = kvmix("eval", "tiny:llama", *arguments, *tasks)
+    assert result.exit_code == 0, result.output
+    assert "left out: records, 250 tokens: the original answers 0%" in result.stdout
+    scores = json.loads(path.read_text())["tasks"]
+    assert [(score["task"], score["configuration"], len(score["answers"])) for score in scores] == [
+        (task, name, 2) for task in ("needle", "records") for name in ("original", "fisher, budget 2.3")
+    ]
+
+
 def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
     pytest.importorskip("matplotlib")
     path, plots = tmp_path / "results.json", tmp_path / "plots"

@@ -1,6 +1,7 @@
 """Makes Triton's interpreter faster. Nothing that it computes changes."""
 
 import os
+from functools import cache
 from typing import Any
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -21,3 +22,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return replace_language(function)
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, replace_language_once
+
+    of_scalars = cache(interpreter._get_np_dtype)
+
+    def dtype_of(dtype: Any) -> Any:
+        """Triton would make a table of all dtypes to look one up."""
+        return original_dtype_of(dtype) if dtype.scalar.is_ptr() else of_scalars(dtype.scalar)
+
+    original_dtype_of, interpreter._get_np_dtype = interpreter._get_np_dtype, dtype_of
