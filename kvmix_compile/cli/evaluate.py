@@ -1,16 +1,19 @@
 """`kvmix eval`: what each way of keeping the KV cache costs in bits, and what it does to the model's predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
 from kvmix_compile.cli.tables import passkey_table, results_table, scores_table
 from kvmix_compile.config import DEFAULT_BUDGET
+from kvmix_compile.evaluate.answering import check_positions
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
@@ -30,6 +33,8 @@ from kvmix_compile.evaluate.puzzles import PUZZLES
 from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
 from kvmix_compile.evaluate.tasks import LENGTHS as TASK_LENGTHS
 from kvmix_compile.evaluate.tasks import QUESTIONS, Score, answerable, check_room, make_questions, solve
+from kvmix_compile.evaluate.written import CHUNK as DECODED_CHUNK
+from kvmix_compile.evaluate.written import written_text
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import check_policy, limit
 from kvmix_compile.passes.measure.importance import Importance
@@ -77,6 +82,9 @@ def evaluate(
     storage_budgets: StorageBudgets = None,
     policies: Policies = None,
     baselines: Baselines = None,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Also texts of so many tokens that MODEL itself writes, read one by one.")
+    ] = 0,
     passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
     passkey_lengths: PasskeyLengths = None,
     passkey_depths: PasskeyDepths = None,
@@ -99,23 +107,24 @@ def evaluate(
     if plots is not None:
         check_plots(plots)
     check_baselines(names, model)
-    read = {str(path): token_ids(tokenizer, read_text(path), tokens) for path in texts or []}
-    read = read or {"built-in English, held out": token_ids(tokenizer, "\n\n".join(held_out_english()), tokens)}
-    for ids in read.values():
-        windowed(ids)  # refuses too short a text before anything is measured
+    read = _texts(tokenizer, texts or [], tokens)
     asked = passkey or passkey_lengths or passkey_depths
     lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
     passkeys = hide_passkeys(tokenizer, lengths, depths) if asked else []
     kinds = list(PUZZLES) if "all" in (tasks or ()) else tasks or []
     questions = make_questions(tokenizer, kinds, task_lengths or TASK_LENGTHS, task_questions)
-    check_room([Configuration("original", model)], questions)  # before anything is measured
+    original = Configuration("original", model)
+    check_room([original], questions)
+    check_positions([original], decode, "the tokens to decode", "--decode")
 
+    decoded = written_text(model, tokenizer, decode) if decode else torch.empty(0)
     importance = analyze_on(loaded, calibration)
     plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
-    configurations = [
-        Configuration("original", model), *compile_plans(model, plans), *quantized_caches(names, model)
-    ]  # fmt: skip
+    configurations = [original, *compile_plans(model, plans), *quantized_caches(names, model)]
     found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
+    if decode:
+        results = compare(configurations, decoded, DECODED_CHUNK, decode, progress=True)
+        found.append(TextResults("written by the original", len(decoded), results, decode, DECODED_CHUNK))
     retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
     scores = solve(configurations, tokenizer, questions, progress=True) if questions else []
 
@@ -123,10 +132,24 @@ def evaluate(
     if json_file is not None:
         write_json(json_file, record(name, found, retrievals, scores, importance, plans, packages(names)))
     if plots is not None:
-        of_text = {text.text: text.results for text in found}
-        plot_frontier(of_text, plots / FRONTIER_FILE)
-        plot_divergence(of_text, plots / DIVERGENCE_FILE)
-        plot_layers(importance, plans, plots / LAYERS_FILE)
+        _plot(plots, found, importance, plans)
+
+
+def _texts(tokenizer: Any, paths: Sequence[Path], tokens: int) -> dict[str, Tensor]:
+    """The ids of each text by its name. Raises InputError for one that is too short."""
+    texts = {str(path): read_text(path) for path in paths}
+    texts = texts or {"built-in English, held out": "\n\n".join(held_out_english())}
+    read = {name: token_ids(tokenizer, text, tokens) for name, text in texts.items()}
+    for ids in read.values():
+        windowed(ids)
+    return read
+
+
+def _plot(folder: Path, texts: Sequence[TextResults], importance: Importance, plans: Mapping[str, Plan]) -> None:
+    results = {text.text: text.results for text in texts}
+    plot_frontier(results, folder / FRONTIER_FILE)
+    plot_divergence(results, folder / DIVERGENCE_FILE)
+    plot_layers(importance, plans, folder / LAYERS_FILE)
 
 
 def _plans(

@@ -121,14 +121,16 @@ def test_eval_compares_budgets_and_baselines(tmp_path: Path, text: Path) -> None
     assert record["device"].startswith("CPU")
 
 
-def test_eval_asks_questions_on_made_texts(tmp_path: Path, text: Path) -> None:
+def test_eval_decodes_and_asks_questions_on_made_texts(tmp_path: Path, text: Path) -> None:
     path = tmp_path / "results.json"
     arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path]
-    tasks = ["--task", "needle", "--task", "records", "--task-length", 250, "--task-questions", 2]
+    tasks = ["--task", "needle", "--task", "records", "--task-length", 250, "--task-questions", 2, "--decode", 250]
     result = kvmix("eval", "tiny:llama", *arguments, *tasks)
     assert result.exit_code == 0, result.output
     assert "left out: records, 250 tokens: the original answers 0%" in result.stdout
-    scores = json.loads(path.read_text())["tasks"]
+    record = json.loads(path.read_text())
+    assert [(text["chunk"], text["window"]) for text in record["texts"]] == [(64, 2048), (1, 250)]
+    scores = record["tasks"]
     assert [(score["task"], score["configuration"], len(score["answers"])) for score in scores] == [
         (task, name, 2) for task in ("needle", "records") for name in ("original", "fisher, budget 2.3")
     ]

@@ -18,9 +18,11 @@ from kvmix_compile.evaluate.baselines import Quantized, check_baselines, publish
 from kvmix_compile.evaluate.comparison import Result, compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.divergence import Divergence
+from kvmix_compile.evaluate.held_out import held_out_english
 from kvmix_compile.evaluate.passkey import INTRODUCTION, QUESTION, SENTENCE, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
 from kvmix_compile.evaluate.plots import check_plots, plot_divergence, plot_frontier, plot_layers
+from kvmix_compile.evaluate.written import written_text
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
@@ -249,6 +251,31 @@ def test_a_sliding_window_has_no_quantized_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(baselines, "_installed", lambda module: True)
     with pytest.raises(InputError, match="cannot be had for Gemma2ForCausalLM"):
         check_baselines(["quanto-4"], tiny("gemma2"))
+
+
+# What the original writes
+
+
+def test_the_original_writes_texts_of_its_own(model: PreTrainedModel) -> None:
+    """Sampled after the first words, and the same each time."""
+    tokenizer = character_tokenizer()
+    text, again = (written_text(model, tokenizer, 100) for _ in range(2))
+    first, second = text.view(2, 100)
+    assert torch.equal(text, again) and not torch.equal(first, second)
+    for passage, part in zip(held_out_english(), (first, second), strict=False):
+        assert tokenizer.decode(part).startswith(passage[:32])
+    with pytest.raises(InputError, match="decode more than 32"):
+        written_text(model, tokenizer, 32)
+
+
+def test_a_text_is_read_token_by_token(configurations: list[Configuration], model: PreTrainedModel) -> None:
+    """As one that is decoded: what is read of a token by the next one is stored."""
+    text = written_text(model, character_tokenizer(), 300)
+    two_bits = compare(configurations, text, chunk=1, window=300)[1]
+    assert two_bits.perplexity == pytest.approx(
+        kvmix_compile.perplexity(configurations[1].model, text, chunk=1, window=300)
+    )
+    assert len(two_bits.divergence.by_position) == 2
 
 
 # Passkeys
