@@ -39,7 +39,8 @@ PROSE = (
     "A cat slept on the warm stones until the sun was gone.",
 )
 HOPS = 4
-PASSAGE_WORDS = 35
+# Of a passage's words the question has the first ones.
+PASSAGE_WORDS, GIVEN_WORDS = 35, 4
 COMMON_WORDS = 3
 # Tokens of text for each repetition of a common word, which so takes a tenth of any text.
 TOKENS_A_REPETITION = 100
@@ -134,15 +135,15 @@ def records(random: Random, length: int) -> Puzzle:
 
 
 def passage(random: Random, length: int) -> Puzzle:
-    """A passage, word for word."""
+    """How a passage goes on, word for word."""
     words = [random.choice(pool) for pool in islice(cycle((ADJECTIVES, NOUNS)), PASSAGE_WORDS)]
-    number, quoted = _number(random), " ".join(words)
+    number, begin, rest = _number(random), " ".join(words[:GIVEN_WORDS]), " ".join(words[GIVEN_WORDS:])
     return Puzzle(
         "Remember the passage with a number that is hidden in the text below, word for word.\n",
-        (f'Passage {number}: "{quoted}"',),
+        (f'Passage {number}: "{begin} {rest}"',),
         _prose(random),
-        f'\nQuestion: What does passage {number} say?\nAnswer: Passage {number}: "',
-        (quoted,),
+        f'\nQuestion: What does passage {number} say?\nAnswer: Passage {number}: "{begin}',
+        (rest,),
     )
 
 

@@ -19,7 +19,7 @@ LENGTHS = (1000,)
 QUESTIONS = 10
 # What the original must answer at least of a task's questions for it to tell anything of a cache.
 ANSWERABLE = 0.5
-# Tokens of an answer beside what is expected: words and commas between the strings.
+# Tokens of an answer for the words around each string that is expected: some models answer in sentences.
 SPARE_TOKENS = 16
 
 
@@ -142,7 +142,7 @@ def _compose(tokenizer: PreTrainedTokenizerBase, task: str, puzzle: Puzzle, leng
         text=torch.cat([introduction, *hay]),
         question=all_ids(tokenizer, puzzle.question),
         expected=puzzle.expected,
-        answer_tokens=expected.numel() + SPARE_TOKENS,
+        answer_tokens=expected.numel() + SPARE_TOKENS * len(puzzle.expected),
     )
 
 

@@ -95,7 +95,9 @@ def test_a_record_has_a_near_twin() -> None:
 
 def test_a_passage_has_as_many_words_as_it_should() -> None:
     (question,) = made("passage", 1)
-    assert len(question.expected[0].split()) == PASSAGE_WORDS
+    begin = TOKENIZER.decode(question.question).rpartition('"')[2]
+    assert len(f"{begin} {question.expected[0]}".split()) == PASSAGE_WORDS
+    assert f"{begin} {question.expected[0]}" in text_of(question)
 
 
 @pytest.mark.parametrize(
