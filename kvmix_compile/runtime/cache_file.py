@@ -18,8 +18,11 @@ from kvmix_compile.errors import CacheError
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-cache"
-# To be raised when the bytes of a state change their meaning (kernels/format/packing.py, kernels/format/state.py).
-VERSION = 2
+# To be raised when the bytes of a state change their meaning (kernels/format/packing.py, kernels/format/state.py), or
+# its tensors their names.
+VERSION = 3
+# In which other words a version that is still read named tensors.
+OLDER = {"2": ("tail_", "recent_")}
 
 # Elements of each weight by which two checkpoints are told apart.
 SAMPLED_ELEMENTS = 64
@@ -86,7 +89,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         raise CacheError(f"{path} is no safetensors file, or is damaged ({error}); save the cache again") from error
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path} is a safetensors file, but not one that KVMixCache.save wrote")
-    if metadata.get("version") != str(VERSION):
+    version = metadata.get("version")
+    if version not in (str(VERSION), *OLDER):
         raise CacheError(
             f"{path} was written by a version of kvmix_compile that keeps caches otherwise; read its prompt again with "
             "this one"
@@ -94,6 +98,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     described = metadata.get("header", "")
     if metadata.get("digest") != _digest(described, tensors):
         raise CacheError(f"{path} is damaged: its content is not what was written; save the cache again")
+    if version in OLDER:
+        tensors = {name.replace(*OLDER[version]): tensor for name, tensor in tensors.items()}
     content = json.loads(described)
     return Header(**content | {"dtypes": tuple(content["dtypes"])}), tensors
 

@@ -16,6 +16,7 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.backend.storage import PackedCache
 from kvmix_compile.errors import CacheError, KVMixError
 from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import weights_fingerprint
 from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import ids, lossless, original, quantized
@@ -147,6 +148,30 @@ def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, str]], Non
     tensors = load_file(file)
     change(tensors, metadata)
     save_file(tensors, file, metadata)
+
+
+def as_in_version_2(file: Path) -> None:
+    """Where the recent window was called another name."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name.replace("recent_", "tail_"): tensor for name, tensor in load_file(file).items()}
+    digest = cache_file._digest(metadata["header"], tensors)
+    save_file(tensors, file, metadata | {"version": "2", "digest": digest})
+
+
+def test_files_of_version_2_are_read(tmp_path: Path) -> None:
+    file = saved(tmp_path)
+    as_in_version_2(file)
+    with safe_open(file, "pt") as opened:
+        assert "1.tail_k" in opened.keys()  # noqa: SIM118
+    assert same(KVMixCache.load(file, quantized()), prompted())
+
+
+def test_the_names_of_a_file_belong_to_its_version(tmp_path: Path) -> None:
+    """Other ones need another version."""
+    names = {name.partition(".")[2] for name in load_file(saved(tmp_path)) if name != "lengths"}
+    assert names == {f"{part}_{side}" for part in ("sink", "packed", "recent") for side in "kv"}
+    assert cache_file.VERSION == 3
 
 
 def flip(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
