@@ -33,7 +33,7 @@ from kvmix_compile.passes.measure import sensitivity
 from kvmix_compile.passes.measure.importance import Importance, measure
 
 RESULTS = Path(__file__).parent / "results"
-SINKS, RECENT = RECENT_WINDOWS["window"]
+SINKS, RECENT = RECENT_WINDOWS["fixed"]
 STUDIES = ("ingredients", "calibration")
 CALIBRATION_TOKENS = (512, 1024, 2048, 4096, 8192)
 

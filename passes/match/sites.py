@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -369,7 +370,7 @@ def _before_repeat(node: fx.Node, query_heads: int, captured: Captured) -> fx.No
     """
     dim = _shape(node)[-1]
     best = node
-    for source in behind_layout(node, LAYOUT - {"to"}):
+    for source in islice(behind_layout(node, LAYOUT - {"to"}), 1, None):
         if _is_heads(source, captured) and _shape(source)[-1] == dim and _repeats(source, node, query_heads, captured):
             best = source
     return best

@@ -5,11 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.benchmark_modules import benchmark
 from tests.helpers.repository import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "models.json"
@@ -44,9 +44,9 @@ def test_a_recurrence_is_refused_in_both_ways(sample: dict[str, dict[str, Any]])
     assert row["text"] is row["backend"] is None and not row["failures"]
 
 
-def test_the_page_is_what_the_results_say() -> None:
-    table = benchmark("model_table").table
-    assert table(json.loads(RESULTS.read_text(encoding="utf-8"))) == PAGE.read_text(encoding="utf-8")
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
+    run("--table", "--page", str(tmp_path / "models.md"))
+    assert (tmp_path / "models.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
 
 
 def test_enough_models_work_and_no_refusal_is_a_traceback() -> None:

@@ -103,6 +103,7 @@ def test_the_original_and_a_lossless_plan_agree(configurations: list[Configurati
     assert original.perplexity == pytest.approx(math.exp(sum(expected) / 2), rel=1e-4)
     assert (original.divergence.largest, original.agreement, original.probability_change) == (0.0, 1.0, 0.0)
     assert lossless.perplexity == pytest.approx(original.perplexity, rel=1e-4)
+    assert lossless.divergence.mean < 1e-6
     assert lossless.divergence.largest < 1e-5
     assert lossless.agreement > 0.99
 
