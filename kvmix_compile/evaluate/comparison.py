@@ -1,16 +1,15 @@
 """Configurations of one model side by side: one pass over a text gives every figure of every one of them."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.configurations import Configuration
-from kvmix_compile.evaluate.divergence import Divergence, Predictions
-from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW, Chunk, read, summed_loss, windowed
+from kvmix_compile.evaluate.divergence import Divergence, Predictions, Reference
+from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW, read, windowed
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.progress import progress_bar
 
@@ -51,16 +50,17 @@ def compare(
     """
     chunks = windowed(ids, chunk, window)
     _check_length(configurations, min(window, ids.numel()))
-    original, *others = [_Reader(configuration) for configuration in configurations]
+    targets = sum(piece.targets.numel() for piece in chunks)
+    original, *others = [_Reader(configuration, Predictions(targets)) for configuration in configurations]
     with progress_bar("reading", len(chunks) * len(configurations), progress) as advance:
         for piece in chunks:
-            reference = None
+            reference: Reference | None = None
             for reader in (original, *others):
                 if piece.opens_window:
                     reader.cache = reader.configuration.new_cache()
-                logits = read(reader.configuration.model, piece.given, reader.cache)[: piece.targets.numel()].float()
-                reference = logits.log_softmax(-1) if reference is None else reference
-                reader.add(logits, piece, reference)
+                logits = read(reader.configuration.model, piece.given, reader.cache)[: piece.targets.numel()]
+                reference = reference or Reference.of(logits)
+                reader.predictions.add(logits, reference, piece.targets.to(logits.device), piece.position)
                 if piece.closes_window:
                     reader.close_window()
                 advance()
@@ -79,23 +79,12 @@ def _check_length(configurations: Sequence[Configuration], longest: int) -> None
 
 @dataclass
 class _Reader:
-    """One configuration on its way through the text: its cache, and sums over the tokens predicted so far."""
+    """One configuration on its way through the text: its cache, and what it predicted so far."""
 
     configuration: Configuration
+    predictions: Predictions
     cache: Any = None
     held_bits: float | None = None
-    tokens: int = 0
-    loss: float = 0.0
-    predictions: Predictions = field(default_factory=Predictions)
-
-    def add(self, logits: Tensor, piece: Chunk, reference: Tensor) -> None:
-        """Count predictions, `logits` `[targets, vocabulary]`, of a chunk's targets; the original's are `reference`,
-        log-probabilities of the same shape.
-        """
-        targets = piece.targets.to(logits.device)
-        self.tokens += targets.numel()
-        self.loss += summed_loss(logits, targets)
-        self.predictions.add(logits.log_softmax(-1), reference, targets, piece.position)
 
     def close_window(self) -> None:
         if self.held_bits is None:
@@ -108,7 +97,7 @@ class _Reader:
             code_bits=chosen.code_bits,
             stored_bits=chosen.stored_bits,
             held_bits=float(self.held_bits or 0.0),
-            perplexity=math.exp(self.loss / self.tokens),
+            perplexity=self.predictions.perplexity,
             divergence=self.predictions.divergence(),
             agreement=self.predictions.agreement,
             probability_change=self.predictions.probability_change,

@@ -4,10 +4,12 @@ A mean hides what breaks first. In prose most tokens are easy, and a name or a b
 thousand.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # How many tokens of a window are averaged over, to see whether errors grow along it.
@@ -31,43 +33,70 @@ class Divergence:
     by_position: tuple[float, ...]
 
 
-@dataclass
-class Predictions:
-    """Next-token distributions beside the original's, as they come.
+@dataclass(frozen=True)
+class Reference:
+    """What the original predicts of a chunk, `[tokens, vocabulary]` each but the last, `[tokens]`."""
 
-    agreement: share of the tokens where the most likely next token is the original's.
-    probability_change: root of the mean square by which the probability of the token that follows differs.
+    log_probabilities: Tensor
+    probabilities: Tensor
+    most_likely: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Reference:
+        log_probabilities = logits.float().log_softmax(-1)
+        return cls(log_probabilities, log_probabilities.exp(), log_probabilities.argmax(-1))
+
+
+class Predictions:
+    """Next-token distributions beside the original's, as they come, of so many tokens in all.
+
+    What is kept has its place from the start. Small tensors made between the logits of one chunk and the next would
+    leave gaps that the next ones do not fit into: gigabytes of them after a thousand chunks.
+
+    loss: cross-entropy in nats, summed.
     """
 
-    divergences: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    changes: list[Tensor] = field(default_factory=list)
-    agreed: int = 0
+    def __init__(self, tokens: int) -> None:
+        self._divergences, self._changes = torch.empty(tokens), torch.empty(tokens)
+        self._positions = torch.empty(tokens, dtype=torch.int64)
+        self._tokens = self._agreed = 0
+        self.loss = 0.0
 
-    def add(self, predicted: Tensor, original: Tensor, targets: Tensor, position: int) -> None:
-        """Take in the log-probabilities `[tokens, vocabulary]` that a model and the original gave, of targets int64
+    def add(self, logits: Tensor, original: Reference, targets: Tensor, position: int) -> None:
+        """Take in the logits `[tokens, vocabulary]` that a model gave where the original gave others, of targets int64
         `[tokens]`. position: that of the first one in its window.
         """
-        divergences = F.kl_div(predicted, original, reduction="none", log_target=True).sum(-1)
+        predicted = logits.float().log_softmax(-1)
+        here = slice(self._tokens, self._tokens + targets.numel())
+        self._tokens = here.stop
+        self._positions[here] = torch.arange(position, position + targets.numel())
+        self._agreed += int((predicted.argmax(-1) == original.most_likely).sum())
+        of_targets, expected = (
+            side.gather(-1, targets[:, None]).flatten() for side in (predicted, original.log_probabilities)
+        )
+        self.loss -= of_targets.sum().item()
+        self._changes[here] = of_targets.exp() - expected.exp()
+        differences = torch.sub(original.log_probabilities, predicted, out=predicted)
         # Rounding leaves the divergence of two equal distributions a little below zero.
-        self.divergences.append(divergences.clamp(min=0).cpu())
-        self.positions.append(torch.arange(position, position + targets.numel()))
-        probabilities = (side.gather(-1, targets[:, None]).exp() for side in (predicted, original))
-        self.changes.append(torch.sub(*probabilities).flatten().cpu())
-        self.agreed += int((predicted.argmax(-1) == original.argmax(-1)).sum())
+        self._divergences[here] = differences.mul_(original.probabilities).sum(-1).clamp_(min=0)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss / self._tokens)
 
     @property
     def agreement(self) -> float:
-        return self.agreed / sum(part.numel() for part in self.divergences)
+        """Share of the tokens where the most likely next token is the original's."""
+        return self._agreed / self._tokens
 
     @property
     def probability_change(self) -> float:
-        return torch.cat(self.changes).square().mean().sqrt().item()
+        """Root of the mean square by which the probability of the token that follows differs."""
+        return self._changes[: self._tokens].square().mean().sqrt().item()
 
     def divergence(self) -> Divergence:
         """Of all that was taken in."""
-        found = torch.cat(self.divergences).double()
-        bins = torch.cat(self.positions) // POSITION_BIN
+        found, bins = self._divergences[: self._tokens].double(), self._positions[: self._tokens] // POSITION_BIN
         median, percent, permille = found.quantile(found.new_tensor([0.5, 0.99, 0.999])).tolist()
         return Divergence(
             mean=found.mean().item(),

@@ -17,7 +17,7 @@ from kvmix_compile.evaluate import baselines, comparison
 from kvmix_compile.evaluate.baselines import Quantized, check_baselines, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import Result, compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
-from kvmix_compile.evaluate.divergence import Divergence
+from kvmix_compile.evaluate.divergence import Divergence, Predictions, Reference
 from kvmix_compile.evaluate.held_out import held_out_english
 from kvmix_compile.evaluate.passkey import INTRODUCTION, QUESTION, SENTENCE, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
@@ -144,6 +144,18 @@ def test_divergence_is_told_along_the_window(model: PreTrainedModel) -> None:
     ]
     expected = [torch.cat([part[begin : begin + 256] for part in windows]).mean().item() for begin in (0, 256)]
     assert compared.divergence.by_position == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_kept_of_predictions_has_its_place_before_the_first_logits() -> None:
+    """Small tensors that stay, made between large ones that go, would leave gaps too small for the next large ones."""
+    predictions, logits = Predictions(30), torch.randn(10, 64)
+    kept = {name: item.data_ptr() for name, item in vars(predictions).items() if isinstance(item, Tensor)}
+    for position in (0, 10, 20):
+        predictions.add(logits + 1, Reference.of(logits), torch.arange(10), position)
+    after = {name: item.data_ptr() for name, item in vars(predictions).items() if isinstance(item, Tensor)}
+    assert after == kept
+    assert not any(isinstance(item, list | dict) for item in vars(predictions).values())
+    assert predictions.perplexity == pytest.approx(F.cross_entropy(logits, torch.arange(10)).exp().item())
 
 
 def test_bits_are_the_plans_and_the_caches(configurations: list[Configuration]) -> None:
