@@ -31,6 +31,7 @@ from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure import sensitivity
 from kvmix_compile.passes.measure.importance import Importance, measure
+from kvmix_compile.passes.rewrite import rotation
 
 RESULTS = Path(__file__).parent / "results"
 SINKS, RECENT = RECENT_WINDOWS["fixed"]
@@ -113,8 +114,9 @@ def storage(importance: Importance) -> dict[str, Plan]:
 
 
 def changed_quantizers() -> dict[str, AbstractContextManager[object]]:
-    """The quantizer, changed within each context."""
+    """What is quantized, or how, changed within each context."""
     return {
+        "values as they are, not rotated": patch.object(rotation, "block_of", lambda channels: 1),
         "2-bit keys keep their whole range": patch.object(packing, "KEYS_KEPT_RANGE", {}),
         "one bit offered as well": patch.object(sensitivity, "CANDIDATE_BITS", (1, 2, 3, 4, 8)),
     }

@@ -22,6 +22,7 @@ from kvmix_compile.passes.capture.sizes import Size, size_reader
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
+from kvmix_compile.passes.rewrite.rotation import there
 from kvmix_compile.passes.rewrite.static import rewrite_static
 from kvmix_compile.runtime.cache_format import CacheFormat
 from kvmix_compile.runtime.inductor import own_compiled_code, symbolic_sizes
@@ -187,6 +188,8 @@ class StaticGraph:
                 key = key * powers_of_two(stored.key_exponents, -1, key)
             if stored.value_exponents:
                 value = value * powers_of_two(stored.value_exponents, -1, value)
+            if stored.values_rotated:
+                value = value @ there(value.shape[-1], value)
             chunk = Chunk(key=key, value=value, lengths=cache.lengths, starts=starts)
             torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))
         cache.advance(seen, starts)

@@ -18,15 +18,15 @@ from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
-VERSION = 5
-# Version 4 is the same but for the name of one field.
-READ_VERSIONS = (4, VERSION)
+VERSION = 6
+# Version 5 has no rotated values, and version 4 another name for one field.
+READ_VERSIONS = (4, 5, VERSION)
 RENAMED = {"channel_quarters": "channel_tiers"}
 
 # Powers of two that float32 and bfloat16 have, and their inverses too.
 MOST_EXPONENT = 120
 
-FieldType = TypeVar("FieldType", str, int, dict, list)
+FieldType = TypeVar("FieldType", str, int, bool, dict, list)
 
 
 class PlanError(KVMixError):
@@ -43,6 +43,7 @@ class SitePlan(Shaped):
         channel's tier, from 0, the most important one, to 3. Else empty.
     key_exponents, value_exponents: for each head the power of two by which its quantized keys or values are divided
         (see passes.measure.exponents); empty: by none.
+    values_rotated: whether its values are stored rotated (see passes.rewrite.rotation).
     """
 
     layer: str
@@ -52,6 +53,7 @@ class SitePlan(Shaped):
     channel_tiers: tuple[str, ...] = ()
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
+    values_rotated: bool = False
 
     def __post_init__(self) -> None:
         dimensions = (self.kv_heads, self.key_dim, self.value_dim)
@@ -81,7 +83,7 @@ class SitePlan(Shaped):
     def unquantized(self) -> SitePlan:
         """The same at 16 bits."""
         untouched = Precision(UNQUANTIZED_BITS)
-        return replace(self, key=untouched, value=untouched, channel_tiers=(), key_exponents=(), value_exponents=())
+        return SitePlan(self.layer, self.shape, key=untouched, value=untouched)
 
     @property
     def channel_order(self) -> list[list[int]] | None:
@@ -96,13 +98,14 @@ class StoredSite:
     """What a rewritten graph is told of one site.
 
     layout: of its state. channel_order: for each head its key's channels in the order that they are kept in; None: the
-    model's. key_exponents, value_exponents: as in SitePlan.
+    model's. key_exponents, value_exponents, values_rotated: as in SitePlan.
     """
 
     layout: StateLayout
     channel_order: list[list[int]] | None = None
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
+    values_rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,13 @@ class Plan:
     def stored_sites(self) -> tuple[StoredSite, ...]:
         """What a rewritten graph is told of each site."""
         return tuple(
-            StoredSite(layout, site.channel_order, site.key_exponents, site.value_exponents)
+            StoredSite(
+                layout=layout,
+                channel_order=site.channel_order,
+                key_exponents=site.key_exponents,
+                value_exponents=site.value_exponents,
+                values_rotated=site.values_rotated,
+            )
             for site, layout in zip(self.sites, self.layouts(), strict=True)
         )
 
@@ -302,6 +311,8 @@ def _site_record(site: SitePlan) -> dict[str, object]:
         record["key_exponents"] = site.key_exponents
     if site.value_exponents:
         record["value_exponents"] = site.value_exponents
+    if site.values_rotated:
+        record["values_rotated"] = True
     return record
 
 
@@ -345,6 +356,7 @@ def _site_plan(record: object, where: str) -> SitePlan:
         channel_tiers=_channel_tiers(record, where),
         key_exponents=_integers(record, "key_exponents", where),
         value_exponents=_integers(record, "value_exponents", where),
+        values_rotated=_field(record, "values_rotated", bool, where) if "values_rotated" in record else False,
     )
 
 

@@ -6,7 +6,7 @@ taken back exactly: queries are multiplied by the power of their keys, what atte
 There is room for elements 16 times as large as any that was seen, beyond which they are clamped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
+from kvmix_compile.passes.rewrite.rotation import there
 
 # A head whose largest element lies between these is stored as it is. With 8 bits, steps between the codes of the least
 # one are float16 with all its digits.
@@ -55,7 +56,8 @@ def with_fitting_exponents(plan: Plan, captured: Captured, sites: Sequence[Atten
     if not any(site.key.is_quantized or site.value.is_quantized for site in plan.sites):
         return plan
     tokens = min(plan.sinks + PROBE_TOKENS, captured.longest_context or plan.sinks + PROBE_TOKENS)
-    seen = _Ranges(captured, sites).on(tokens, min(plan.sinks, tokens - 1))
+    rotated = {site.layer for site in plan.sites if site.values_rotated}
+    seen = _Ranges(captured, sites, rotated).on(tokens, min(plan.sinks, tokens - 1))
     return replace(plan, sites=tuple(_fitting(site, *seen[site.layer]) for site in plan.sites))
 
 
@@ -78,9 +80,11 @@ def _kept_or_new(planned: tuple[int, ...], largest: Tensor) -> tuple[int, ...]:
 class _Ranges(fx.Interpreter):
     """Runs the captured graph and looks at what the sites would store."""
 
-    def __init__(self, captured: Captured, sites: Sequence[AttentionSite]) -> None:
+    def __init__(self, captured: Captured, sites: Sequence[AttentionSite], rotated: Set[str]) -> None:
+        """rotated: the layers whose values are."""
         super().__init__(captured.module)
         self.captured, self.sites = captured, sites
+        self.rotated = {site.value for site in sites if site.layer in rotated}
         self.watched = {node for site in sites for node in (site.key, site.value)}
         self.largest: dict[fx.Node, Tensor] = {}
         self.first = 0
@@ -101,7 +105,8 @@ class _Ranges(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
         if node in self.watched:
-            self.largest[node] = largest_of(value[0, :, self.first :])
+            heads = value[0, :, self.first :]
+            self.largest[node] = largest_of(heads @ there(heads.shape[-1], heads) if node in self.rotated else heads)
         return value
 
 

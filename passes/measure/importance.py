@@ -4,12 +4,13 @@ One forward and one backward of the captured graph for each calibration row give
 
 - the KVmix score (arXiv 2506.08018): the norm of the loss's gradient with respect to the weights of the key and of the
   value projection;
-- the sensitivity to each candidate precision: half the sum over a head's channels of (sum over a row's tokens of
-  gradient x quantization error)^2. This is the second-order increase of the loss, with the Hessian replaced by the
-  empirical Fisher information, of which only what joins the tokens of one channel is kept.
+- the sensitivity to each candidate precision: half the sum, over the tokens that read and a head's channels, of (sum
+  over the stored tokens of how the loss changes with this read x quantization error)^2. This is the second-order
+  increase of the loss, with the Hessian replaced by the empirical Fisher information, of which only what joins the
+  stored tokens that one token reads through one channel is kept.
   Unlike the score, it compares keys with values and one precision with another, because the error is the one that the
-  quantizer really makes. The gradient is with respect to the *stored* keys and values, those that a later token reads
-  from the cache in quantized form: what it reads of recent tokens and of attention sinks has no error to multiply.
+  quantizer really makes. Only reads of *stored* keys and values count, those that a later token reads from the cache
+  in quantized form: what it reads of recent tokens and of attention sinks has no error to multiply.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
-from kvmix_compile.passes.measure.stored_gradients import stored_gradients
+from kvmix_compile.passes.measure.stored_reads import stored_reads
+from kvmix_compile.passes.rewrite.rotation import back, there
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class Importance:
         quantized = list(compress(self.sites, packed))
         chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget) if quantized else ()
         untouched, in_order = Precision(UNQUANTIZED_BITS), iter(chosen)
+        # The published methods store values as they are.
+        rotated = policy == "fisher"
         sites = tuple(
-            _site_plan(site, *(next(in_order) if is_quantized else (untouched, untouched)))
+            _site_plan(site, *(next(in_order) if is_quantized else (untouched, untouched)), rotated)
             for site, is_quantized in zip(self.sites, packed, strict=True)
         )
         return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
@@ -89,7 +93,7 @@ def check_reachable(
     importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
 
 
-def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePlan:
+def _site_plan(site: SiteImportance, key: Precision, value: Precision, rotated: bool) -> SitePlan:
     return SitePlan(
         layer=site.layer,
         shape=site.shape,
@@ -98,6 +102,7 @@ def _site_plan(site: SiteImportance, key: Precision, value: Precision) -> SitePl
         channel_tiers=site.channel_tiers if key.important_bits else (),
         key_exponents=site.key_exponents if key.is_quantized else (),
         value_exponents=site.value_exponents if value.is_quantized else (),
+        values_rotated=rotated and value.is_quantized,
     )
 
 
@@ -236,11 +241,14 @@ class _Recorder(fx.Interpreter):
             )
             slope = gradients[site.output][0]
             logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-            slopes = stored_gradients(
+            key_reads, value_reads = stored_reads(
                 queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits
             )
-            key.add_sensitivity(site_keys, slopes[0], sinks, tokens - sinks - recent)
-            value.add_sensitivity(site_values, slopes[1], sinks, tokens - sinks - recent)
+            key.add(site_keys, key_reads, sinks, tokens - sinks - recent)
+            # As they are stored, which is rotated.
+            rotated = site_values @ there(site.value_dim, site_values)
+            turned = value_reads.of_turned(back(site.value_dim, value_reads.vectors))
+            value.add(rotated, turned, sinks, tokens - sinks - recent)
         self.values.clear()
         return loss.item()
 

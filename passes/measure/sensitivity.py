@@ -10,6 +10,7 @@ from kvmix_compile.kernels.format.packing import dequantize_block, quantize_bloc
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, TIERS, Axis, Precision
 from kvmix_compile.passes.allocate.policies import PUBLISHED_GROUP
 from kvmix_compile.passes.measure.exponents import check_finite, exponents_of, largest_of
+from kvmix_compile.passes.measure.stored_reads import StoredReads
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 
 # What fisher chooses from. 4-bit scales cost SmolLM2-135M 0.1 of perplexity and save 0.7 bits an element.
@@ -38,37 +39,30 @@ class Tally:
     largest: Tensor | None = None
     # Of each candidate, what each channel of each head loses: [heads, dim].
     sensitivity: dict[Precision, Tensor] = field(default_factory=dict)
-    # The same with errors squared token by token. It says less of a sum, and of one channel more reliably: a row gives
-    # it many numbers, and the other a single one.
-    diagonal: dict[Precision, Tensor] = field(default_factory=dict)
 
-    def add_sensitivity(self, values: Tensor, slope: Tensor, sinks: int, predictions: int) -> None:
-        """Add one row: `values` `[kv_heads, tokens, dim]`, of which the first `sinks` tokens are not quantized, and the
-        gradient of the summed loss of so many `predictions` with respect to what is stored of them.
+    def add(self, values: Tensor, reads: StoredReads, sinks: int, predictions: int) -> None:
+        """Add one row: `values` `[kv_heads, tokens, dim]`, of which the first `sinks` tokens are not quantized, and how
+        what is stored of them is read; the loss is the sum of so many `predictions`.
         """
         heads, tokens, dim = values.shape
         blocks = max(1, (tokens - sinks) // BLOCK_TOKENS)
         # Blocks begin behind the sinks, as in the cache. What is left over is recent, and read by nobody from storage.
         first = min(sinks, tokens - blocks * BLOCK_TOKENS)
         quantized = slice(first, first + blocks * BLOCK_TOKENS)
-        shape = (heads, blocks, BLOCK_TOKENS, dim)
         largest = largest_of(values[:, quantized])
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
-        powers = powers_of_two(exponents_of(largest) or [0] * heads, 1, slope).view(heads, 1, 1, 1)
-        # What is stored, and what a change of that means.
-        original = values[:, quantized].reshape(shape).float() / powers
-        slope = slope[:, quantized].reshape(shape) * powers
+        powers = powers_of_two(exponents_of(largest) or [0] * heads, 1, reads.vectors).view(heads, 1, 1, 1)
+        original = values[:, quantized].reshape(heads, blocks, BLOCK_TOKENS, dim).float() / powers
         for candidate in self.candidates:
-            error = torch.zeros_like(original)
+            loss = original.new_zeros(heads, dim, dtype=torch.float64)
             if candidate.is_quantized:
                 packed = quantize_block(original, candidate, self.axis)
-                error = dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original
-            # Added up before it is squared: errors that are alike in many tokens add up in attention too.
-            change = slope * error
-            together = 0.5 * change.sum((1, 2)).double().square() / predictions
-            apart = 0.5 * change.square().sum((1, 2)).double() / predictions
-            self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + together
-            self.diagonal[candidate] = self.diagonal.get(candidate, 0) + apart
+                error = (dequantize_block(packed, candidate, self.axis, dim, torch.float32) - original) * powers
+                # Added up before it is squared: errors that are alike in many tokens add up in attention too. Those of
+                # different reading tokens meet in different predictions.
+                changes = reads.changes(error.flatten(1, 2), quantized)
+                loss = 0.5 * changes.double().square().sum((1, 2)) / predictions
+            self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
 
     def exponents(self) -> tuple[int, ...]:
         """By which power of two each head is to be divided; see passes.measure.exponents."""
@@ -92,7 +86,7 @@ class Tally:
         """The tier, 0 to 3, of each channel of each head, int64 `[heads, dim]`; 0 for the channels that would lose
         most at the poorest candidate.
         """
-        poorest = max(self.diagonal.values(), key=lambda loss: loss.sum().item())
+        poorest = max(self.sensitivity.values(), key=lambda loss: loss.sum().item())
         ranks = poorest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return ranks * TIERS // poorest.shape[-1]
 

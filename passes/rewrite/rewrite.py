@@ -26,6 +26,7 @@ from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.lengths import check_lengths
 from kvmix_compile.passes.rewrite.positions import shift_positions
 from kvmix_compile.passes.rewrite.powers import multiply_output, with_divided_inputs
+from kvmix_compile.passes.rewrite.rotation import turn_back, with_rotated_values
 
 # The six tensors of kernels.format.state.SiteState, in its order.
 STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "recent_key", "recent_value")
@@ -118,12 +119,17 @@ def rewrite_site(
         constant = torch.tensor(stored.channel_order, device=site.key.meta["val"].device)
         module.register_buffer(name, constant, persistent=False)
         site = _with_ordered_channels(module.graph, site, name)
+    # Divided first: what is rotated fits then, and so does what is turned back.
     site = with_divided_inputs(module, site, index, stored)
+    if stored.values_rotated:
+        site = with_rotated_values(module, site)
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
     attended = _attend_and_append(module.graph, site, index, counts, state, stored.layout.storage)
     multiply_output(module, site, attended, index, stored)
+    if stored.values_rotated:
+        turn_back(module, site, attended)
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:

@@ -46,10 +46,14 @@ def plan_for(name: str, key: Precision = LOSSLESS, value: Precision = LOSSLESS) 
 
 @cache
 def low(name: str) -> Plan:
-    """Keys with important channels, the even ones, and values of 2 bits."""
+    """Keys with important channels, the even ones, and rotated values of 2 bits."""
     key, tiers = Precision(2, 32, 4, important_bits=(4, 3)), "3120" * 8
     sites = plan_for(name, value=Precision(2, 32, 4)).sites
-    important = tuple(replace(site, key=key, channel_tiers=(tiers,) * site.kv_heads) for site in sites)
+    of_heads = [(tiers,) * site.kv_heads for site in sites]
+    important = tuple(
+        replace(site, key=key, channel_tiers=of_head, values_rotated=True)
+        for site, of_head in zip(sites, of_heads, strict=True)
+    )
     return replace(plan_for(name), sites=important)
 
 

@@ -19,6 +19,7 @@ from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure.importance import Importance, fingerprint, measure
 from kvmix_compile.passes.measure.sensitivity import CANDIDATE_TIERS, candidates_for
+from kvmix_compile.passes.rewrite.rotation import back, there
 
 SINKS, RECENT = 8, 32
 
@@ -106,7 +107,9 @@ def test_gradient_norms_are_those_of_the_models_own_weights(captured, name: str)
 
 
 def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured, monkeypatch) -> None:
-    """Against a computation of its own: attention in the model that reads old keys and values from leaves."""
+    """Against a computation of its own: attention in the model whose tokens read old keys and values from leaves, each
+    from one of its own.
+    """
     graph = captured("fused_arange")
     model, importance = graph.model, measured(graph)
     stored: list[tuple[Tensor, Tensor]] = []
@@ -118,11 +121,14 @@ def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured,
         sinks, recent = int(SINKS / shortened), int(RECENT / shortened)
         token = torch.arange(tokens)
         old = (token[:, None] - token >= recent) & (token >= sinks)
-        stored.append((key.detach().requires_grad_(), value.detach().requires_grad_()))
-        stored_key, stored_value = stored[-1]
-        scores = torch.where(old, query @ stored_key.mT, query @ key.mT) / query.shape[-1] ** 0.5
+        # [batch, heads, reading tokens, stored tokens, dim]
+        leaves = [side.detach()[:, :, None].repeat(1, 1, tokens, 1, 1).requires_grad_() for side in (key, value)]
+        stored.append((leaves[0], leaves[1]))
+        scores_of_old = (query[:, :, :, None] * leaves[0]).sum(-1)
+        scores = torch.where(old, scores_of_old, query @ key.mT) / query.shape[-1] ** 0.5
         weights = scores.masked_fill(token > token[:, None], -torch.inf).softmax(-1)
-        return weights.masked_fill(~old, 0) @ stored_value + weights.masked_fill(old, 0) @ value
+        of_old = (weights.masked_fill(~old, 0)[..., None] * leaves[1]).sum(-2)
+        return of_old + weights.masked_fill(old, 0) @ value
 
     monkeypatch.setattr(plain.F, "scaled_dot_product_attention", attention)
     expected: dict[tuple[str, Precision], float] = {}
@@ -135,10 +141,15 @@ def test_sensitivity_is_half_the_squared_sum_of_gradients_times_errors(captured,
             sinks, recent = int(SINKS / shortened), int(RECENT / shortened)
             blocks = (len(row) - sinks) // 32
             for leaf, axis in zip(stored[1], (Axis.TOKENS, Axis.CHANNELS), strict=True):
-                kept, slope = (tensor[0, :, sinks : sinks + 32 * blocks] for tensor in (leaf.detach(), leaf.grad))
+                assert leaf.grad is not None
+                kept = leaf.detach()[0, :, 0, sinks : sinks + 32 * blocks]
+                slope = leaf.grad[0, :, :, sinks : sinks + 32 * blocks]
+                if axis == Axis.CHANNELS:  # stored rotated
+                    kept, slope = kept @ there(16, kept), slope @ back(16, slope).T
                 for precision in candidates_for(16, axis):
                     error = round_trip(kept, precision, axis, blocks) - kept
-                    loss = 0.5 * (slope * error).sum(dim=1).square().sum().item() / (len(row) - sinks - recent)
+                    change = (slope * error[:, None]).sum(dim=2)
+                    loss = 0.5 * change.square().sum().item() / (len(row) - sinks - recent)
                     expected[axis, precision] = expected.get((axis, precision), 0.0) + loss / len(rows())
     site = importance.sites[1]
     for precision in candidates_for(16, Axis.TOKENS):

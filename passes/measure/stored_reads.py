@@ -1,10 +1,12 @@
-"""Stored gradients: how the loss changes with the keys and values that are read from the cache in quantized form.
+"""Stored reads: how the loss changes with each read of keys and values that the cache holds in quantized form.
 
 Attention reads a key or value many times: by the tokens right behind it while it is still in full precision, and by all
-later ones as it is stored. Only the reads from storage see the quantization error, so only their part of the gradient
-counts. It follows from the gradient of attention's output alone (FlashAttention, arXiv 2205.14135, appendix B.2), with
+later ones as it is stored. Only the reads from storage see the quantization error, so only they count. How much each
+does follows from the gradient of attention's output alone (FlashAttention, arXiv 2205.14135, appendix B.2), with
 everything but the reads from storage masked out.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -14,7 +16,35 @@ from torch import Tensor
 from kvmix_compile.passes.match.masks import ScoreFunction
 
 
-def stored_gradients(
+@dataclass(frozen=True)
+class StoredReads:
+    """What an error `[kv_heads, tokens, dim]` of stored keys, or values, does to the loss: through channel c of what
+    token t reads with a query head, ``(weights @ error)[t, c] * vectors[t, c]``, to first order.
+
+    weights: float32 `[kv_heads, query heads of each, tokens, tokens]`, 0 where token t (the last but one dimension)
+        reads another in full precision, or not at all.
+    vectors: float32 `[kv_heads, query heads of each, tokens, dim]`.
+    """
+
+    weights: Tensor
+    vectors: Tensor
+
+    def changes(self, error: Tensor, tokens: slice) -> Tensor:
+        """Of the loss, as above, `[kv_heads, query heads of each, tokens, dim]`, where the error, `[kv_heads, n, dim]`,
+        is that of these tokens.
+        """
+        return (self.weights[..., tokens] @ error[:, None]) * self.vectors
+
+    def gradient(self) -> Tensor:
+        """Of the loss with respect to what is stored, `[kv_heads, tokens, dim]`."""
+        return (self.weights.mT @ self.vectors).sum(1)
+
+    def of_turned(self, matrix: Tensor) -> StoredReads:
+        """The same where what is stored, times `matrix`, is what was stored."""
+        return StoredReads(self.weights, self.vectors @ matrix.T)
+
+
+def stored_reads(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -23,14 +53,13 @@ def stored_gradients(
     sinks: int,
     recent: int,
     sink_logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the stored keys and values of one row.
+) -> tuple[StoredReads, StoredReads]:
+    """The reads of stored keys, and those of stored values, of one row.
 
     `query` `[query heads, tokens, key_dim]`, `key` `[kv_heads, tokens, key_dim]`, `value` `[kv_heads, tokens,
     value_dim]`; `gradient` `[query heads, tokens, value_dim]`, that with respect to attention's output. A token
     is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never. `sink_logits`
     `[query heads]`: scores without values.
-    Returns float32 of the shapes of `key` and `value`.
     """
     heads = key.shape[0]
     attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
@@ -40,13 +69,13 @@ def stored_gradients(
     queries, gradients, logits, slopes = (
         part.float().unflatten(0, (heads, -1)) for part in (query, gradient, logits, slopes)
     )
-    # A head at a time: its weights are a matrix of tokens by tokens for each query head.
+    # A head at a time: what is worked out on the way are several matrices of tokens by tokens for each query head.
     pairs = [
         _of_head(_Head(*parts), function, attends, stored)
         for parts in zip(queries, key.float(), value.float(), gradients, logits, slopes, strict=True)
     ]
-    key_gradients, value_gradients = zip(*pairs, strict=True)
-    return torch.stack(key_gradients), torch.stack(value_gradients)
+    key_weights, value_weights = (torch.stack(weights) for weights in zip(*pairs, strict=True))
+    return StoredReads(key_weights, queries), StoredReads(value_weights, gradients)
 
 
 def _reads(
@@ -78,6 +107,7 @@ class _Head:
 
 
 def _of_head(head: _Head, function: ScoreFunction, attends: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """How much each read of a key weighs, and each of a value, `[query heads, tokens, tokens]`."""
     query, key, gradient = head.query, head.key, head.gradient
     scores = query @ key.T * function.scale
     bend = torch.ones_like(scores)
@@ -91,5 +121,4 @@ def _of_head(head: _Head, function: ScoreFunction, attends: Tensor, stored: Tens
     mean = (gradient * (weights @ head.value)).sum(-1, keepdim=True)
     weights_read = weights * stored
     score_gradients = weights_read * (gradient @ head.value.T - mean) * bend
-    key_gradient = (score_gradients.mT @ query).sum(0) * function.scale
-    return key_gradient, (weights_read.mT @ gradient).sum(0)
+    return score_gradients * function.scale, weights_read

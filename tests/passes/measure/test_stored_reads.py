@@ -1,4 +1,4 @@
-"""Stored gradients are autograd's, where what is read from storage is a variable of its own."""
+"""How reads of stored keys and values change the loss: as autograd says of leaves that only those reads see."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction
-from kvmix_compile.passes.measure.stored_gradients import stored_gradients
+from kvmix_compile.passes.measure.stored_reads import stored_reads
 
 TOKENS, SINKS, RECENT = 20, 3, 6
 CAUSAL = ScoreFunction(0.3, 0.0, Mask("causal"))
@@ -78,9 +78,12 @@ def test_they_are_autograds(
     function = replace(function, slopes=function.slopes[: 2 * shared])
     q, k, v, slope = random(2 * shared, 8), random(2, 8), random(2, 5), random(2 * shared, 5)
     options = (function, sinks, recent, torch.randn(2 * shared) if with_sink_logits else None)
-    found = stored_gradients(q, k, v, slope, *options)
-    for gradient, expected in zip(found, by_autograd(q, k, v, slope, *options), strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    found = stored_reads(q, k, v, slope, *options)
+    for reads, expected in zip(found, by_autograd(q, k, v, slope, *options), strict=True):
+        torch.testing.assert_close(reads.gradient(), expected, rtol=1e-4, atol=1e-5)
+        error = torch.randn(expected.shape)
+        changes = reads.changes(error, slice(None))
+        torch.testing.assert_close(changes.sum((1, 2)), (error * expected).sum(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +93,31 @@ def test_they_are_autograds(
 )
 def test_what_is_never_read_from_storage_has_none(function: ScoreFunction, recent: int) -> None:
     torch.manual_seed(0)
-    for gradient in stored_gradients(random(2, 8), random(2, 8), random(2, 5), random(2, 5), function, SINKS, recent):
-        assert not gradient.any()
+    for reads in stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), function, SINKS, recent):
+        assert not reads.weights.any()
+
+
+def test_a_token_reads_what_is_behind_it_alone() -> None:
+    torch.manual_seed(0)
+    for reads in stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT):
+        read = reads.weights[0, 0] != 0
+        token = torch.arange(TOKENS)
+        assert torch.equal(read, (token[:, None] - token >= RECENT) & (token >= SINKS))
+
+
+def test_what_is_stored_turned_is_read_turned() -> None:
+    torch.manual_seed(0)
+    _, reads = stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT)
+    matrix, error = torch.randn(5, 5), random(2, 5)
+    turned = reads.of_turned(matrix).changes(error, slice(None)).sum(-1)
+    torch.testing.assert_close(turned, reads.changes(error @ matrix, slice(None)).sum(-1))
 
 
 def test_half_precision_is_measured_in_single() -> None:
     torch.manual_seed(0)
     inputs = [random(2, 8).bfloat16() for _ in range(4)]
-    found = stored_gradients(*inputs, CAUSAL, SINKS, RECENT)
-    expected = stored_gradients(*(tensor.float() for tensor in inputs), CAUSAL, SINKS, RECENT)
-    assert all(torch.equal(*pair) and pair[0].dtype == torch.float32 for pair in zip(found, expected, strict=True))
+    found = stored_reads(*inputs, CAUSAL, SINKS, RECENT)
+    expected = stored_reads(*(tensor.float() for tensor in inputs), CAUSAL, SINKS, RECENT)
+    for reads, others in zip(found, expected, strict=True):
+        assert torch.equal(reads.weights, others.weights) and torch.equal(reads.vectors, others.vectors)
+        assert reads.weights.dtype == reads.vectors.dtype == torch.float32
