@@ -43,6 +43,7 @@ class Reference:
 
     @classmethod
     def of(cls, logits: Tensor) -> Reference:
+        """Of the original's logits `[tokens, vocabulary]`."""
         log_probabilities = logits.float().log_softmax(-1)
         return cls(log_probabilities, log_probabilities.exp(), log_probabilities.argmax(-1))
 
