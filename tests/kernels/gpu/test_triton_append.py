@@ -76,14 +76,18 @@ def test_it_writes_the_bytes_of_the_reference(
     pair.check()
 
 
+SHORTLY_BEFORE = [1, 1, 33, 1, 1, 1, 1, 28, *[1] * 8]
+
+
 @pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
 def test_token_by_token(important_bits: tuple[int, ...], bits: int) -> None:
     key, value = Precision(bits, 32, 4, important_bits), Precision(bits, 24, 16)
     layout = StateLayout(SiteShape(1, 32, 24), key=key, value=value, sinks=5, recent=32)
     pair = pair_of(layout, 1, torch.float32)
     k, v = random_chunk(layout, 1, 75, torch.float32, 1.0)
-    for token in range(75):
-        pair.append(k[:, :, token : token + 1], v[:, :, token : token + 1], torch.tensor([0]))
+    # The first block is full with the 38th token, and the second one with the 70th.
+    for some_k, some_v in zip(k.split(SHORTLY_BEFORE, dim=2), v.split(SHORTLY_BEFORE, dim=2), strict=True):
+        pair.append(some_k, some_v, torch.tensor([0]))
     pair.check()
 
 
