@@ -1,9 +1,11 @@
 """Cleanup: what export leaves in a graph and a rewritten graph must not keep."""
 
+from collections.abc import Callable
+
 from torch import Tensor, fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.graph.vocabulary import is_active_dropout, operation
+from kvmix_compile.passes.graph.vocabulary import is_active_dropout, operation, tensor_of
 
 # Checks that hold for the example's shapes; the rewritten graph sees others (a single token), and checks its own
 # inputs.
@@ -41,6 +43,28 @@ def accept_any_strides(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is ops.aten.view.default:
             node.target = ops.aten.reshape.default
+
+
+def with_constant(
+    module: fx.GraphModule,
+    operator: Callable[..., Tensor],
+    node: fx.Node,
+    before: fx.Node,
+    name: str,
+    constant: Callable[[Tensor], Tensor],
+) -> fx.Node:
+    """A new node in front of `before`: the operator of `node` and a constant of the module, of the shape of `node`.
+
+    `constant`: makes it for the value of `node`, unless the module has one of this name.
+    """
+    if not hasattr(module, name):
+        value = tensor_of(node)
+        assert value is not None, node
+        module.register_buffer(name, constant(value), persistent=False)
+    with module.graph.inserting_before(before):
+        found = module.graph.call_function(operator, (node, module.graph.get_attr(name)))
+    found.meta = dict(node.meta)
+    return found
 
 
 def _is_identity(node: fx.Node) -> bool:

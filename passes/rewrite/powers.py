@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kvmix_compile.passes.allocate.plan import StoredSite
-from kvmix_compile.passes.graph.vocabulary import tensor_of
+from kvmix_compile.passes.graph.edit import with_constant
 from kvmix_compile.passes.match.sites import AttentionSite
 
 
@@ -53,11 +53,6 @@ def _times(
     module: fx.GraphModule, node: fx.Node, before: fx.Node, name: str, exponents: Sequence[int], sign: int
 ) -> fx.Node:
     """`node` `[batch, heads, tokens, dim]` times powers of two that the module's constant `name` holds."""
-    value = tensor_of(node)
-    assert value is not None, node
-    module.register_buffer(name, powers_of_two(exponents, sign, value), persistent=False)
-    with module.graph.inserting_before(before):
-        constant = module.graph.get_attr(name)
-        product = module.graph.call_function(torch.ops.aten.mul.Tensor, (node, constant))
-    product.meta = dict(node.meta)
-    return product
+    return with_constant(
+        module, torch.ops.aten.mul.Tensor, node, before, name, lambda value: powers_of_two(exponents, sign, value)
+    )

@@ -5,12 +5,13 @@ which share scales, become alike. Attention gives a mean of values; that of rota
 matrices have entries of 1 and -1 alone, and divide by powers of two: both ways are exact but for the rounding of sums.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from kvmix_compile.passes.graph.vocabulary import tensor_of
+from kvmix_compile.passes.graph.edit import with_constant
 from kvmix_compile.passes.match.sites import AttentionSite
 
 
@@ -47,27 +48,20 @@ def _hadamard(channels: int, like: Tensor) -> Tensor:
 
 def with_rotated_values(module: fx.GraphModule, site: AttentionSite) -> AttentionSite:
     """The site with its values rotated."""
-    value = tensor_of(site.value)
-    assert value is not None, site.value
-    return replace(site, value=_times(module, site.value, site.output, "there", there(site.value_dim, value)))
+    return replace(site, value=_turned(module, site.value, site.output, site.value_dim, there))
 
 
 def turn_back(module: fx.GraphModule, site: AttentionSite, attended: fx.Node) -> None:
     """Turn what attention gives back, wherever it is used."""
-    value, users = tensor_of(attended), list(attended.users)
-    assert value is not None, attended
-    product = _times(module, attended, attended.next, "back", back(site.value_dim, value))
+    users = list(attended.users)
+    product = _turned(module, attended, attended.next, site.value_dim, back)
     for user in users:
         user.replace_input_with(attended, product)
 
 
-def _times(module: fx.GraphModule, node: fx.Node, before: fx.Node, way: str, matrix: Tensor) -> fx.Node:
-    """`node` `[batch, heads, tokens, dim]` times a matrix, which is a constant of the module, once for all sites."""
-    name = f"rotation_{way}_{len(matrix)}"
-    if name not in dict(module.named_buffers(recurse=False)):
-        module.register_buffer(name, matrix, persistent=False)
-    with module.graph.inserting_before(before):
-        constant = module.graph.get_attr(name)
-        product = module.graph.call_function(torch.ops.aten.matmul.default, (node, constant))
-    product.meta = dict(node.meta)
-    return product
+def _turned(
+    module: fx.GraphModule, node: fx.Node, before: fx.Node, channels: int, way: Callable[[int, Tensor], Tensor]
+) -> fx.Node:
+    """`node` `[batch, heads, tokens, channels]`, turned `there` or `back`. The matrix is made once for all sites."""
+    name = f"rotation_{way.__name__}_{channels}"
+    return with_constant(module, torch.ops.aten.matmul.default, node, before, name, lambda value: way(channels, value))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch.compiler import config as compiler_config
 from transformers import CompileConfig, PreTrainedModel, StaticCache
@@ -35,6 +34,7 @@ from tests.helpers.compiled import (
     logits,
     low,
     original,
+    padded,
     plan_for,
     static_cache,
 )
@@ -128,12 +128,6 @@ def test_bfloat16() -> None:
 
 
 # Generation
-
-
-def padded(tokens: int) -> tuple[Tensor, Tensor]:
-    mask = torch.ones(2, tokens, dtype=torch.int64)
-    mask[0, :7] = 0
-    return ids(tokens), mask
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from kvmix_compile.backend import storage as storage_module
 from kvmix_compile.errors import CacheError
 from tests.helpers.agreement import assert_states_agree
 from tests.helpers.cache_argument import with_cache
-from tests.helpers.compiled import SLOTS, close, held, ids, logits, original, static_cache, step
+from tests.helpers.compiled import SLOTS, close, held, ids, logits, original, padded, static_cache, step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,12 +25,6 @@ def dynamo_begins_anew() -> Iterator[None]:
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         yield
     torch._dynamo.reset()
-
-
-def padded(tokens: int) -> tuple[Tensor, Tensor]:
-    mask = torch.ones(2, tokens, dtype=torch.int64)
-    mask[0, :7] = 0
-    return ids(tokens), mask
 
 
 def storage_of(past: StaticCache) -> int:

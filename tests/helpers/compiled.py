@@ -26,6 +26,13 @@ def ids(tokens: int, rows: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(tokens: int) -> tuple[Tensor, Tensor]:
+    """Two rows, the first with padding that leads it, and their mask."""
+    mask = torch.ones(2, tokens, dtype=torch.int64)
+    mask[0, :7] = 0
+    return ids(tokens), mask
+
+
 def fresh(name: str) -> PreTrainedModel:
     """To be compiled in place. Llama has one layer: what is tested on it is not about layers, and half is compiled."""
     return tiny(name, **{"num_hidden_layers": 1} if name == "llama" else {})
