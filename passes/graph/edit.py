@@ -53,14 +53,13 @@ def with_constant(
     name: str,
     constant: Callable[[Tensor], Tensor],
 ) -> fx.Node:
-    """A new node in front of `before`: the operator of `node` and a constant of the module, of the shape of `node`.
+    """A new node in front of `before`, of the shape of `node`: the operator of `node` and of a new constant.
 
-    `constant`: makes it for the value of `node`, unless the module has one of this name.
+    `constant` makes it for the value of `node`.
     """
-    if not hasattr(module, name):
-        value = tensor_of(node)
-        assert value is not None, node
-        module.register_buffer(name, constant(value), persistent=False)
+    value = tensor_of(node)
+    assert value is not None, node
+    module.register_buffer(name, constant(value), persistent=False)
     with module.graph.inserting_before(before):
         found = module.graph.call_function(operator, (node, module.graph.get_attr(name)))
     found.meta = dict(node.meta)

@@ -122,14 +122,14 @@ def rewrite_site(
     # Divided first: what is rotated fits then, and so does what is turned back.
     site = with_divided_inputs(module, site, index, stored)
     if stored.values_rotated:
-        site = with_rotated_values(module, site)
+        site = with_rotated_values(module, site, index)
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
     attended = _attend_and_append(module.graph, site, index, counts, state, stored.layout.storage)
     multiply_output(module, site, attended, index, stored)
     if stored.values_rotated:
-        turn_back(module, site, attended)
+        turn_back(module, site, attended, index)
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:

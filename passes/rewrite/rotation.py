@@ -46,22 +46,29 @@ def _hadamard(channels: int, like: Tensor) -> Tensor:
     return torch.block_diag(*[matrix] * (channels // len(matrix)))
 
 
-def with_rotated_values(module: fx.GraphModule, site: AttentionSite) -> AttentionSite:
-    """The site with its values rotated."""
-    return replace(site, value=_turned(module, site.value, site.output, site.value_dim, there))
+def with_rotated_values(module: fx.GraphModule, site: AttentionSite, index: int) -> AttentionSite:
+    """The site with its values rotated. `index`: the site's number."""
+    return replace(site, value=_turned(module, site.value, site.output, index, site.value_dim, there))
 
 
-def turn_back(module: fx.GraphModule, site: AttentionSite, attended: fx.Node) -> None:
+def turn_back(module: fx.GraphModule, site: AttentionSite, attended: fx.Node, index: int) -> None:
     """Turn what attention gives back, wherever it is used."""
     users = list(attended.users)
-    product = _turned(module, attended, attended.next, site.value_dim, back)
+    product = _turned(module, attended, attended.next, index, site.value_dim, back)
     for user in users:
         user.replace_input_with(attended, product)
 
 
 def _turned(
-    module: fx.GraphModule, node: fx.Node, before: fx.Node, channels: int, way: Callable[[int, Tensor], Tensor]
+    module: fx.GraphModule,
+    node: fx.Node,
+    before: fx.Node,
+    index: int,
+    channels: int,
+    way: Callable[[int, Tensor], Tensor],
 ) -> fx.Node:
-    """`node` `[batch, heads, tokens, channels]`, turned `there` or `back`. The matrix is made once for all sites."""
-    name = f"rotation_{way.__name__}_{channels}"
+    """`node` `[batch, heads, tokens, channels]`, turned `there` or `back`. Each site has matrices of its own: another
+    may compute in another dtype, or on another device.
+    """
+    name = f"rotation_{way.__name__}_{index}"
     return with_constant(module, torch.ops.aten.matmul.default, node, before, name, lambda value: way(channels, value))
