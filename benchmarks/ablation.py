@@ -24,7 +24,7 @@ from kvmix_compile.evaluate.configurations import Configuration, compile_plans
 from kvmix_compile.evaluate.held_out import token_ids
 from kvmix_compile.evaluate.records import circumstances, write_json
 from kvmix_compile.kernels.format import packing
-from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.export import capture
@@ -117,8 +117,8 @@ def changed_quantizers() -> dict[str, AbstractContextManager[object]]:
     """What is quantized, or how, changed within each context."""
     return {
         "values as they are, not rotated": patch.object(rotation, "block_of", lambda channels: 1),
-        "2-bit keys keep their whole range": patch.object(packing, "KEYS_KEPT_RANGE", {}),
-        "one bit offered as well": patch.object(sensitivity, "CANDIDATE_BITS", (1, 2, 3, 4, 8)),
+        "groups keep their whole range": patch.object(packing, "REACH", dict.fromkeys(Axis, {})),
+        "no single bits": patch.object(sensitivity, "CANDIDATE_BITS", (2, 3, 4, 8)),
     }
 
 

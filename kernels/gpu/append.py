@@ -22,11 +22,11 @@ import triton.language as tl
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.packing import (
     FLOAT16_MAX,
-    KEYS_KEPT_RANGE,
     LOG2_SCALE_RANGE,
     NIBBLE_BIAS,
     NIBBLE_LEVELS,
     SMALLEST_SCALE,
+    kept_range,
 )
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
 from kvmix_compile.kernels.format.state import SiteState
@@ -71,7 +71,6 @@ class BlockWriter:
         quantized = precision.is_quantized
         groups = precision.groups(channels) if quantized else 1
         zero_point_bias, log2_scale_bias = NIBBLE_BIAS[precision.bits] if quantized else (0.0, 0.0)
-        kept = KEYS_KEPT_RANGE.get(precision.bits, 1.0) if axis == Axis.TOKENS else 1.0
         return cls(
             by_tokens=axis == Axis.TOKENS,
             levels=precision.levels,
@@ -79,7 +78,7 @@ class BlockWriter:
             padded_groups=triton.next_power_of_2(groups),
             padded_group=triton.next_power_of_2(precision.group),
             padded_dim=triton.next_power_of_2(head_dim),
-            margin=(1 - kept) / 2,
+            margin=(1 - kept_range(precision, axis)) / 2,
             zero_point_bias=zero_point_bias,
             log2_scale_bias=log2_scale_bias,
         )

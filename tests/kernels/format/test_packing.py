@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.format.packing import KEYS_KEPT_RANGE, dequantize_block, quantize_block
+from kvmix_compile.kernels.format.packing import REACH, dequantize_block, kept_range, quantize_block
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
 from tests.kernels.layouts import IMPORTANT_BITS
 
@@ -81,14 +81,34 @@ def test_important_channels_byte_by_byte(scale_bits: int) -> None:
     assert packed[other_half + 96 :] == metadata
 
 
-@pytest.mark.parametrize(("axis", "kept"), [(Axis.TOKENS, KEYS_KEPT_RANGE[2]), (Axis.CHANNELS, 1.0)])
-def test_two_bit_keys_lose_the_ends_of_their_range_and_values_do_not(axis: Axis, kept: float) -> None:
+@pytest.mark.parametrize("axis", Axis)
+@pytest.mark.parametrize("bits", QUANTIZED_BITS)
+def test_coarse_codes_span_the_middle_of_a_group_and_fine_ones_all_of_it(bits: int, axis: Axis) -> None:
     block = torch.linspace(-1, 1, 32).repeat(32, 1)
     block = block.T if axis == Axis.TOKENS else block
-    precision = Precision(2, 32, 4)
+    precision = Precision(bits, 32, 4)
     restored = dequantize_block(quantize_block(block, precision, axis), precision, axis, 32, torch.float32)
-    assert restored.amin().item() == pytest.approx(-kept, abs=1e-3)
-    assert restored.amax().item() == pytest.approx(kept, abs=1e-3)
+    kept = min(1.0, REACH[axis].get(bits, torch.inf) / 2.067)
+    assert restored.amin().item() == pytest.approx(-kept, abs=3e-3)
+    assert restored.amax().item() == pytest.approx(kept, abs=3e-3)
+
+
+@pytest.mark.parametrize("axis", Axis)
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize(("bits", "most"), [(1, 0.65), (2, 0.17), (3, 0.05), (4, 0.012)])
+def test_normally_distributed_elements_lose_little_of_their_variance(
+    bits: int, most: float, group: int, axis: Axis
+) -> None:
+    """A uniform quantizer of least error loses 0.363, 0.119, 0.037 and 0.0115 of it (Max, 1960)."""
+    blocks = torch.randn(64, BLOCK_TOKENS, 64, generator=torch.Generator().manual_seed(0))
+    precision = Precision(bits, group, 4)
+    restored = dequantize_block(quantize_block(blocks, precision, axis), precision, axis, 64, torch.float32)
+    assert (restored - blocks).square().mean().item() < most
+
+
+def test_scales_of_16_bits_keep_the_whole_range() -> None:
+    assert kept_range(Precision(2, 32, 16), Axis.TOKENS) == 1.0
+    assert kept_range(Precision(2, 1, 4), Axis.CHANNELS) == 1.0
 
 
 def test_an_unquantized_block_is_the_elements_own_bytes() -> None:
