@@ -141,8 +141,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "an endless budget": ({"storage_budget": float("inf")}, r"16 .*at most"),
     "a budget in a string": ({"budget": "2.3"}, r"budget is a number of bits an element, such as 2\.3, not '2\.3'"),
     "a yes for a budget": ({"storage_budget": True}, r"storage_budget is a number .*not True"),
-    "a budget too small": ({"budget": 0.5}, r"budget=0\.5 cannot be met.* can average 2 to 16 at most"),
-    "a storage budget too small": ({"storage_budget": 1}, r"storage_budget=1 cannot be met.* can average 2 to 16"),
+    "a budget too small": ({"budget": 0.5}, r"budget=0\.5 cannot be met.* can average 1 to 16 at most"),
+    "a storage budget too small": ({"storage_budget": 0.5}, r"storage_budget=0\.5 cannot be met.* can average 1 to 16"),
     "a uniform budget too small": ({"budget": 0.5, "policy": "uniform"}, r"can average 1 to 16 at most with policy"),
     "two budgets": ({"budget": 2.3, "storage_budget": 3}, r"either budget.*or storage_budget"),
     "an unknown policy": ({"budget": 2.3, "policy": "guess"}, r"no policy 'guess'; choose one of fisher"),
@@ -182,7 +182,7 @@ def not_reached(*arguments: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({}, {"storage_budget": 2.1}, r"storage_budget=2\.1 cannot be met.* can average 2\.\d+ to 16 here"),
+        ({}, {"storage_budget": 1.1}, r"storage_budget=1\.1 cannot be met.* can average 1\.\d+ to 16 here"),
         ({}, {"budget": 8, "policy": "kvmix"}, r"can average 2 to 3\.5 here with policy 'kvmix'"),
         ({"head_dim": 100}, {"budget": 2.5}, r"16 to 16 here, as heads of 100 channels.*multiples of 8.*budget=16"),
         ({"head_dim": 100}, {"budget": 2.5, "policy": "uniform"}, r"a head of 100 channels.*multiple of 8"),
