@@ -48,7 +48,7 @@ class Bench:
         self.sites = find_sites(self.captured).matched
 
     def importance(
-        self, sinks: int = SINKS, recent: int = RECENT, tokens: int = 2048, text: str | None = None
+        self, sinks: int = SINKS, recent: int = RECENT, tokens: int = 4096, text: str | None = None
     ) -> Importance:
         texts = None if text is None else [text]
         chosen = build_calibration(self.model, self.tokenizer, texts, tokens=tokens, length=CALIBRATION_LENGTH)

@@ -53,7 +53,7 @@ def build_calibration(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: CalibrationData | None = None,
-    tokens: int = 2048,
+    tokens: int = 4096,
     length: int = 512,
 ) -> Calibration:
     """Rows of at most `length` token ids, about `tokens` in all (fewer where the data ends sooner).

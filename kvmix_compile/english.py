@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from random import Random
 
-# A passage is long enough to read as a text, and short enough that 2048 tokens span several topics.
+# A passage is long enough to read as a text, and short enough that 4096 tokens span several topics.
 PASSAGE_CHARACTERS = 1200
 # Shorter paragraphs of the reference are mostly headings, list items and signatures.
 SHORTEST_PARAGRAPH = 120

@@ -43,9 +43,9 @@ def test_built_in_english_is_prose_and_always_the_same() -> None:
 
 def test_a_tokenizer_alone_gives_built_in_english(model: nn.Module) -> None:
     calibration = build_calibration(model, LetterTokenizer())
-    assert shapes(calibration) == [(4, 512)]
+    assert shapes(calibration) == [(8, 512)]
     assert calibration.batches[0].dtype == torch.int64
-    assert calibration.source == "built-in English (pydoc_data.topics): 2048 tokens in 4 rows of 512"
+    assert calibration.source == "built-in English (pydoc_data.topics): 4096 tokens in 8 rows of 512"
 
 
 def test_built_in_english_is_what_smollm2_expects(smollm2) -> None:

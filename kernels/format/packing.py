@@ -49,13 +49,12 @@ SMALLEST_SCALE = 2.0**-24
 # bits zero points are rounded down and scales up. Less than half a step, so that a block's extremes stay as they are.
 NIBBLE_BIAS = {1: (0.0, -0.2), 2: (0.0, -0.2), 3: (0.0, -0.25), 4: (-0.25, 0.0), 8: (-0.45, 0.45)}
 
-# How far from the middle of a group its lowest and highest level lie when its scales have 4 bits, in standard deviations
-# of a group that is normally distributed; a group's range shrinks to that, and all with more bits keep theirs. Few
-# levels that reach to both ends are far from where most elements are: those of 32 lie at 2.07, where two levels have an
-# error of twice the variance; at 1.25 it is 0.57 of it. That is where two levels neither shrink nor stretch what they
-# stand for. The least error, 0.36 at 0.8, shrinks all elements alike, which attention does not average away as it does
-# random errors. Values are rotated, and normal enough; keys have longer tails. docs/method.md has figures. 16-bit
-# scales are KIVI's and KVmix's.
+# Where a group's scales have 4 bits: how far from its middle its lowest and highest level lie, in standard deviations
+# of normally distributed elements. Codes of more bits span the whole range. Few levels that reach to both ends are far
+# from where most elements are: the ends of 32 lie at 2.07, where two levels have an error of twice the variance; at
+# 1.25 it is 0.57 of it. That is where two levels neither shrink nor stretch what they stand for. The least error, 0.36
+# at 0.8, shrinks all elements alike, which attention does not average away as it does random errors. Values are
+# rotated, and normal enough; keys have longer tails. docs/method.md has figures. 16-bit scales are KIVI's and KVmix's.
 REACH = {Axis.TOKENS: {1: 1.35, 2: 1.92}, Axis.CHANNELS: {1: 1.15, 2: 1.9, 3: 2.2}}
 
 

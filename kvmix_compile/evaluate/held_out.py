@@ -12,7 +12,7 @@ from kvmix_compile.english import built_in_english
 def held_out_english() -> list[str]:
     """The later half of the built-in passages, without those that share a paragraph with the earlier half.
 
-    Calibration takes its 2048 tokens from the beginning, some eight passages of sixty. Raises ImportError as
+    Calibration takes its 4096 tokens from the beginning, some sixteen passages of sixty. Raises ImportError as
     `built_in_english` does.
     """
     passages = built_in_english()
