@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from kvmix_compile.calibration import build_calibration
+from kvmix_compile.calibration import DEFAULT_TOKENS, build_calibration
 from kvmix_compile.compiler import CALIBRATION_LENGTH
 from kvmix_compile.config import RECENT_WINDOWS
 from kvmix_compile.evaluate.comparison import compare
@@ -48,7 +48,7 @@ class Bench:
         self.sites = find_sites(self.captured).matched
 
     def importance(
-        self, sinks: int = SINKS, recent: int = RECENT, tokens: int = 4096, text: str | None = None
+        self, sinks: int = SINKS, recent: int = RECENT, tokens: int = DEFAULT_TOKENS, text: str | None = None
     ) -> Importance:
         texts = None if text is None else [text]
         chosen = build_calibration(self.model, self.tokenizer, texts, tokens=tokens, length=CALIBRATION_LENGTH)

@@ -26,6 +26,9 @@ SEED = 0
 
 ADVICE = "pass calibration=[...] with texts (and tokenizer=...) or token ids, a few hundred tokens at least"
 
+# With fewer, what decides where single bits do is noise (docs/method.md).
+DEFAULT_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -53,7 +56,7 @@ def build_calibration(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: CalibrationData | None = None,
-    tokens: int = 4096,
+    tokens: int = DEFAULT_TOKENS,
     length: int = 512,
 ) -> Calibration:
     """Rows of at most `length` token ids, about `tokens` in all (fewer where the data ends sooner).

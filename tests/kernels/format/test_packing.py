@@ -89,8 +89,10 @@ def test_coarse_codes_span_the_middle_of_a_group_and_fine_ones_all_of_it(bits: i
     precision = Precision(bits, 32, 4)
     restored = dequantize_block(quantize_block(block, precision, axis), precision, axis, 32, torch.float32)
     kept = min(1.0, REACH[axis].get(bits, torch.inf) / 2.067)
-    assert restored.amin().item() == pytest.approx(-kept, abs=3e-3)
-    assert restored.amax().item() == pytest.approx(kept, abs=3e-3)
+    # Zero points and scales of 8-bit codes are rounded with a bias of their own; see NIBBLE_BIAS.
+    tolerance = 3e-3 if bits == 8 else 1e-3
+    assert restored.amin().item() == pytest.approx(-kept, abs=tolerance)
+    assert restored.amax().item() == pytest.approx(kept, abs=tolerance)
 
 
 @pytest.mark.parametrize("axis", Axis)
