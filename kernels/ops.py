@@ -1,4 +1,4 @@
-"""The operators a compiled graph calls: torch.ops.kvmix.append, attend and order_channels.
+"""The operators a compiled graph calls: torch.ops.kvmix.append, attend, attend_stepwise and order_channels.
 
 Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
 the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
@@ -23,6 +23,7 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu import dispatch
+from kvmix_compile.kernels.stepwise import stepwise
 from kvmix_compile.kernels.weighting import Weighting
 
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
@@ -41,6 +42,13 @@ _library.define(
     "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "attend_stepwise(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
+    "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) recent_k, "
+    "Tensor(f!) recent_v, int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
+    "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -53,8 +61,8 @@ def append_arguments(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[
 def attend_arguments(
     query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What torch.ops.kvmix.attend takes: in its order what every model needs, and by name what few do. In a graph
-    nodes stand in the records for tensors.
+    """What torch.ops.kvmix.attend and attend_stepwise take: in their order what every model needs, and by name what few
+    do. In a graph nodes stand in the records for tensors.
     """
     key, value = storage.key.as_ints(), storage.value.as_ints()
     stored = (query, *chunk, *state.tensors(), key, value, storage.recent)
@@ -194,10 +202,13 @@ _append_kernels = {
 _attend_kernels = {
     "CompositeExplicitAutograd": reference.attend, "CPU": cpu.attend, "CUDA": dispatch.attend_on_cuda
 }  # fmt: skip
-for _key in _append_kernels:
-    _library.impl("append", _append_operator(_append_kernels[_key]), _key)
-    _library.impl("attend", _attend_operator(_attend_kernels[_key]), _key)
+for _key, _append in _append_kernels.items():
+    _attend = _attend_kernels[_key]
+    _library.impl("append", _append_operator(_append), _key)
+    _library.impl("attend", _attend_operator(_attend), _key)
+    _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)
 torch.library.register_fake("kvmix::append", _append_fake, lib=_library)
 torch.library.register_fake("kvmix::attend", _attend_fake, lib=_library)
+torch.library.register_fake("kvmix::attend_stepwise", _attend_fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

@@ -13,6 +13,7 @@ from kvmix_compile.config import Config, RecentWindow
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
+from kvmix_compile.passes.allocate.outlook import left_unquantized
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.captured import Captured
@@ -64,6 +65,7 @@ def apply(
     recent_window: RecentWindow = Config.recent_window,
     sinks: int | None = None,
     recent: int | None = None,
+    exact_chunks: bool | None = None,
     compile: bool = False,
     verify: bool = True,
     progress: bool = False,
@@ -85,6 +87,9 @@ def apply(
             "rpc", the paper's, none of the first and the last 40.
         sinks: another number of first tokens.
         recent: another number of last tokens, at least 32.
+        exact_chunks: True makes what a token reads independent of how its text came in: read in one go, in chunks,
+            token by token, from a saved cache, or proposed by a draft model. False shows the tokens of one call each
+            other in full precision. None: as the plan says, and False where there is none.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
             minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
@@ -105,6 +110,7 @@ def apply(
         recent_window=recent_window,
         sinks=sinks,
         recent=recent,
+        exact_chunks=exact_chunks,
     ).checked()
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
@@ -262,7 +268,9 @@ def _calibration(model: nn.Module, report: Report, config: Config, length: int) 
 def _planned(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Plan:
     importance = _measure(found, report, config, text, progress)
     with report.timed("allocate"):
-        return config.allocate(importance)
+        plan = config.allocate(importance)
+    report.notes += tuple(left_unquantized(importance.sites, plan))
+    return plan
 
 
 def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
@@ -284,7 +292,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     parameter = found.captured.parameter
     with report.timed("rewrite"):
         rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
-    report.notes = tuple(described(plan))
+    report.notes += tuple(described(plan))
     report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,

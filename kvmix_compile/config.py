@@ -3,12 +3,14 @@ anything is captured or measured.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
-from kvmix_compile.errors import BudgetError, CalibrationError, PlanError
+from kvmix_compile.errors import BudgetError, CalibrationError, PlanError, PredictedLossWarning
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS
+from kvmix_compile.passes.allocate.outlook import ruined
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import KVMIX_OTHER_BITS, UNIFORM_BITS, Policy, check_policy, limit
 from kvmix_compile.passes.measure.importance import Importance
@@ -50,6 +52,7 @@ class Config:
     calibration: texts (with a tokenizer) or token ids to measure importance on.
     recent_window: which tokens of each row stay in the model's dtype, one of RECENT_WINDOWS.
     sinks, recent: other numbers of first and of last tokens.
+    exact_chunks: whether what a token reads depends not on how its text was cut into chunks; None: as the plan says.
     """
 
     plan: Plan | str | os.PathLike[str] | None = None
@@ -61,6 +64,7 @@ class Config:
     recent_window: RecentWindow = "fixed"
     sinks: int | None = None
     recent: int | None = None
+    exact_chunks: bool | None = None
 
     def checked(self) -> Self:
         """The same with the plan read and the defaults filled in.
@@ -70,14 +74,24 @@ class Config:
         sinks, recent = self.unquantized
         self._check_bits()
         self._check_tokenizer()
+        if self.exact_chunks is not None and not isinstance(self.exact_chunks, bool):
+            raise PlanError(f"exact_chunks is True or False, not {self.exact_chunks!r}")
         budget = self.budget
         if self.plan is None and budget is None and self.storage_budget is None:
             budget = DEFAULT_BUDGET
-        return replace(self, plan=_read(self.plan), budget=budget, sinks=sinks, recent=recent)
+        plan = None if self.plan is None else self._with_chunks(_read(self.plan))
+        return replace(self, plan=plan, budget=budget, sinks=sinks, recent=recent)
 
     def allocate(self, importance: Importance) -> Plan:
-        """The plan that spends the budget of one that was checked."""
-        return importance.allocate(budget=self.budget, storage_budget=self.storage_budget, policy=self.policy)
+        """The plan that spends the budget of one that was checked. Warns where the model would no longer be itself."""
+        plan = importance.allocate(budget=self.budget, storage_budget=self.storage_budget, policy=self.policy)
+        if found := ruined(importance.sites, plan):
+            rest = f", and {len(found) - 1} more are" if len(found) > 1 else ""
+            warnings.warn(f"{found[0]}{rest}: choose a larger budget", PredictedLossWarning, stacklevel=2)
+        return self._with_chunks(plan)
+
+    def _with_chunks(self, plan: Plan) -> Plan:
+        return plan if self.exact_chunks is None else replace(plan, exact_chunks=self.exact_chunks)
 
     @property
     def given_plan(self) -> Plan | None:
@@ -134,9 +148,9 @@ def unquantized_tokens(recent_window: RecentWindow, sinks: int | None, recent: i
     return sinks, recent
 
 
-def _read(plan: object) -> Plan | None:
-    """The plan, be it a Plan, the path of one or None. Raises PlanError for what is none, or cannot be read."""
-    if plan is None or isinstance(plan, Plan):
+def _read(plan: object) -> Plan:
+    """The plan, be it a Plan or the path of one. Raises PlanError for what is none, or cannot be read."""
+    if isinstance(plan, Plan):
         return plan
     if not isinstance(plan, str | os.PathLike):
         raise PlanError(

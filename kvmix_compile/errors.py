@@ -15,6 +15,7 @@ __all__ = [
     "InputError",
     "KVMixError",
     "PlanError",
+    "PredictedLossWarning",
     "UnsupportedModelError",
     "VerifyError",
 ]
@@ -30,3 +31,7 @@ class CompilationError(KVMixError):
 
 class CacheError(KVMixError):
     """A cache used with the wrong model, batch or operation."""
+
+
+class PredictedLossWarning(UserWarning):
+    """A budget that is too small for some layer: the model is compiled, and predicted to be no longer itself."""

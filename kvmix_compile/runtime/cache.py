@@ -12,7 +12,7 @@ from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.allocate.plan import Plan, PlanError
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
 from kvmix_compile.runtime.cache_format import CacheFormat, format_of
@@ -161,9 +161,13 @@ class KVMixCache(Cache):
         header, tensors = cache_file.read(path)
         cache = cls(model, header.rollback)
         own = cache._header()
+        try:
+            plan = Plan.from_json(header.plan)
+        except PlanError as error:
+            raise CacheError(f"{path}: {error}") from error
         for kind, saved, expected in (
             ("of another architecture", header.model, own.model),
-            ("with another plan", header.plan, own.plan),
+            ("with another plan", plan, cache.plan),
             ("of another dtype", header.dtypes, own.dtypes),
             ("with other weights", header.weights, own.weights),
         ):

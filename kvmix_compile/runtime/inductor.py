@@ -26,6 +26,9 @@ from kvmix_compile.passes.capture.export import first_line
 from kvmix_compile.passes.graph.symbols import symbolic_size
 from kvmix_compile.runtime.cuda_graph import Replaying
 
+# Those of torch.ops.kvmix.
+OPERATORS = ("append", "attend", "attend_stepwise", "order_channels")
+
 # What the graph is traced with; it holds for any sizes, one and none included. All different: see symbolic_size.
 TRACED_BATCH, TRACED_TOKENS, TRACED_LOGITS, TRACED_BLOCKS, TRACED_SLOTS = 3, 11, 5, 17, 101
 
@@ -128,7 +131,7 @@ def own_compiled_code() -> AbstractContextManager[None]:
     """While Inductor compiles: what it kept on disk for another version of kvmix_compile is not taken. It finds that by
     the graph, in which operators have names and no signatures.
     """
-    operators = torch.ops.kvmix.attend, torch.ops.kvmix.append, torch.ops.kvmix.order_channels
+    operators = (getattr(torch.ops.kvmix, name) for name in OPERATORS)
     signatures = "\n".join(str(operator.default._schema) for operator in operators)
     tag = f"{compiler_config.cache_key_tag} kvmix {hashlib.sha256(signatures.encode()).hexdigest()}"
     return compiler_config.patch({"cache_key_tag": tag})  # type: ignore[attr-defined]

@@ -18,9 +18,9 @@ from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
-VERSION = 6
-# Version 5 has no rotated values, and version 4 another name for one field.
-READ_VERSIONS = (4, 5, VERSION)
+VERSION = 7
+# Version 6 says nothing of chunks, version 5 has no rotated values, and version 4 another name for one field.
+READ_VERSIONS = (4, 5, 6, VERSION)
 RENAMED = {"channel_quarters": "channel_tiers"}
 
 # Powers of two that float32 and bfloat16 have, and their inverses too.
@@ -98,7 +98,7 @@ class StoredSite:
     """What a rewritten graph is told of one site.
 
     layout: of its state. channel_order: for each head its key's channels in the order that they are kept in; None: the
-    model's. key_exponents, value_exponents, values_rotated: as in SitePlan.
+    model's. key_exponents, value_exponents, values_rotated: as in SitePlan. exact_chunks: as in Plan.
     """
 
     layout: StateLayout
@@ -106,17 +106,20 @@ class StoredSite:
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
     values_rotated: bool = False
+    exact_chunks: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model's KV cache is stored.
+    """How a model's KV cache is stored, and read.
 
     sites: one entry an attention site, in the order of the model.
     policy: the allocation policy that chose the precisions.
     fingerprint: identifies the structure of the model that the plan was made for.
     sinks: leading tokens of a row that stay in the model's own dtype.
     recent: recent tokens of a row that stay in the model's own dtype.
+    exact_chunks: whether the tokens of a chunk see those of them that are recent no more as they are stored, as they
+        would if all came one by one; else in full precision. See kernels.stepwise.
     """
 
     sites: tuple[SitePlan, ...]
@@ -124,6 +127,7 @@ class Plan:
     fingerprint: str
     sinks: int
     recent: int
+    exact_chunks: bool = False
 
     def __post_init__(self) -> None:
         if not self.sites:
@@ -175,6 +179,7 @@ class Plan:
                 key_exponents=site.key_exponents,
                 value_exponents=site.value_exponents,
                 values_rotated=site.values_rotated,
+                exact_chunks=self.exact_chunks,
             )
             for site, layout in zip(self.sites, self.layouts(), strict=True)
         )
@@ -229,15 +234,22 @@ class Plan:
         Raises PlanError where the file cannot be read, is no plan, is damaged, or comes from a newer version.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
+        except UnicodeDecodeError as error:
             raise PlanError(f"{path} is not JSON, or is damaged ({error}); save the plan again") from error
-        try:
-            return _from_document(document)
         except KVMixError as error:
             raise PlanError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of which `as_json` gave this. Raises PlanError as `load` does."""
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"this is not JSON, or is damaged ({error}); save the plan again") from error
+        return _from_document(document)
 
     def check_fingerprint(
         self, fingerprint: str, layers: Sequence[str], shapes: Sequence[SiteShape] | None = None
@@ -288,6 +300,7 @@ def _to_json(plan: Plan) -> str:
         "fingerprint": plan.fingerprint,
         "sinks": plan.sinks,
         "recent": plan.recent,
+        "exact_chunks": plan.exact_chunks,
     }
     fields = [f"  {json.dumps(name)}: {json.dumps(content)}" for name, content in head.items()]
     sites = ",\n".join("    " + json.dumps(_site_record(site)) for site in plan.sites)
@@ -336,6 +349,7 @@ def _from_document(document: object) -> Plan:
         fingerprint=_field(document, "fingerprint", str, "the plan"),
         sinks=_field(document, "sinks", int, "the plan"),
         recent=_field(document, "recent", int, "the plan"),
+        exact_chunks=_field(document, "exact_chunks", bool, "the plan") if "exact_chunks" in document else False,
     )
 
 

@@ -32,6 +32,7 @@ from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
 from kvmix_compile.passes.measure.stored_reads import stored_reads
 from kvmix_compile.passes.rewrite.rotation import back, there
@@ -171,7 +172,7 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         shape=site.shape,
         key_gradient_norm=key.gradient_norm / rows,
         value_gradient_norm=value.gradient_norm / rows,
-        key_sensitivity=key_losses,
+        key_sensitivity=key.where_saturated(key_losses, rows),
         value_sensitivity=value.losses(rows),
         channel_tiers=channel_tiers,
         key_exponents=key.exponents(),
@@ -241,10 +242,9 @@ class _Recorder(fx.Interpreter):
             )
             slope = gradients[site.output][0]
             logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-            key_reads, value_reads = stored_reads(
-                queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits
-            )
-            key.add(site_keys, key_reads, sinks, tokens - sinks - recent)
+            attention = (queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits)
+            key_reads, value_reads = stored_reads(*attention)
+            key.add(site_keys, key_reads, sinks, tokens - sinks - recent, KeyReaders.of(*attention))
             # As they are stored, which is rotated.
             rotated = site_values @ there(site.value_dim, site_values)
             turned = value_reads.of_turned(back(site.value_dim, value_reads.vectors))

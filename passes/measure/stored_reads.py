@@ -62,7 +62,7 @@ def stored_reads(
     `[query heads]`: scores without values.
     """
     heads = key.shape[0]
-    attends, stored = _reads(key.shape[1], function, sinks, recent, key.device)
+    attends, stored = what_is_read(key.shape[1], function, sinks, recent, key.device)
     slopes = query.new_tensor(function.slopes or (0.0,), dtype=torch.float32).expand(len(query))
     # Without any, minus infinity takes no part in a softmax.
     logits = query.new_full((len(query),), -torch.inf) if sink_logits is None else sink_logits
@@ -78,7 +78,7 @@ def stored_reads(
     return StoredReads(key_weights, queries), StoredReads(value_weights, gradients)
 
 
-def _reads(
+def what_is_read(
     tokens: int, function: ScoreFunction, sinks: int, recent: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Bool `[tokens, tokens]`: what each token attends to, and what of that it reads from storage."""
@@ -108,17 +108,28 @@ class _Head:
 
 def _of_head(head: _Head, function: ScoreFunction, attends: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
     """How much each read of a key weighs, and each of a value, `[query heads, tokens, tokens]`."""
-    query, key, gradient = head.query, head.key, head.gradient
-    scores = query @ key.T * function.scale
-    bend = torch.ones_like(scores)
-    if function.softcap:
-        capped = torch.tanh(scores / function.softcap)
-        scores, bend = capped * function.softcap, 1 - capped.square()
-    token = torch.arange(len(key), device=key.device)
-    scores = scores + head.slopes[:, None, None] * (token - token[:, None])
-    sink = head.sink_logits[:, None, None].expand(-1, len(key), 1)
-    weights = torch.cat([scores.masked_fill(~attends, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1]
-    mean = (gradient * (weights @ head.value)).sum(-1, keepdim=True)
+    scores = head.query @ head.key.T * function.scale
+    bend = 1 - torch.tanh(scores / function.softcap).square() if function.softcap else 1.0
+    token = torch.arange(len(head.key), device=scores.device)
+    weights = attention_weights(
+        scores, function, head.slopes, head.sink_logits, distance=token - token[:, None], attends=attends
+    )
+    mean = (head.gradient * (weights @ head.value)).sum(-1, keepdim=True)
     weights_read = weights * stored
-    score_gradients = weights_read * (gradient @ head.value.T - mean) * bend
+    score_gradients = weights_read * (head.gradient @ head.value.T - mean) * bend
     return score_gradients * function.scale, weights_read
+
+
+def attention_weights(
+    scores: Tensor, function: ScoreFunction, slopes: Tensor, sink_logits: Tensor, distance: Tensor, attends: Tensor
+) -> Tensor:
+    """The weights of attention, `[..., reading tokens, tokens]`, of scores that are neither capped nor masked yet.
+
+    slopes, sink_logits: of each head, `[...]`. distance: from each reading token to each other, `[reading tokens,
+    tokens]`; attends: whether it sees that one.
+    """
+    if function.softcap:
+        scores = torch.tanh(scores / function.softcap) * function.softcap
+    scores = scores + slopes[..., None, None] * distance
+    sink = sink_logits[..., None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores.masked_fill(~attends, -torch.inf), sink], dim=-1).softmax(-1)[..., :-1]

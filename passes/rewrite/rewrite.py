@@ -1,4 +1,5 @@
-"""Rewrite: each site's attention becomes `kvmix::attend` on the cache, followed by `kvmix::append` to it.
+"""Rewrite: each site's attention becomes `kvmix::attend` on the cache, followed by `kvmix::append` to it; where chunks
+are to be exact, `kvmix::attend_stepwise`, which is both.
 
 The mask and everything only it needed dies, and the graph gains the cache's tensors as inputs. One graph serves
 prefill, chunked prefill and decode.
@@ -13,7 +14,6 @@ from torch import fx, nn
 
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.ops import append_arguments, attend_arguments
 from kvmix_compile.kernels.weighting import Weighting
 from kvmix_compile.passes.allocate.plan import StoredSite
@@ -126,7 +126,7 @@ def rewrite_site(
     if site.score_function.slopes:
         slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
         module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
-    attended = _attend_and_append(module.graph, site, index, counts, state, stored.layout.storage)
+    attended = _attend_and_append(module.graph, site, index, counts, state, stored)
     multiply_output(module, site, attended, index, stored)
     if stored.values_rotated:
         turn_back(module, site, attended, index)
@@ -152,7 +152,7 @@ def _attend_and_append(
     index: int,
     counts: tuple[fx.Node, fx.Node],
     state: Sequence[fx.Node],
-    storage: Storage,
+    kept: StoredSite,
 ) -> fx.Node:
     """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
     `counts`: lengths and starts; `state`: the six tensors of the site's state.
@@ -160,14 +160,17 @@ def _attend_and_append(
     output, (lengths, starts) = site.output, counts
     # In what the operators are given, nodes stand for tensors.
     new: dict[str, Any] = {"key": site.key, "value": site.value, "lengths": lengths, "starts": starts}
-    chunk, stored = Chunk(**new), SiteState(*cast(Any, state))
+    chunk, stored, storage = Chunk(**new), SiteState(*cast(Any, state)), kept.layout.storage
     with graph.inserting_before(output):
         weighting = _weighting(graph, site, index)
         given, extras = attend_arguments(cast(Any, site.query), chunk, stored, storage, weighting)
-        attended = graph.call_function(torch.ops.kvmix.attend.default, given, extras)
+        operators = torch.ops.kvmix
+        operator = operators.attend_stepwise if kept.exact_chunks else operators.attend
+        attended = graph.call_function(operator.default, given, extras)
         attended.meta = dict(output.meta)
-        # Tokens attend to the past as stored and to each other in full precision, so what is new is stored afterwards.
-        graph.call_function(torch.ops.kvmix.append.default, append_arguments(chunk, stored, storage))
+        if not kept.exact_chunks:
+            # Tokens attend to the past as stored and to each other in full precision: what is new is stored afterwards.
+            graph.call_function(operators.append.default, append_arguments(chunk, stored, storage))
     output.replace_all_uses_with(attended)
     graph.erase_node(output)
     return attended

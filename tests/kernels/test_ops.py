@@ -47,6 +47,7 @@ def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: Sta
         (1.0, 0.0, 5, 0, None, by_head),
     ):
         torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, *weighting))
+    torch.library.opcheck(torch.ops.kvmix.attend_stepwise.default, (q, *stored, 0.25, 0.0, 0))
     torch.library.opcheck(torch.ops.kvmix.append.default, stored)
 
 

@@ -41,6 +41,20 @@ def test_attention_is_replaced_and_its_mask_is_gone(captured, name: str) -> None
         assert "arange" not in found or name in ("gpt_neox", "hand_written")  # frequencies of their rotary positions
 
 
+def test_where_chunks_are_exact_one_operator_does_both(captured) -> None:
+    graph = captured("llama")
+    sites = find_sites(graph).matched
+    stored = stored_alike(sites, KEY, VALUE)
+    exact = rewrite(graph, sites, [replace(kept, exact_chunks=True) for kept in stored])
+    assert calls(exact).count("attend_stepwise") == 2
+    assert not {"attend", "append"} & set(calls(exact))
+    of_both, alone = (
+        [node.args for node in result.module.graph.nodes if operation(node) == name]
+        for result, name in ((exact, "attend_stepwise"), (rewritten(graph), "attend"))
+    )
+    assert str(of_both) == str(alone)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_new_tokens_are_appended_after_they_were_attended_to(captured, name: str) -> None:
     result = rewritten(captured(name))
