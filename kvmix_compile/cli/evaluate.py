@@ -1,6 +1,7 @@
 """`kvmix eval`: what each way of keeping the KV cache costs in bits, and what it does to the model's predictions."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from kvmix_compile.cli.loading import load_model, read_text
-from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
+from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
+from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on, calibration_rows
 from kvmix_compile.cli.tables import passkey_table, results_table, scores_table
 from kvmix_compile.config import DEFAULT_BUDGET
 from kvmix_compile.evaluate.answering import check_positions
@@ -18,6 +19,7 @@ from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, package
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.opponents import Rotations, simulated_caches
 from kvmix_compile.evaluate.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
 from kvmix_compile.evaluate.plots import (
@@ -31,6 +33,7 @@ from kvmix_compile.evaluate.plots import (
 )
 from kvmix_compile.evaluate.puzzles import PUZZLES
 from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
+from kvmix_compile.evaluate.spectral import fitted_rotations
 from kvmix_compile.evaluate.tasks import LENGTHS as TASK_LENGTHS
 from kvmix_compile.evaluate.tasks import QUESTIONS, Score, answerable, check_room, make_questions, solve
 from kvmix_compile.evaluate.written import CHUNK as DECODED_CHUNK
@@ -120,7 +123,9 @@ def evaluate(
     decoded = written_text(model, tokenizer, decode) if decode else torch.empty(0)
     importance = analyze_on(loaded, calibration)
     plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
-    configurations = [original, *compile_plans(model, plans), *quantized_caches(names, model)]
+    rotations = partial(_rotations, loaded, calibration)
+    others = [*simulated_caches(names, model, importance, rotations), *quantized_caches(names, model)]
+    configurations = [original, *compile_plans(model, plans), *others]
     found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
     if decode:
         results = compare(configurations, decoded, DECODED_CHUNK, decode, progress=True)
@@ -133,6 +138,10 @@ def evaluate(
         write_json(json_file, record(name, found, retrievals, scores, importance, plans, packages(names)))
     if plots is not None:
         _plot(plots, found, importance, plans)
+
+
+def _rotations(loaded: LoadedModel, calibration: Path | None) -> list[Rotations]:
+    return fitted_rotations(loaded.model, calibration_rows(loaded, calibration))
 
 
 def _texts(tokenizer: Any, paths: Sequence[Path], tokens: int) -> dict[str, Tensor]:

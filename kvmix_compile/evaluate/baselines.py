@@ -1,4 +1,4 @@
-"""What others do, to compare with: KIVI, KVmix as published, and transformers' QuantizedCache."""
+"""What others do, to compare with: KIVI and KVmix as published, today's opponents, and transformers' QuantizedCache."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, QuantizedCache
 from kvmix_compile.config import RECENT_WINDOWS
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.configurations import Configuration
+from kvmix_compile.evaluate.opponents import OPPONENTS
 from kvmix_compile.kernels.format.precision import UNQUANTIZED_BITS
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
@@ -27,7 +28,7 @@ PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq", "hqq"
 
 PUBLISHED = ("kivi", "kvmix-paper")
 QUANTIZED = {"quanto-4": ("quanto", 4), "quanto-2": ("quanto", 2), "hqq-2": ("hqq", 2)}
-BASELINES = (*PUBLISHED, *QUANTIZED)
+BASELINES = (*PUBLISHED, *OPPONENTS, *QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def check_baselines(names: Iterable[str], model: nn.Module) -> None:
     for name in names:
         if name not in BASELINES:
             raise InputError(f"there is no baseline {name}; choose from {', '.join(BASELINES)}")
+        if name not in PUBLISHED and not isinstance(model, PreTrainedModel):
+            raise InputError(
+                f"the baseline {name} is a cache of transformers, and {type(model).__name__} is no model of it"
+            )
         if name in QUANTIZED:
             _check_quantized(name, model)
 
@@ -102,10 +107,6 @@ def packages(names: Iterable[str]) -> list[str]:
 
 
 def _check_quantized(name: str, model: nn.Module) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"the baseline {name} is a cache of transformers, and {type(model).__name__} is no model of it"
-        )
     backend, _ = QUANTIZED[name]
     module, package = PACKAGES[backend]
     if not _installed(module):

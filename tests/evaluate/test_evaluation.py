@@ -251,7 +251,7 @@ def test_quantized_caches_of_transformers(name: str, model: PreTrainedModel) -> 
 
 
 def test_baselines_that_cannot_be_had(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="there is no baseline kivi-3; choose from kivi, kvmix-paper, quanto-4"):
+    with pytest.raises(InputError, match="there is no baseline kivi-3; choose from kivi, kvmix-paper, q4_0-hadamard"):
         check_baselines(["kivi-3"], model)
     with pytest.raises(InputError, match="is no model of it"):
         check_baselines(["quanto-4"], hand_written())
