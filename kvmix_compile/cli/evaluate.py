@@ -1,26 +1,38 @@
 """`kvmix eval`: what each way of keeping the KV cache costs in bits, and what it does to the model's predictions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 
+from kvmix_compile.cli.efforts import EVERYTHING, QUICK, USUAL, Effort
 from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on, calibration_rows
-from kvmix_compile.cli.tables import passkey_table, results_table, scores_table
+from kvmix_compile.cli.tables import (
+    arrivals_table,
+    drafts_table,
+    passkey_table,
+    results_table,
+    scores_table,
+    writing_table,
+)
 from kvmix_compile.config import DEFAULT_BUDGET
+from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.answering import check_positions
+from kvmix_compile.evaluate.arrival import arrivals, arriving_text
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import compare
-from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.configurations import Compiled, Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.drafting import TOKENS as DRAFTED_TOKENS
+from kvmix_compile.evaluate.drafting import draft, repeating_prompt
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
 from kvmix_compile.evaluate.opponents import Rotations, simulated_caches
-from kvmix_compile.evaluate.passkey import DEPTHS, LENGTHS, Retrieval, hide_passkeys, retrieve
+from kvmix_compile.evaluate.passkey import LENGTHS, Passkey, check_passkeys, hide_passkeys, retrieve
 from kvmix_compile.evaluate.perplexity import windowed
 from kvmix_compile.evaluate.plots import (
     DIVERGENCE_FILE,
@@ -32,10 +44,11 @@ from kvmix_compile.evaluate.plots import (
     plot_layers,
 )
 from kvmix_compile.evaluate.puzzles import PUZZLES
-from kvmix_compile.evaluate.records import TextResults, check_writable, record, write_json
+from kvmix_compile.evaluate.records import Findings, TextResults, check_writable, record, write_json
 from kvmix_compile.evaluate.spectral import fitted_rotations
 from kvmix_compile.evaluate.tasks import LENGTHS as TASK_LENGTHS
-from kvmix_compile.evaluate.tasks import QUESTIONS, Score, answerable, check_room, make_questions, solve
+from kvmix_compile.evaluate.tasks import QUESTIONS, Question, answerable, check_room, make_questions, solve
+from kvmix_compile.evaluate.writing import LONGEST_PROMPT, write
 from kvmix_compile.evaluate.written import CHUNK as DECODED_CHUNK
 from kvmix_compile.evaluate.written import written_text
 from kvmix_compile.passes.allocate.plan import Plan
@@ -79,65 +92,135 @@ TaskLengths = Annotated[
 
 def evaluate(
     name: ModelName,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
+    everything: Annotated[bool, typer.Option("--everything", help="All that follows, a little of each.")] = False,
     texts: Texts = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of each text.")] = 4096,
+    tokens: Annotated[int | None, typer.Option(min=2, help="How many tokens of each text (default 4096).")] = None,
     budgets: Budgets = None,
     storage_budgets: StorageBudgets = None,
     policies: Policies = None,
+    exact_chunks: Annotated[
+        bool | None, typer.Option("--exact-chunks", help="Each budget also with exact_chunks=True.")
+    ] = None,
     baselines: Baselines = None,
     decode: Annotated[
-        int, typer.Option(min=0, help="Also texts of so many tokens that MODEL itself writes, read one by one.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Also texts of so many tokens that MODEL itself writes, read one by one.")
+    ] = None,
+    writing: Annotated[
+        int | None, typer.Option(min=0, help="Also up to so many tokens that each configuration writes by itself.")
+    ] = None,
+    ways: Annotated[
+        int | None, typer.Option(min=0, help="Also a text of so many tokens that comes in several ways.")
+    ] = None,
+    drafts: Annotated[
+        bool | None, typer.Option("--drafts", help="Also assisted generation, and the time of its steps.")
+    ] = None,
     passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
     passkey_lengths: PasskeyLengths = None,
     passkey_depths: PasskeyDepths = None,
     tasks: Tasks = None,
     task_lengths: TaskLengths = None,
-    task_questions: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = QUESTIONS,
+    task_questions: Annotated[
+        int | None, typer.Option(min=1, help=f"Of each task and length (default {QUESTIONS}).")
+    ] = None,
     calibration: CalibrationFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
 ) -> None:
     """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
+    if quick and everything:
+        raise InputError("--quick and --everything exclude each other: choose one")
+    if (passkey or passkey_depths) and not passkey_lengths:
+        passkey_lengths = list(LENGTHS)
+    effort = (QUICK if quick else EVERYTHING if everything else USUAL).with_options(
+        tokens=tokens, baselines=baselines, decode=decode, passkey_lengths=passkey_lengths,
+        passkey_depths=passkey_depths, tasks=list(PUZZLES) if "all" in (tasks or ()) else tasks,
+        task_lengths=task_lengths, task_questions=task_questions, ways=ways, writing=writing, drafts=drafts,
+        exact_chunks=exact_chunks,
+    )  # fmt: skip
     for policy in policies or ():
         check_policy(policy)
     for bits in (*(budgets or ()), *(storage_budgets or ())):
         limit(bits, None)
-    loaded, names = load_model(name), baselines or []
-    model, tokenizer = loaded.model, loaded.require_tokenizer()
+    loaded = load_model(name)
+    model = loaded.model
     if json_file is not None:
         check_writable(json_file)
     if plots is not None:
         check_plots(plots)
-    check_baselines(names, model)
-    read = _texts(tokenizer, texts or [], tokens)
-    asked = passkey or passkey_lengths or passkey_depths
-    lengths, depths = passkey_lengths or LENGTHS, passkey_depths or DEPTHS
-    passkeys = hide_passkeys(tokenizer, lengths, depths) if asked else []
-    kinds = list(PUZZLES) if "all" in (tasks or ()) else tasks or []
-    questions = make_questions(tokenizer, kinds, task_lengths or TASK_LENGTHS, task_questions)
-    original = Configuration("original", model)
-    check_room([original], questions)
-    check_positions([original], decode, "the tokens to decode", "--decode")
-
-    decoded = written_text(model, tokenizer, decode) if decode else torch.empty(0)
+    check_baselines(effort.baselines, model)
+    material = _material(loaded, effort, texts or [])
     importance = analyze_on(loaded, calibration)
-    plans = _plans(importance, policies, budgets, storage_budgets) | published_plans(names, importance)
+    plans = _plans(importance, policies, budgets, storage_budgets, effort.exact_chunks)
+    plans |= published_plans(effort.baselines, importance)
     rotations = partial(_rotations, loaded, calibration)
-    others = [*simulated_caches(names, model, importance, rotations), *quantized_caches(names, model)]
-    configurations = [original, *compile_plans(model, plans), *others]
-    found = [TextResults(text, len(ids), compare(configurations, ids, progress=True)) for text, ids in read.items()]
-    if decode:
-        results = compare(configurations, decoded, DECODED_CHUNK, decode, progress=True)
-        found.append(TextResults("written by the original", len(decoded), results, decode, DECODED_CHUNK))
-    retrievals = retrieve(configurations, tokenizer, passkeys, progress=True) if passkeys else []
-    scores = solve(configurations, tokenizer, questions, progress=True) if questions else []
+    others = [
+        *simulated_caches(effort.baselines, model, importance, rotations),
+        *quantized_caches(effort.baselines, model),
+    ]
+    found = _measured(
+        [Configuration("original", model), *compile_plans(model, plans), *others], loaded, effort, material
+    )
 
-    _show(name, found, retrievals, scores)
+    _show(name, found)
     if json_file is not None:
-        write_json(json_file, record(name, found, retrievals, scores, importance, plans, packages(names)))
+        write_json(json_file, record(name, found, importance, plans, packages(effort.baselines)))
     if plots is not None:
-        _plot(plots, found, importance, plans)
+        _plot(plots, found.texts, importance, plans)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What the configurations are to read, made before anything is measured."""
+
+    texts: Mapping[str, Tensor]
+    passkeys: Sequence[Passkey]
+    questions: Sequence[Question]
+    decoded: Tensor | None
+    arriving: Tensor | None
+
+
+def _material(loaded: LoadedModel, effort: Effort, texts: Sequence[Path]) -> _Material:
+    """Raises InputError for what cannot be had, or is more than the model has positions for."""
+    tokenizer, original = loaded.require_tokenizer(), Configuration("original", loaded.model)
+    read = _texts(tokenizer, texts, effort.tokens)
+    passkeys = hide_passkeys(tokenizer, effort.passkey_lengths, effort.passkey_depths)
+    questions = make_questions(tokenizer, effort.tasks, effort.task_lengths, effort.task_questions)
+    check_passkeys([original], tokenizer, passkeys)
+    check_room([original], questions)
+    check_positions([original], effort.decode, "the tokens to decode", "--decode")
+    check_positions(
+        [original], effort.writing and effort.writing + LONGEST_PROMPT, "a prompt and the tokens to write", "--writing"
+    )
+    if effort.drafts:
+        check_positions([original], DRAFTED_TOKENS, "a prompt and what is drafted", "evaluation, without --drafts")
+    arriving = arriving_text(tokenizer, effort.ways) if effort.ways else None
+    check_positions([original], 0 if arriving is None else len(arriving), "the text that comes in", "--ways")
+    decoded = written_text(loaded.model, tokenizer, effort.decode) if effort.decode else None
+    return _Material(read, passkeys, questions, decoded, arriving)
+
+
+def _measured(
+    configurations: Sequence[Configuration], loaded: LoadedModel, effort: Effort, material: _Material
+) -> Findings:
+    tokenizer, options = loaded.require_tokenizer(), {"progress": True}
+    texts = [
+        TextResults(text, len(ids), compare(configurations, ids, **options)) for text, ids in material.texts.items()
+    ]
+    if material.decoded is not None:
+        results = compare(configurations, material.decoded, DECODED_CHUNK, effort.decode, **options)
+        text = "written by the original"
+        texts.append(TextResults(text, len(material.decoded), results, effort.decode, DECODED_CHUNK))
+    own = [each for each in configurations if isinstance(each, Compiled)]
+    passkeys, questions, arriving = material.passkeys, material.questions, material.arriving
+    return Findings(
+        texts=texts,
+        retrievals=retrieve(configurations, tokenizer, passkeys, **options) if passkeys else [],
+        scores=solve(configurations, tokenizer, questions, **options) if questions else [],
+        arrivals=[] if arriving is None else arrivals(configurations[0], own, arriving, **options),
+        drafts=draft(configurations, repeating_prompt(tokenizer), **options) if effort.drafts else [],
+        writings=write(configurations, tokenizer, effort.writing, **options) if effort.writing else [],
+    )
 
 
 def _rotations(loaded: LoadedModel, calibration: Path | None) -> list[Rotations]:
@@ -166,6 +249,7 @@ def _plans(
     policies: Sequence[str] | None,
     budgets: Sequence[float] | None,
     storage_budgets: Sequence[float] | None,
+    exact_chunks: bool,
 ) -> dict[str, Plan]:
     """Named plans; on standard error, those that cannot be had."""
     if not budgets and not storage_budgets:
@@ -173,18 +257,25 @@ def _plans(
     plans, left_out = make_plans(importance, policies or ["fisher"], budgets or [], storage_budgets or [])
     for reason in left_out:
         typer.echo(reason, err=True)
-    return plans
+    exact = {f"{name}, exact chunks": replace(plan, exact_chunks=True) for name, plan in plans.items()}
+    return plans | exact if exact_chunks else plans
 
 
-def _show(model: str, texts: Sequence[TextResults], retrievals: Sequence[Retrieval], scores: Sequence[Score]) -> None:
+def _show(model: str, found: Findings) -> None:
     console = Console()
-    for text in texts:
+    for text in found.texts:
         console.print(results_table(text.results, f"{model}, {text}"))
-    if retrievals:
-        console.print(passkey_table(retrievals))
-    if scores:
-        kept, left_out = answerable(scores)
+    if found.retrievals:
+        console.print(passkey_table(found.retrievals))
+    if found.scores:
+        kept, left_out = answerable(found.scores)
         if kept:
             console.print(scores_table(kept))
         for score in left_out:
             console.print(f"left out: {score.task}, {score.length} tokens: the original answers {score.share:.0%}")
+    if found.arrivals:
+        console.print(arrivals_table(found.arrivals))
+    if found.drafts:
+        console.print(drafts_table(found.drafts))
+    if found.writings:
+        console.print(writing_table(found.writings))

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 from rich.table import Column, Table
 
+from kvmix_compile.evaluate.arrival import Arrival
 from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.drafting import Drafting
 from kvmix_compile.evaluate.passkey import Retrieval
 from kvmix_compile.evaluate.tasks import Score
+from kvmix_compile.evaluate.writing import Writing
 from kvmix_compile.report import Report
 from kvmix_compile.runtime.cache import KVMixCache
 
@@ -87,6 +90,49 @@ def scores_table(scores: Sequence[Score]) -> Table:
         own = [share[task, length, name] for name in configurations]
         table.add_row(task, str(length), *(f"{score.share:.0%} ± {score.error:.0%}" for score in own))
     return table
+
+
+def arrivals_table(arrivals: Sequence[Arrival]) -> Table:
+    """A line for each configuration and way."""
+    table = Table(Column("configuration", overflow="fold"), "the text came", title="the same answer, however it came?")
+    for name in ("KL", "KL from\ndecoded", "same\nanswer"):
+        table.add_column(name, justify="right")
+    for each in arrivals:
+        same = "yes" if each.same_answer else "no"
+        table.add_row(each.configuration, each.way, f"{each.divergence:.4f}", f"{each.from_decoded:.6f}", same)
+    return table
+
+
+def drafts_table(drafts: Sequence[Drafting]) -> Table:
+    """A line for each configuration."""
+    queries = list(drafts[0].step_seconds)
+    table = Table(Column("configuration", overflow="fold"), title="drafts: tokens looked up in the prompt")
+    for name in ("tokens\na step", "same\ntext", *(f"{number}\n(ms)" for number in queries)):
+        table.add_column(name, justify="right")
+    for each in drafts:
+        times = (f"{1000 * each.step_seconds[number]:.1f}" for number in queries)
+        table.add_row(each.configuration, f"{each.tokens_a_step:.2f}", "yes" if each.same_text else "no", *times)
+    return table
+
+
+def writing_table(writings: Sequence[Writing]) -> Table:
+    """A line for each configuration, a column for each prompt: where its text begins to differ from the original's, how
+    long it is and how much of it repeats itself.
+    """
+    prompts = list(dict.fromkeys(each.prompt for each in writings))
+    title = "free writing: first difference / tokens (+: not ended) / repetition"
+    table = Table(Column("configuration", overflow="fold"), title=title)
+    for prompt in prompts:
+        table.add_column(" ".join(prompt.split()[:4]), justify="right")
+    for name in dict.fromkeys(each.configuration for each in writings):
+        own = {each.prompt: each for each in writings if each.configuration == name}
+        table.add_row(name, *(_written(own[prompt]) for prompt in prompts))
+    return table
+
+
+def _written(each: Writing) -> str:
+    first = "none" if each.first_difference is None else str(each.first_difference)
+    return f"{first} / {each.tokens}{'' if each.ended else '+'} / {each.repetition:.0%}"
 
 
 def sites_table(report: Report) -> Table:

@@ -63,6 +63,15 @@ def hide_passkeys(tokenizer: PreTrainedTokenizerBase, lengths: Iterable[int], de
     return [_hide(tokenizer, filler, length, depth, random) for length in lengths for depth in depths]
 
 
+def check_passkeys(
+    configurations: Sequence[Configuration], tokenizer: PreTrainedTokenizerBase, passkeys: Sequence[Passkey]
+) -> None:
+    """Raise InputError where text, question and answer are more than a model has positions for."""
+    longest = max((passkey.text.numel() for passkey in passkeys), default=0)
+    needed = longest and longest + all_ids(tokenizer, QUESTION).numel() + ANSWER_TOKENS
+    check_positions(configurations, needed, "a passkey's text, question and answer", "--passkey-length")
+
+
 def retrieve(
     configurations: Sequence[Configuration],
     tokenizer: PreTrainedTokenizerBase,
@@ -73,10 +82,8 @@ def retrieve(
 
     Raises InputError where text, question and answer are more than the model has positions for.
     """
-    question = all_ids(tokenizer, QUESTION)
-    longest = max(passkey.text.numel() for passkey in passkeys) + question.numel() + ANSWER_TOKENS
-    check_positions(configurations, longest, "a passkey's text, question and answer", "--passkey-length")
-    retrievals = []
+    check_passkeys(configurations, tokenizer, passkeys)
+    question, retrievals = all_ids(tokenizer, QUESTION), []
     with progress_bar("passkeys", len(passkeys) * len(configurations), progress) as advance:
         for passkey in passkeys:
             for configuration in configurations:

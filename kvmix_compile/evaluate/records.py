@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from kvmix_compile.errors import InputError
+from kvmix_compile.evaluate.arrival import Arrival
 from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.drafting import Drafting
 from kvmix_compile.evaluate.passkey import Retrieval
 from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW
 from kvmix_compile.evaluate.tasks import Score
+from kvmix_compile.evaluate.writing import Writing
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
 
@@ -37,21 +40,30 @@ class TextResults:
         return f"{self.tokens} tokens ({self.text}) in windows of {self.window}, read in chunks of {self.chunk}"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was measured of a model; empty what was not asked for."""
+
+    texts: Sequence[TextResults] = ()
+    retrievals: Sequence[Retrieval] = ()
+    scores: Sequence[Score] = ()
+    arrivals: Sequence[Arrival] = ()
+    drafts: Sequence[Drafting] = ()
+    writings: Sequence[Writing] = ()
+
+
 def record(
-    model: str,
-    texts: Sequence[TextResults],
-    retrievals: Sequence[Retrieval],
-    scores: Sequence[Score],
-    importance: Importance,
-    plans: Mapping[str, Plan],
-    packages: Iterable[str] = (),
+    model: str, found: Findings, importance: Importance, plans: Mapping[str, Plan], packages: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Everything measured of a model; `packages` are those whose versions matter besides PACKAGES."""
     return {
         "model": model,
-        "texts": [asdict(text) for text in texts],
-        "passkeys": [asdict(retrieval) | {"retrieved": retrieval.retrieved} for retrieval in retrievals],
-        "tasks": [asdict(score) for score in scores],
+        "texts": [asdict(text) for text in found.texts],
+        "passkeys": [asdict(each) | {"retrieved": each.retrieved} for each in found.retrievals],
+        "tasks": [asdict(score) for score in found.scores],
+        "ways": [asdict(arrival) for arrival in found.arrivals],
+        "drafts": [asdict(drafting) for drafting in found.drafts],
+        "writing": [asdict(writing) for writing in found.writings],
         "importance": _importance(importance),
         "precisions": {name: _precisions(plan) for name, plan in plans.items()},
         **circumstances("kvmix", torch.device("cpu"), packages),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ import kvmix_compile
 from kvmix_compile import compiler
 from kvmix_compile.cli import loading
 from kvmix_compile.cli.commands import app
+from kvmix_compile.cli.efforts import EVERYTHING
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.one_capture import captured_once
@@ -136,6 +138,34 @@ def test_eval_decodes_and_asks_questions_on_made_texts(tmp_path: Path, text: Pat
     ]
 
 
+def test_eval_tries_ways_drafts_and_writing(tmp_path: Path, text: Path) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path]
+    result = kvmix("eval", "tiny:llama", *arguments, "--ways", 300, "--writing", 20, "--drafts", "--exact-chunks")
+    assert result.exit_code == 0, result.output
+    for title in ("the same answer, however it came?", "drafts: tokens looked up", "free writing: first difference"):
+        assert title in result.stdout
+    record = json.loads(path.read_text())
+    names = ["original", "fisher, budget 2.3", "fisher, budget 2.3, exact chunks"]
+    assert list(dict.fromkeys(row["configuration"] for row in record["ways"])) == names[1:]
+    assert [row["configuration"] for row in record["drafts"]] == names
+    assert [row["configuration"] for row in record["writing"]] == names * 4
+
+
+def test_eval_has_a_quick_and_a_thorough_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they hold is more than a toy has positions for: it is said before anything is measured."""
+    monkeypatch.setattr(compiler, "capture", lambda model: pytest.fail("this takes long, and cannot be used"))
+    for flag in ("--quick", "--everything"):
+        result = kvmix("eval", "tiny:llama", flag)
+        assert result.exit_code == 1
+        assert "choose a smaller --passkey-length" in result.stderr
+
+
+def test_what_is_told_goes_before_what_a_set_holds() -> None:
+    chosen = EVERYTHING.with_options(tokens=None, baselines=["kivi"], tasks=[], ways=0, drafts=None)
+    assert chosen == replace(EVERYTHING, baselines=("kivi",), ways=0)
+
+
 def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
     pytest.importorskip("matplotlib")
     path, plots = tmp_path / "results.json", tmp_path / "plots"
@@ -177,6 +207,9 @@ def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
         (["eval", "tiny:llama", "--passkey-depth", "2"], "from 0 (the beginning of the text) to 1"),
         (["eval", "tiny:llama", "--json", "no/such/folder/results.json"], "a folder that exists"),
         (["eval", "tiny:llama", "--tokens", "64"], "the cache is never read"),
+        (["eval", "tiny:llama", "--quick", "--everything"], "exclude each other"),
+        (["eval", "tiny:llama", "--ways", "600"], "choose a smaller --ways"),
+        (["eval", "tiny:llama", "--writing", "600"], "choose a smaller --writing"),
     ],
 )
 def test_bad_input_is_a_message(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
