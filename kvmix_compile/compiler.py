@@ -23,7 +23,14 @@ from kvmix_compile.passes.capture.signature import cache_name, parameters_of
 from kvmix_compile.passes.capture.weights import check_weights
 from kvmix_compile.passes.match.sites import AttentionSite, Refusal, find_sites
 from kvmix_compile.passes.measure.exponents import described, with_fitting_exponents
-from kvmix_compile.passes.measure.importance import Importance, check_reachable, check_rows, fingerprint, measure
+from kvmix_compile.passes.measure.importance import (
+    Importance,
+    check_reachable,
+    check_rows,
+    fingerprint,
+    measure,
+    usual_context,
+)
 from kvmix_compile.passes.measure.one_path import capture_to_measure
 from kvmix_compile.passes.rewrite.rewrite import rewrite
 from kvmix_compile.passes.rewrite.verify import verify as verify_rewrite
@@ -66,6 +73,7 @@ def apply(
     sinks: int | None = None,
     recent: int | None = None,
     exact_chunks: bool | None = None,
+    context: int | None = None,
     compile: bool = False,
     verify: bool = True,
     progress: bool = False,
@@ -90,6 +98,8 @@ def apply(
         exact_chunks: True makes what a token reads independent of how its text came in: read in one go, in chunks,
             token by token, from a saved cache, or proposed by a draft model. False shows the tokens of one call each
             other in full precision. None: as the plan says, and False where there is none.
+        context: tokens of the texts that the budget is for, over all of whose elements bits are averaged. Layers with a
+            sliding window hold few of a long text, and get more bits. None: as many as the model takes, 8192 at most.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
             minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
@@ -111,6 +121,7 @@ def apply(
         sinks=sinks,
         recent=recent,
         exact_chunks=exact_chunks,
+        context=context,
     ).checked()
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
@@ -126,6 +137,7 @@ def apply(
             budget=config.budget,
             storage_budget=config.storage_budget,
             policy=config.policy,
+            context=config.context or usual_context(found.captured),
         )
     if verify:
         _verify(found, report)

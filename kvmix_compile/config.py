@@ -53,6 +53,7 @@ class Config:
     recent_window: which tokens of each row stay in the model's dtype, one of RECENT_WINDOWS.
     sinks, recent: other numbers of first and of last tokens.
     exact_chunks: whether what a token reads depends not on how its text was cut into chunks; None: as the plan says.
+    context: tokens of the texts that a budget is for; None: as many as the model takes, 8192 at most.
     """
 
     plan: Plan | str | os.PathLike[str] | None = None
@@ -65,6 +66,7 @@ class Config:
     sinks: int | None = None
     recent: int | None = None
     exact_chunks: bool | None = None
+    context: int | None = None
 
     def checked(self) -> Self:
         """The same with the plan read and the defaults filled in.
@@ -76,6 +78,11 @@ class Config:
         self._check_tokenizer()
         if self.exact_chunks is not None and not isinstance(self.exact_chunks, bool):
             raise PlanError(f"exact_chunks is True or False, not {self.exact_chunks!r}")
+        if self.context is not None:
+            if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1:
+                raise PlanError(f"context is a number of tokens, 1 or more, not {self.context!r}")
+            if self.plan is not None:
+                raise PlanError("give either a plan or a context: a plan has its own")
         budget = self.budget
         if self.plan is None and budget is None and self.storage_budget is None:
             budget = DEFAULT_BUDGET
@@ -84,7 +91,9 @@ class Config:
 
     def allocate(self, importance: Importance) -> Plan:
         """The plan that spends the budget of one that was checked. Warns where the model would no longer be itself."""
-        plan = importance.allocate(budget=self.budget, storage_budget=self.storage_budget, policy=self.policy)
+        plan = importance.allocate(
+            budget=self.budget, storage_budget=self.storage_budget, policy=self.policy, context=self.context
+        )
         if found := ruined(importance.sites, plan):
             rest = f", and {len(found) - 1} more are" if len(found) > 1 else ""
             warnings.warn(f"{found[0]}{rest}: choose a larger budget", PredictedLossWarning, stacklevel=2)

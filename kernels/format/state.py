@@ -50,6 +50,14 @@ def unpacked_tokens(window: int, sinks: int, recent: int) -> tuple[int, int]:
     return (sinks, recent) if is_packed(window, recent) else (0, ENDLESS)
 
 
+def held_blocks(window: int, context: int) -> int:
+    """Blocks of 32 tokens, packed or not, that a site which sees `window` tokens (0: all) holds of a text of `context`
+    tokens; 1 where the context is 0: not told, so that all sites count alike.
+    """
+    tokens = min(window, context) if window else context
+    return max(1, -(-tokens // BLOCK_TOKENS)) if context else 1
+
+
 def packed_blocks(length: Length, sinks: int, recent: int) -> Length:
     """Blocks packed of a row that holds this many tokens: as many as leave at most `recent` of them unpacked.
 

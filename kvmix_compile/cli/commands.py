@@ -70,12 +70,15 @@ def make_plan(
         float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
     ] = None,
     policy: PolicyName = Config.policy,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the texts that the budget is for (default: MODEL's, 8192 at most).")
+    ] = None,
     calibration: CalibrationFile = None,
     output: Annotated[Path | None, typer.Option(help="Where to save the plan, as JSON.")] = None,
 ) -> None:
     """Measure what matters in MODEL, spend a budget of bits, and show the plan."""
     start = perf_counter()
-    config = Config(budget=budget, storage_budget=storage_budget, policy=policy).checked()  # type: ignore[arg-type]
+    config = Config(budget=budget, storage_budget=storage_budget, policy=policy, context=context).checked()  # type: ignore[arg-type]
     if output is not None:
         check_writable(output)
     importance = analyze_on(load_model(name), calibration)

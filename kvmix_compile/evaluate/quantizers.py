@@ -40,13 +40,36 @@ def variance_normalized(tile: Tensor, bits: int, *, keys: bool) -> Tensor:
     until both are even, then codes are rounded to the nearest, of keys in groups of a channel, of values of a token.
     """
     rotated = tile @ there(tile.shape[-1], tile)
-    of_token, of_channel = torch.ones_like(rotated[..., :1]), torch.ones_like(rotated[..., :1, :])
-    for _ in range(NORMALIZATIONS):
-        of_token = of_token * _deviation(rotated / (of_token * of_channel), -1)
-        of_channel = of_channel * _deviation(rotated / (of_token * of_channel), -2)
+    of_token, of_channel = _even(rotated)
     # One of the two is part of the scales of the groups.
     other = half(of_token if keys else of_channel)
     return asymmetric(rotated / other, bits, -2 if keys else -1) * other @ back(tile.shape[-1], tile)
+
+
+def _even(elements: Tensor) -> tuple[Tensor, Tensor]:
+    """By what rows and columns are to be divided to be as even as they become: `[..., tokens, 1]` and `[..., 1, dim]`,
+    the latter around 1.
+    """
+    of_token, of_channel = torch.ones_like(elements[..., :1]), torch.ones_like(elements[..., :1, :])
+    best, least = (of_token, of_channel), torch.full_like(elements[..., :1, :1], torch.inf)
+    for _ in range(NORMALIZATIONS):
+        of_token = of_token * _deviation(elements / (of_token * of_channel), -1)
+        of_channel = of_channel * _deviation(elements / (of_token * of_channel), -2)
+        size = of_channel.log().mean(-1, keepdim=True).exp()
+        of_token, of_channel = of_token * size, of_channel / size
+        # Rows or columns of a large mean are not evened out for good: the best is not always the last.
+        found = _unevenness(elements / (of_token * of_channel))
+        best = (of_token.where(found < least, best[0]), of_channel.where(found < least, best[1]))
+        least = least.minimum(found)
+    return best
+
+
+def _unevenness(elements: Tensor) -> Tensor:
+    """The largest deviation of a row or column over the smallest, `[..., 1, 1]`."""
+    rows, columns = _deviation(elements, -1), _deviation(elements, -2)
+    return rows.amax(-2, keepdim=True) / rows.amin(-2, keepdim=True) + columns.amax(-1, keepdim=True) / columns.amin(
+        -1, keepdim=True
+    )
 
 
 def turbo(tile: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +14,12 @@ import torch
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import TIERS, UNQUANTIZED_BITS, Precision
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
-from kvmix_compile.kernels.format.state import StateLayout, is_packed, unpacked_tokens
+from kvmix_compile.kernels.format.state import StateLayout, held_blocks, is_packed, unpacked_tokens
 from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-plan"
 VERSION = 7
-# Version 6 says nothing of chunks, version 5 has no rotated values, and version 4 another name for one field.
+# Version 6 says nothing of chunks and context, version 5 has no rotated values, version 4 another name for one field.
 READ_VERSIONS = (4, 5, 6, VERSION)
 RENAMED = {"channel_quarters": "channel_tiers"}
 
@@ -120,6 +120,7 @@ class Plan:
     recent: recent tokens of a row that stay in the model's own dtype.
     exact_chunks: whether the tokens of a chunk see those of them that are recent no more as they are stored, as they
         would if all came one by one; else in full precision. See kernels.stepwise.
+    context: tokens of the texts that its bits are averaged over; 0: of any, each site counting alike.
     """
 
     sites: tuple[SitePlan, ...]
@@ -128,12 +129,14 @@ class Plan:
     sinks: int
     recent: int
     exact_chunks: bool = False
+    context: int = 0
 
     def __post_init__(self) -> None:
         if not self.sites:
             raise PlanError("a plan needs at least one attention site")
-        if self.sinks < 0 or self.recent < 0:
-            raise PlanError(f"sinks and recent count tokens: {self.sinks} and {self.recent} cannot be negative")
+        for name in ("sinks", "recent", "context"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name} counts tokens: {getattr(self, name)} cannot be negative")
 
     @property
     def quantized_sites(self) -> tuple[SitePlan, ...]:
@@ -145,26 +148,39 @@ class Plan:
     @property
     def key_bits(self) -> float:
         """Code bits of a cached key element, averaged over all elements."""
-        return _mean([(site.key.mean_bits, site.key_elements) for site in self.quantized_sites])
+        return _mean(self._key_elements(lambda site: site.key.mean_bits))
 
     @property
     def value_bits(self) -> float:
         """Code bits of a cached value element, averaged over all elements."""
-        return _mean([(site.value.bits, site.value_elements) for site in self.quantized_sites])
+        return _mean(self._value_elements(lambda site: site.value.bits))
 
     @property
     def code_bits(self) -> float:
-        """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts."""
-        keys = [(site.key.mean_bits, site.key_elements) for site in self.quantized_sites]
-        return _mean(keys + [(site.value.bits, site.value_elements) for site in self.quantized_sites])
+        """Code bits of a cached element, averaged over the elements of keys and values: what `budget` counts. In a text
+        of `context` tokens, where that is told: a site with a window holds fewer of them.
+        """
+        keys = self._key_elements(lambda site: site.key.mean_bits)
+        return _mean(keys + self._value_elements(lambda site: site.value.bits))
 
     @property
     def storage_bits(self) -> float:
-        """Stored bits of a quantized element, scales and zero points included: what `storage_budget` counts."""
-        keys = [(site.key.stored_bits(site.key_dim), site.key_elements) for site in self.quantized_sites]
-        return _mean(
-            keys + [(site.value.stored_bits(site.value_dim), site.value_elements) for site in self.quantized_sites]
-        )
+        """Stored bits of a quantized element, scales and zero points included: what `storage_budget` counts. In a text
+        of `context` tokens, as code_bits.
+        """
+        keys = self._key_elements(lambda site: site.key.stored_bits(site.key_dim))
+        return _mean(keys + self._value_elements(lambda site: site.value.stored_bits(site.value_dim)))
+
+    def _key_elements(self, bits: Callable[[SitePlan], float]) -> list[tuple[float, int]]:
+        """Of each quantized site the bits of a key element, and how many it holds, in blocks of 32 tokens."""
+        return [
+            (bits(site), site.key_elements * held_blocks(site.window, self.context)) for site in self.quantized_sites
+        ]
+
+    def _value_elements(self, bits: Callable[[SitePlan], float]) -> list[tuple[float, int]]:
+        return [
+            (bits(site), site.value_elements * held_blocks(site.window, self.context)) for site in self.quantized_sites
+        ]
 
     def layouts(self, rollback: int = 0) -> tuple[StateLayout, ...]:
         """The state of each site; `rollback` is the number of tokens that can be taken back."""
@@ -301,6 +317,7 @@ def _to_json(plan: Plan) -> str:
         "sinks": plan.sinks,
         "recent": plan.recent,
         "exact_chunks": plan.exact_chunks,
+        "context": plan.context,
     }
     fields = [f"  {json.dumps(name)}: {json.dumps(content)}" for name, content in head.items()]
     sites = ",\n".join("    " + json.dumps(_site_record(site)) for site in plan.sites)
@@ -350,6 +367,7 @@ def _from_document(document: object) -> Plan:
         sinks=_field(document, "sinks", int, "the plan"),
         recent=_field(document, "recent", int, "the plan"),
         exact_chunks=_field(document, "exact_chunks", bool, "the plan") if "exact_chunks" in document else False,
+        context=_field(document, "context", int, "the plan") if "context" in document else 0,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, UNQUANTIZED_BITS, Axis, Precision
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
+from kvmix_compile.kernels.format.state import held_blocks
 from kvmix_compile.passes.allocate.knapsack import choose
 
 Policy = Literal["fisher", "kvmix", "uniform"]
@@ -59,6 +60,8 @@ class SiteImportance(Shaped):
     channel_tiers: the tiers of each key head's channels that key precisions with important_bits tell apart, as
         in SitePlan; empty where no candidate has such.
     key_exponents, value_exponents: as in SitePlan.
+    blocks: of 32 tokens that it holds in a text of the length that a budget is for: how much its bits count. A site
+        with a sliding window holds few of a long text, and bits spent on it cost little.
     """
 
     layer: str
@@ -70,6 +73,11 @@ class SiteImportance(Shaped):
     channel_tiers: tuple[str, ...] = ()
     key_exponents: tuple[int, ...] = ()
     value_exponents: tuple[int, ...] = ()
+    blocks: int = 1
+
+    def in_context(self, context: int) -> SiteImportance:
+        """The same for a budget of texts of so many tokens; 0: of any, all sites counting alike."""
+        return replace(self, blocks=held_blocks(self.window, context))
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Budget:
         return _cost(precision, head_dim, self.unit)
 
     def capacity(self, sites: Sequence[SiteImportance]) -> int:
-        """Bits that a block of 32 tokens of all heads of all sites may cost."""
+        """Bits that all blocks of all heads of all sites may cost."""
         return math.floor(self.bits * _block_elements(sites) * (1 + BUDGET_ROUNDING))
 
     def check_reachable(self, sites: Sequence[SiteImportance], lowest: int, highest: int, advice: str = "") -> None:
@@ -184,7 +192,7 @@ def _allocate_fisher(sites: Sequence[SiteImportance], budget: Budget) -> Allocat
     if _is_lossless(sites) and _total_cost(sites, untouched, budget) <= budget.capacity(sites):
         return untouched
     items = [
-        _Item(site.kv_heads, head_dim, sensitivity)
+        _Item(site.kv_heads * site.blocks, head_dim, sensitivity)
         for site in sites
         for head_dim, sensitivity in (
             (site.key_dim, site.key_sensitivity),
@@ -208,15 +216,15 @@ def _is_lossless(sites: Sequence[SiteImportance]) -> bool:
 
 @dataclass(frozen=True)
 class _Item:
-    """The keys or the values of one site: what a token has of them, and what each precision would lose."""
+    """The keys or the values of one site: the blocks of all heads, and what each precision would lose."""
 
-    kv_heads: int
+    blocks: int
     head_dim: int
     sensitivity: Mapping[Precision, float]
 
     def cost(self, precision: Precision, unit: Unit) -> int:
-        """Bits of a block of 32 tokens."""
-        return self.kv_heads * _cost(precision, self.head_dim, unit)
+        """Bits of all blocks."""
+        return self.blocks * _cost(precision, self.head_dim, unit)
 
     def costs(self, unit: Unit) -> list[int]:
         """Of each precision."""
@@ -247,8 +255,8 @@ def _least_loss(items: Sequence[_Item], unit: Unit, capacity: int) -> list[Preci
 
 
 def _regrouped(items: Sequence[_Item], chosen: Sequence[Precision], allowance: int) -> list[Precision]:
-    """The chosen bits in the groups that lose least. Scales and zero points may take `allowance` bits of a block of 32
-    tokens, or what they take already if that is more.
+    """The chosen bits in the groups that lose least. Scales and zero points may take `allowance` bits of all blocks, or
+    what they take already if that is more.
     """
     pairs = list(zip(items, chosen, strict=True))
     codes, stored = (sum(item.cost(precision, unit) for item, precision in pairs) for unit in get_args(Unit))
@@ -354,12 +362,12 @@ def _cost(precision: Precision, head_dim: int, unit: Unit) -> int:
 
 
 def _block_elements(sites: Sequence[SiteImportance]) -> int:
-    """Cached elements of 32 tokens, keys and values of all sites."""
-    return sum(BLOCK_TOKENS * site.kv_heads * (site.key_dim + site.value_dim) for site in sites)
+    """Elements of all blocks, keys and values of all sites."""
+    return sum(BLOCK_TOKENS * site.blocks * site.kv_heads * (site.key_dim + site.value_dim) for site in sites)
 
 
 def _total_cost(sites: Sequence[SiteImportance], allocation: Allocation, budget: Budget) -> int:
     return sum(
-        site.kv_heads * (budget.cost(key, site.key_dim) + budget.cost(value, site.value_dim))
+        site.blocks * site.kv_heads * (budget.cost(key, site.key_dim) + budget.cost(value, site.value_dim))
         for site, (key, value) in zip(sites, allocation, strict=True)
     )

@@ -37,11 +37,15 @@ from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
 from kvmix_compile.passes.measure.stored_reads import stored_reads
 from kvmix_compile.passes.rewrite.rotation import back, there
 
+# A budget holds in texts of so many tokens and of more. In shorter ones a model with sliding windows takes more bits
+# than it says: the longer this is, the more bits the windows get.
+USUAL_CONTEXT = 8192
+
 
 @dataclass(frozen=True)
 class Importance:
     """What was measured, and for which state: the first `sinks` and last `recent` tokens of a row stay in full
-    precision.
+    precision. context: tokens of the texts that a budget is for, where none are told.
     """
 
     sites: tuple[SiteImportance, ...]
@@ -50,15 +54,25 @@ class Importance:
     recent: int
     tokens: int
     loss: float
+    context: int = 0
 
     def allocate(
-        self, *, budget: float | None = None, storage_budget: float | None = None, policy: Policy = "fisher"
+        self,
+        *,
+        budget: float | None = None,
+        storage_budget: float | None = None,
+        policy: Policy = "fisher",
+        context: int | None = None,
     ) -> Plan:
         """A plan that spends a budget of bits where they matter; see passes.allocate.policies. A site whose window is
         no longer than the recent tokens has nothing quantized, and is no part of the budget.
+
+        context: tokens of the texts that the budget is for, over all of whose elements bits are averaged: sites with a
+            sliding window hold few of a long text, and get more bits. None: those of usual_context.
         """
+        context = self.context if context is None else context
         packed = [is_packed(site.window, self.recent) for site in self.sites]
-        quantized = list(compress(self.sites, packed))
+        quantized = [site.in_context(context) for site in compress(self.sites, packed)]
         chosen = allocate(quantized, policy=policy, budget=budget, storage_budget=storage_budget) if quantized else ()
         untouched, in_order = Precision(UNQUANTIZED_BITS), iter(chosen)
         # The published methods store values as they are.
@@ -67,7 +81,14 @@ class Importance:
             _site_plan(site, *(next(in_order) if is_quantized else (untouched, untouched)), rotated)
             for site, is_quantized in zip(self.sites, packed, strict=True)
         )
-        return Plan(sites, policy, self.fingerprint, self.sinks, self.recent)
+        # Without windows the context says nothing, and a plan nothing of it.
+        told = context if any(site.window for site in quantized) else 0
+        return Plan(sites, policy, self.fingerprint, self.sinks, self.recent, context=told)
+
+
+def usual_context(captured: Captured) -> int:
+    """Tokens of the texts that a budget is for where none are told: those the model takes, USUAL_CONTEXT at most."""
+    return min(captured.longest_context or USUAL_CONTEXT, USUAL_CONTEXT)
 
 
 def check_reachable(
@@ -77,6 +98,7 @@ def check_reachable(
     budget: float | None = None,
     storage_budget: float | None = None,
     policy: Policy = "fisher",
+    context: int = 0,
 ) -> None:
     """Raise BudgetError or AllocationError where no measurement could make a plan of this budget."""
     unmeasured = tuple(
@@ -91,7 +113,7 @@ def check_reachable(
         for site in sites
     )
     importance = Importance(unmeasured, "", sinks=0, recent=recent, tokens=0, loss=0.0)
-    importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy)
+    importance.allocate(budget=budget, storage_budget=storage_budget, policy=policy, context=context)
 
 
 def _site_plan(site: SiteImportance, key: Precision, value: Precision, rotated: bool) -> SitePlan:
@@ -147,7 +169,13 @@ def measure(
             check(value, "values", site.layer)
     measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))
     return Importance(
-        measured, fingerprint(captured, sites), sinks, recent, sum(row.numel() for row in rows), total_loss / predicted
+        measured,
+        fingerprint(captured, sites),
+        sinks=sinks,
+        recent=recent,
+        tokens=sum(row.numel() for row in rows),
+        loss=total_loss / predicted,
+        context=usual_context(captured),
     )
 
 

@@ -110,6 +110,13 @@ def test_variance_normalization_evens_out_tokens_and_rotated_channels(keys: bool
     assert 2 * weighted(partial(variance_normalized, bits=2, keys=keys)) < weighted(without)
 
 
+def test_channels_with_a_large_mean_do_not_let_the_scales_run_away() -> None:
+    """As keys have them."""
+    elements = tile() + 10 * (torch.arange(64) == 7) - 5 * (torch.arange(64) == 20)
+    for keys in (True, False):
+        assert error(partial(variance_normalized, bits=4, keys=keys), elements) < 0.02
+
+
 def test_clipping_nothing_without_rotation_is_rounding_to_the_nearest() -> None:
     assert torch.equal(clipped(tile(), 2, IDENTITY, 1.0), asymmetric(tile(), 2, -1))
     steps = (tile().amax(-1) - tile().amin(-1)) / 3

@@ -22,6 +22,7 @@ from kvmix_compile.passes.allocate.policies import (
     SiteImportance,
     allocate,
 )
+from kvmix_compile.passes.measure.importance import Importance
 
 CANDIDATES = [
     *(Precision(bits, group, scale_bits) for bits in (2, 3, 4) for group in (16, 32) for scale_bits in (4, 16)),
@@ -379,3 +380,66 @@ def test_bad_input_is_named() -> None:
         allocate(
             [SiteImportance("broken", SiteShape(1, 64, 64), 1.0, float("nan"), fine, fine)], policy="kvmix", budget=2.3
         )
+
+
+# A context: what a site with a window holds of it
+
+
+def with_windows(windows: Sequence[int]) -> list[SiteImportance]:
+    return [
+        replace(site, shape=replace(site.shape, window=window))
+        for site, window in zip(typical_sites(len(windows)), windows, strict=True)
+    ]
+
+
+WINDOWED = with_windows([512, 512, 0, 512, 512, 0])
+
+
+def importance_of(sites: Sequence[SiteImportance], context: int) -> Importance:
+    return Importance(tuple(sites), "any", sinks=0, recent=128, tokens=0, loss=0.0, context=context)
+
+
+@pytest.mark.parametrize("policy", ["fisher", "uniform", "kvmix"])
+@pytest.mark.parametrize("unit", ["budget", "storage_budget"])
+@pytest.mark.parametrize("context", [1024, 8192, 10**6])
+def test_a_budget_is_the_mean_over_what_is_held_of_the_context(policy: Policy, unit: str, context: int) -> None:
+    bits = 3.0 if policy != "kvmix" or unit == "storage_budget" else 2.4
+    plan = importance_of(WINDOWED, context).allocate(policy=policy, **{unit: bits})
+    held = [min(site.window or context, context) for site in plan.sites]
+    assert plan.context == context
+    if unit == "budget":
+        total = sum(
+            tokens * (site.key_elements * site.key.mean_bits + site.value_elements * site.value.bits)
+            for tokens, site in zip(held, plan.sites, strict=True)
+        )
+        elements = sum(
+            tokens * (site.key_elements + site.value_elements) for tokens, site in zip(held, plan.sites, strict=True)
+        )
+        assert plan.code_bits == pytest.approx(total / elements, rel=1e-2)
+        assert plan.code_bits <= bits
+    else:
+        assert plan.storage_bits <= bits
+
+
+@pytest.mark.parametrize("unit", ["budget", "storage_budget"])
+def test_the_longer_the_context_the_more_bits_windows_get_and_the_less_is_lost(unit: str) -> None:
+    plans = [importance_of(WINDOWED, context).allocate(**{unit: 2.7}) for context in (512, 4096, 32768)]
+    windowed = [sum(site.key.mean_bits + site.value.bits for site in plan.sites if site.window) for plan in plans]
+    assert windowed == sorted(windowed) and windowed[0] < windowed[-1]
+    losses = [total_sensitivity(WINDOWED, [(site.key, site.value) for site in plan.sites]) for plan in plans]
+    assert losses == sorted(losses, reverse=True)
+    # None but the longest context: the same bits everywhere would be the plan of the shortest.
+    assert plans[0].sites == replace(importance_of(WINDOWED, 0).allocate(**{unit: 2.7})).sites
+
+
+@given(context=st.integers(1, 10**6))
+def test_without_windows_a_context_says_nothing(context: int) -> None:
+    sites = typical_sites(3)
+    plan = importance_of(sites, context).allocate(budget=2.7)
+    assert plan == importance_of(sites, 0).allocate(budget=2.7)
+    assert plan.context == 0
+
+
+def test_a_context_that_is_told_goes_before_the_models() -> None:
+    importance = importance_of(WINDOWED, 8192)
+    assert importance.allocate(budget=2.7, context=512).sites == importance_of(WINDOWED, 512).allocate(budget=2.7).sites

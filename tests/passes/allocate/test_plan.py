@@ -56,6 +56,8 @@ plans = st.builds(
     fingerprint=st.text(),
     sinks=st.integers(0, 1000),
     recent=st.integers(0, 1000),
+    exact_chunks=st.booleans(),
+    context=st.sampled_from([0, 1, 8192]),
 )
 
 
