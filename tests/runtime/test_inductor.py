@@ -29,7 +29,8 @@ def original() -> PreTrainedModel:
 
 @cache
 def eager() -> PreTrainedModel:
-    return applied(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    """At 8 bits, of which one that rounding turns hardly tells."""
+    return applied(original(), budget=8, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
 
 
 @cache
@@ -62,12 +63,11 @@ def test_logits_and_state_are_those_of_the_graph_itself(rows: int, rollback: int
     """From no block to many, in chunks and steps. What is read in steps is written in place, and read again."""
     text, chunks = ids(rows, 150), [30, *[1] * 70, 30, *[1] * 20]
     (expected, past), (found, own) = (read(model, text, chunks, rollback) for model in (eager(), compiled()))
-    # Inductor's sums are rounded otherwise, and may turn a code, which all tokens behind it read.
     torch.testing.assert_close(found, expected, atol=0.01, rtol=1e-4)
-    assert (found - expected).abs().median() < 1e-5
+    assert (found - expected).abs().median() < 1e-6
     for one, other in zip(own.tensors(), past.tensors(), strict=True):
-        assert one.shape == other.shape and one.dtype == other.dtype
-        assert torch.isclose(one.float(), other.float(), atol=1e-4, rtol=1e-4).float().mean() > 0.99
+        # Inductor's sums are rounded otherwise, and may turn a code.
+        torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-4)
     assert isinstance(compiled().kvmix_program.inductor, InductorGraph)
     assert "compile" in compiled().kvmix_report.seconds
 
