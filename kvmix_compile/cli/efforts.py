@@ -45,14 +45,15 @@ USUAL = Effort()
 QUICK = Effort(tokens=1024, passkey_lengths=(900,), passkey_depths=(0.25, 0.5, 0.75))
 # In twenty: everything there is, of each a little.
 EVERYTHING = Effort(
+    tokens=3072,
     baselines=("q4_0-hadamard", "kvarn-k4v2", "oscar-2"),
-    decode=320,
+    decode=256,
     passkey_lengths=PASSKEY_LENGTHS,
-    passkey_depths=(0.25, 0.5, 0.75),
+    passkey_depths=(0.25, 0.75),
     tasks=("needle",),
     task_questions=4,
-    ways=1000,
-    writing=160,
+    ways=500,
+    writing=96,
     drafts=True,
     exact_chunks=True,
 )

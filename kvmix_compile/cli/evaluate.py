@@ -27,7 +27,7 @@ from kvmix_compile.evaluate.answering import check_positions
 from kvmix_compile.evaluate.arrival import arrivals, arriving_text
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import compare
-from kvmix_compile.evaluate.configurations import Compiled, Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.configurations import EXACT_CHUNKS, Compiled, Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.drafting import TOKENS as DRAFTED_TOKENS
 from kvmix_compile.evaluate.drafting import draft, repeating_prompt
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
@@ -257,7 +257,7 @@ def _plans(
     plans, left_out = make_plans(importance, policies or ["fisher"], budgets or [], storage_budgets or [])
     for reason in left_out:
         typer.echo(reason, err=True)
-    exact = {f"{name}, exact chunks": replace(plan, exact_chunks=True) for name, plan in plans.items()}
+    exact = {f"{name}, {EXACT_CHUNKS}": replace(plan, exact_chunks=True) for name, plan in plans.items()}
     return plans | exact if exact_chunks else plans
 
 

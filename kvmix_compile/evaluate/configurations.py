@@ -15,6 +15,9 @@ from kvmix_compile.passes.allocate.policies import BudgetError
 from kvmix_compile.passes.measure.importance import Importance
 from kvmix_compile.runtime.cache import KVMixCache
 
+# How the names of those end whose chunks are exact.
+EXACT_CHUNKS = "exact chunks"
+
 
 @dataclass(frozen=True)
 class Configuration:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.configurations import EXACT_CHUNKS
 from kvmix_compile.evaluate.divergence import POSITION_BIN
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.measure.importance import Importance
@@ -23,6 +24,7 @@ DOTS_PER_INCH = 150
 # Perplexities beyond this multiple of the original's are drawn at the edge, with their value: the others would be flat.
 HIGHEST = 1.5
 MARKERS = "osD^vPX*"
+STORED_BITS = "stored bits per quantized element, scales and zero points included"
 LINE_POINTS = 10  # families have lines of their own for such values, which may stand at the same bits
 CELL_INCHES = 0.35
 LABEL_INCHES = 3.5
@@ -43,13 +45,14 @@ def check_plots(folder: Path) -> None:
 
 
 def plot_frontier(texts: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """Perplexity against stored bits, a diagram for each named text and in it a line for each family of configurations;
-    a text's first result is the original's.
+    """Perplexity, and KL divergence from the original, against stored bits: for each named text one diagram of each,
+    and in it a line for each family of configurations; a text's first result is the original's.
     """
-    figure, row = _figure(7 * len(texts), 4.5, columns=len(texts))
-    for axes, (name, results) in zip(row, texts.items(), strict=True):
-        _plot_results(axes, results)
-        axes.set_title(name, fontsize="medium")
+    figure, diagrams = _figure(7 * len(texts), 9, rows=2, columns=len(texts))
+    for above, below, (name, results) in zip(*diagrams.reshape(2, -1), texts.items(), strict=True):
+        _plot_results(above, results)
+        _plot_divergences(below, results)
+        above.set_title(name, fontsize="medium")
     _save(figure, path)
 
 
@@ -84,11 +87,24 @@ def _plot_results(axes: Any, results: Sequence[Result]) -> None:
     edge = HIGHEST * original.perplexity
     for index, (family, members) in enumerate(groupby(others, key=_family)):
         _plot_family(axes, family, sorted(members, key=_stored_bits), index, edge)
-    axes.set_xlabel("stored bits per quantized element, scales and zero points included")
+    axes.set_xlabel(STORED_BITS)
     axes.set_ylabel("perplexity through the cache")
     axes.set_ylim(top=min(edge, axes.get_ylim()[1]) * 1.02)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
+
+def _plot_divergences(axes: Any, results: Sequence[Result]) -> None:
+    for index, (family, members) in enumerate(groupby(results[1:], key=_family)):
+        line = sorted(members, key=_stored_bits)
+        divergences = [member.divergence.mean for member in line]
+        axes.plot(
+            [member.stored_bits for member in line], divergences, marker=MARKERS[index % len(MARKERS)], label=family
+        )
+    axes.set_xlabel(STORED_BITS)
+    axes.set_ylabel("KL divergence from the original, mean")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
 
 
 def plot_layers(importance: Importance, plans: Mapping[str, Plan], path: Path) -> None:
@@ -151,8 +167,11 @@ def _plot_family(axes: Any, family: str, members: Sequence[Result], index: int, 
 
 
 def _family(result: Result) -> str:
-    """A configuration's name begins with its policy or baseline; what tells its members apart follows a comma."""
-    return result.configuration.partition(", ")[0]
+    """A configuration's name begins with its policy or baseline; what tells its members apart follows a comma. Exact
+    chunks make another family.
+    """
+    first, *_, last = result.configuration.split(", ")
+    return f"{first}, {last}" if last == EXACT_CHUNKS else first
 
 
 def _stored_bits(result: Result) -> float:
