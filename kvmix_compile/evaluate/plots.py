@@ -170,8 +170,8 @@ def _family(result: Result) -> str:
     """A configuration's name begins with its policy or baseline; what tells its members apart follows a comma. Exact
     chunks make another family.
     """
-    first, *_, last = result.configuration.split(", ")
-    return f"{first}, {last}" if last == EXACT_CHUNKS else first
+    first, *others = result.configuration.split(", ")
+    return f"{first}, {EXACT_CHUNKS}" if EXACT_CHUNKS in others else first
 
 
 def _stored_bits(result: Result) -> float:

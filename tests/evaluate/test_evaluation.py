@@ -366,7 +366,7 @@ def test_plots_are_pictures(importance: Importance, tmp_path: Path) -> None:
     check_plots(tmp_path / "new")
     results = [
         result("original", 16, 20), result("fisher, budget 2", 2.3, 22), result("fisher, budget 3", 3.3, 20.5),
-        result("quanto-2", 2.5, 240),
+        result("fisher, budget 2, exact chunks", 2.3, 23), result("quanto-2", 2.5, 240),
     ]  # fmt: skip
     plot_frontier({"a text": results, "another": results}, tmp_path / "frontier.png")
     # Where there is no projection there is no norm.
