@@ -72,6 +72,16 @@ def test_logits_and_state_are_those_of_the_graph_itself(rows: int, rollback: int
     assert "compile" in compiled().kvmix_report.seconds
 
 
+def test_exact_chunks_too() -> None:
+    exact = applied(original(), plan=eager().kvmix_plan, exact_chunks=True, verify=False)
+    own = applied(original(), plan=exact.kvmix_plan, verify=False, compile=True)
+    text = ids(2, 150)
+    expected, _ = read(exact, text, [1] * 150)
+    found, _ = read(own, text, [90, *[1] * 20, 40])
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=1e-4)
+    assert (found - expected).abs().median() < 1e-5
+
+
 def test_logits_to_keep() -> None:
     text = ids(2, 30)
     for kept in (1, 7, torch.tensor([3, 29])):

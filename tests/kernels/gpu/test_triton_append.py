@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.stepwise import stepwise
+from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
@@ -125,3 +128,32 @@ def test_a_block_without_room_is_not_written() -> None:
     triton_append.append(chunk, state, layout.storage)
     assert all(not tensor[0].any() and not tensor[2].any() for tensor in whole.tensors())
     assert state.packed_k.any(-1).all()
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_with_attend_it_makes_stepwise_of_any_cut(window: int) -> None:
+    """Two rows, one with padding: as the reference does token by token, for the state to the byte."""
+    triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
+    shape, precision = SiteShape(1, 16, 16, window), Precision(2, 16, 4)
+    layout = StateLayout(shape, key=precision, value=precision, sinks=3, recent=32)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 90, 16), torch.randn(2, 1, 90, 16), torch.randn(2, 1, 90, 16)
+    kernels = stepwise(triton_attend.attend, triton_append.append), stepwise(reference.attend, reference.append)
+    results = []
+    for kernel, cuts, device in ((kernels[0], [57, 33], DEVICE), (kernels[1], [1] * 90, "cpu")):
+        state = SiteState.allocate(layout, 2, layout.capacity_blocks(90), torch.float32, device)
+        lengths, padding = torch.zeros(2, dtype=torch.int64, device=device), torch.tensor([0, 11], device=device)
+        outputs, begin = [], 0
+        for tokens in cuts:
+            part = slice(begin, begin + tokens)
+            starts = (padding - begin).clamp(0, tokens)
+            queries, keys, values = (tensor[:, :, part].to(device) for tensor in (q, k, v))
+            chunk = Chunk(key=keys, value=values, lengths=lengths, starts=starts)
+            weighting = Weighting(0.25, sliding_window=window)
+            outputs.append(kernel(queries, chunk, state, layout.storage, weighting).cpu())
+            lengths, begin = lengths + tokens - starts, begin + tokens
+        results.append((torch.cat(outputs, dim=2), [tensor.cpu() for tensor in state.tensors()]))
+    (found, state), (expected, its_state) = results
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(state, its_state, strict=True):
+        assert torch.equal(ours, theirs)
