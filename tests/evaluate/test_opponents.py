@@ -8,18 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration
-from kvmix_compile.evaluate.opponents import OPPONENTS, simulated_caches
+from kvmix_compile.evaluate.opponents import OPPONENTS, Rotations, simulated_caches
 from kvmix_compile.evaluate.quantizers import asymmetric, clipped, normal_levels, q4_0, turbo, variance_normalized
 from kvmix_compile.evaluate.simulated import Simulated, SimulatedLayer, Stored
-from kvmix_compile.evaluate.spectral import fitted_rotations
+from kvmix_compile.evaluate.spectral import spectral_rotations
 from kvmix_compile.kernels.format.state import packed_blocks
 from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.rewrite.rotation import there
-from tests.helpers.one_capture import analyzed, zoo
+from tests.helpers.one_capture import analyzed, captured_once, zoo
 from tests.helpers.toy_llama import RECENT, SINKS, ids, original
 
 IDENTITY = torch.eye(64).expand(2, 64, 64)
@@ -123,13 +125,17 @@ def test_clipping_nothing_without_rotation_is_rounding_to_the_nearest() -> None:
     assert ((asymmetric(tile(), 2, -1) - tile()).abs().amax(-1) < 0.51 * steps).all()
 
 
-@pytest.mark.parametrize("name", ["llama"])
-def test_spectral_rotations_spread_what_queries_tell_apart_evenly(name: str) -> None:
-    model = zoo(name)
-    for key, value in fitted_rotations(model, list(ids(2, 64))):
+def rotations_of(model: PreTrainedModel, rows: list[Tensor]) -> list[Rotations]:
+    captured = captured_once(model)
+    return spectral_rotations(captured, find_sites(captured).matched, rows)
+
+
+def test_spectral_rotations_spread_what_queries_tell_apart_evenly() -> None:
+    model = original()
+    for key, value in rotations_of(model, list(ids(2, 64))):
         for rotation in (key, value):
             torch.testing.assert_close(rotation @ rotation.mT, torch.eye(rotation.shape[-1]).expand_as(rotation))
-    (key, _), *_ = fitted_rotations(model, [ids(1, 64)[0]])
+    (key, _), *_ = rotations_of(model, [ids(1, 64)[0]])
     queries = _first_queries(model, ids(1, 64))
     rotated = queries @ key.repeat_interleave(len(queries) // len(key), 0)
     of_group = rotated.square().unflatten(0, (len(key), -1)).mean((1, 2))
@@ -190,7 +196,7 @@ def test_every_opponent_is_measured(name: str) -> None:
     model = original()
     check_baselines([name], model)
     importance = analyzed(model, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
-    (opponent,) = simulated_caches([name], model, importance, lambda: fitted_rotations(model, list(ids(2, 64))))
+    (opponent,) = simulated_caches([name], model, importance, lambda: rotations_of(model, list(ids(2, 64))))
     _, found = compare([Configuration("original", model), opponent], ids(1, 300)[0])
     assert opponent.code_bits < opponent.stored_bits < found.held_bits < 16
     assert 0 < found.divergence.mean < 1

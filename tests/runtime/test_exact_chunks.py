@@ -20,8 +20,8 @@ from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import RECENT, SINKS, ids, original, quantized
 
 TOKENS, PADDING = 180, 37
-# The last two have windows, and the last one sinks that have logits.
-MODELS = ("llama", "gemma2", "gpt_oss")
+# The second has windows and a soft cap.
+MODELS = ("llama", "gemma2")
 
 
 @cache
@@ -61,7 +61,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(cuts=st.sets(st.integers(1, TOKENS - 1), max_size=4))
 def test_however_a_text_is_cut(name: str, cuts: set[int]) -> None:
     found, _ = read(exact(name), sorted(cuts))
