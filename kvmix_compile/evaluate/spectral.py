@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvmix_compile.passes.capture.captured import Captured
-from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.sites import AttentionSite, find_sites
 from kvmix_compile.passes.measure.one_path import capture_to_measure
@@ -76,9 +75,7 @@ class _Recorder(fx.Interpreter):
 
     def on(self, row: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of each site, for the token ids of a row, int64 `[tokens]`."""
-        positions = torch.arange(row.numel(), device=row.device)
-        given = {"input_ids": row[None], "position_ids": positions[None], "logit_positions": positions[-1:]}
-        self.run(*(given[node.name] for node in graph_inputs(self.captured.graph)))
+        self.run(*self.captured.inputs(row, logits=slice(-1, None)))
         return [tuple(self.values[node][0] for node in (site.query, site.key, site.value)) for site in self.sites]  # type: ignore[misc]
 
     def run_node(self, node: fx.Node) -> object:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from kvmix_compile.passes.capture import limits
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.record import PassRecord
+from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.untouched.reads import Reads
 from kvmix_compile.passes.untouched.untouched import Written
 
@@ -75,6 +76,14 @@ class Captured:
         """Token ids to try the model on, int64 `[rows, tokens]`, the same each time."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary, (rows, tokens), generator=generator).to(self.parameter.device)
+
+    def inputs(self, row: Tensor, logits: slice = slice(None)) -> list[Tensor]:
+        """What the graph takes, in its order, for one row of token ids, int64 `[tokens]`, of which these logits are
+        asked for.
+        """
+        positions = torch.arange(row.numel(), device=row.device)
+        given = {"input_ids": row[None], "position_ids": positions[None], "logit_positions": positions[logits]}
+        return [given[node.name] for node in graph_inputs(self.graph)]
 
     def placeholder(self, name: str) -> fx.Node:
         return next(node for node in self.graph.nodes if node.op == "placeholder" and node.name == name)

@@ -16,7 +16,6 @@ from kvmix_compile.kernels.format.packing import FLOAT16_MAX
 from kvmix_compile.passes.allocate.plan import MOST_EXPONENT, Plan, SitePlan
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
-from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
@@ -92,11 +91,9 @@ class _Ranges(fx.Interpreter):
     def on(self, tokens: int, first: int) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer the magnitudes `[heads]` of the largest elements of keys and of values, from token `first` on."""
         self.first = first
-        ids = self.captured.random_ids(1, tokens)
-        positions = torch.arange(tokens, device=ids.device)
-        given = {"input_ids": ids, "position_ids": positions[None], "logit_positions": positions[-1:]}
+        (row,) = self.captured.random_ids(1, tokens)
         with torch.no_grad(), running(self.captured):
-            self.run(*(given[node.name] for node in graph_inputs(self.captured.graph)))
+            self.run(*self.captured.inputs(row, logits=slice(-1, None)))
         for site in self.sites:
             for node, what in ((site.key, "keys"), (site.value, "values")):
                 check_finite(self.largest[node], f"its {what}", site.layer)

@@ -28,7 +28,6 @@ from kvmix_compile.passes.allocate.plan import Plan, SitePlan
 from kvmix_compile.passes.allocate.policies import Policy, SiteImportance, allocate
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import CalibrationError
-from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
@@ -281,9 +280,7 @@ class _Recorder(fx.Interpreter):
         return loss.item()
 
     def _loss(self, row: Tensor) -> Tensor:
-        positions = torch.arange(row.numel(), device=row.device)
-        by_name = {"input_ids": row[None], "position_ids": positions[None], "logit_positions": positions}
-        logits = self.run(*(by_name[node.name] for node in graph_inputs(self.captured.graph)))
+        logits = self.run(*self.captured.inputs(row))
         return F.cross_entropy(logits[0, :-1].float(), row[1:], reduction="sum")
 
     def _weight_gradient_norm(
