@@ -45,9 +45,9 @@ USUAL = Effort()
 QUICK = Effort(tokens=1024, passkey_lengths=(900,), passkey_depths=(0.25, 0.5, 0.75))
 # In twenty: everything there is, of each a little.
 EVERYTHING = Effort(
-    tokens=3072,
+    tokens=2048,
     baselines=("q4_0-hadamard", "kvarn-k4v2", "oscar-2"),
-    decode=256,
+    decode=384,
     passkey_lengths=PASSKEY_LENGTHS,
     passkey_depths=(0.25, 0.75),
     tasks=("needle",),

@@ -26,14 +26,14 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.answering import check_positions
 from kvmix_compile.evaluate.arrival import arrivals, arriving_text
 from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
-from kvmix_compile.evaluate.comparison import compare
+from kvmix_compile.evaluate.comparison import check_length, compare
 from kvmix_compile.evaluate.configurations import EXACT_CHUNKS, Compiled, Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.drafting import TOKENS as DRAFTED_TOKENS
 from kvmix_compile.evaluate.drafting import draft, repeating_prompt
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
 from kvmix_compile.evaluate.opponents import Rotations, simulated_caches
 from kvmix_compile.evaluate.passkey import LENGTHS, Passkey, check_passkeys, hide_passkeys, retrieve
-from kvmix_compile.evaluate.perplexity import windowed
+from kvmix_compile.evaluate.perplexity import WINDOW, windowed
 from kvmix_compile.evaluate.plots import (
     DIVERGENCE_FILE,
     FRONTIER_FILE,
@@ -204,6 +204,10 @@ def _measured(
     configurations: Sequence[Configuration], loaded: LoadedModel, effort: Effort, material: _Material
 ) -> Findings:
     tokenizer, options = loaded.require_tokenizer(), {"progress": True}
+    for ids in material.texts.values():
+        check_length(configurations, min(WINDOW, len(ids)))
+    if effort.decode:
+        check_length(configurations, effort.decode)
     texts = [
         TextResults(text, len(ids), compare(configurations, ids, **options)) for text, ids in material.texts.items()
     ]

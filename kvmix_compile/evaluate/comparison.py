@@ -49,7 +49,7 @@ def compare(
     Raises InputError for a text or window too short for anything to be quantized, or for the cache to be read.
     """
     chunks = windowed(ids, chunk, window)
-    _check_length(configurations, min(window, ids.numel()))
+    check_length(configurations, min(window, ids.numel()))
     targets = sum(piece.targets.numel() for piece in chunks)
     original, *others = [_Reader(configuration, Predictions(targets)) for configuration in configurations]
     with progress_bar("reading", len(chunks) * len(configurations), progress) as advance:
@@ -67,8 +67,10 @@ def compare(
     return [reader.result() for reader in (original, *others)]
 
 
-def _check_length(configurations: Sequence[Configuration], longest: int) -> None:
-    """A block is quantized once it has left the unquantized tokens; before, every figure would be the original's."""
+def check_length(configurations: Sequence[Configuration], longest: int) -> None:
+    """Raise InputError for windows of so many tokens, of which nothing would be quantized. A block is, once it has left
+    the unquantized tokens; before, every figure would be the original's.
+    """
     needed = max(configuration.unquantized_tokens for configuration in configurations) + BLOCK_TOKENS
     if longest <= needed:
         raise InputError(

@@ -161,6 +161,13 @@ def test_eval_has_a_quick_and_a_thorough_set(monkeypatch: pytest.MonkeyPatch) ->
         assert "choose a smaller --passkey-length" in result.stderr
 
 
+def test_a_text_too_short_to_be_quantized_is_refused_before_any_is_read(text: Path) -> None:
+    result = kvmix("eval", "tiny:llama", "--text", text, "--tokens", 300, "--calibration", text, "--decode", 150)
+    assert result.exit_code == 1
+    assert "windows of 150 tokens are too short" in result.stderr
+    assert "perplexity" not in result.stdout
+
+
 def test_what_is_told_goes_before_what_a_set_holds() -> None:
     chosen = EVERYTHING.with_options(tokens=None, baselines=["kivi"], tasks=[], ways=0, drafts=None)
     assert chosen == replace(EVERYTHING, baselines=("kivi",), ways=0)
