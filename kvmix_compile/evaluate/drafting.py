@@ -73,8 +73,8 @@ def draft(configurations: Sequence[Configuration], prompt: Tensor, progress: boo
 def _written(model: Any, prompt: Tensor, **options: Any) -> Tensor:
     device = next(model.parameters()).device
     text: Tensor = model.generate(
-        prompt[None].to(device), do_sample=False, max_new_tokens=WRITTEN_TOKENS, eos_token_id=-1, pad_token_id=0,
-        **options,
+        prompt[None].to(device), do_sample=False, min_new_tokens=WRITTEN_TOKENS, max_new_tokens=WRITTEN_TOKENS,
+        pad_token_id=0, **options,
     )  # fmt: skip
     # transformers before 5.24 goes on beyond the end with what it looks up.
     return text[0, len(prompt) : len(prompt) + WRITTEN_TOKENS].cpu()
