@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import kvmix_compile
 from kvmix_compile import KVMixCache, KVMixError, Plan, compiler
@@ -342,6 +342,24 @@ def test_a_model_that_counts_its_own_positions_takes_no_padding() -> None:
 def eager_twin() -> PreTrainedModel:
     model = tiny("llama", attn_implementation="eager")
     return kvmix_compile.apply(model, plan=quantized().kvmix_plan, verify=False)
+
+
+class WithImages(LlamaForCausalLM):
+    """As transformers' models of images and text are: generate gives them what was made of images, if nothing."""
+
+    def forward(self, input_ids=None, mm_encoder_outputs=None, **kwargs):
+        assert not mm_encoder_outputs
+        return super().forward(input_ids, **kwargs)
+
+
+def test_models_of_images_and_text_write_text_and_refuse_images() -> None:
+    model = WithImages(zoo("llama").config).eval()
+    small = kvmix_compile.apply(model, budget=16, calibration=ids(2, 64), sinks=0, recent=32)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    assert torch.equal(small.generate(ids(1, 50), **options), model.generate(ids(1, 50), **options))
+    assert small(ids(1, 9), mm_encoder_outputs={}).logits.shape == (1, 9, 128)
+    with pytest.raises(InputError, match="mm_encoder_outputs is not available from a compiled model"):
+        small(ids(1, 9), mm_encoder_outputs={"image": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])

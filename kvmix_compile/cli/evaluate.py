@@ -206,8 +206,9 @@ def _measured(
     tokenizer, options = loaded.require_tokenizer(), {"progress": True}
     for ids in material.texts.values():
         check_length(configurations, min(WINDOW, len(ids)))
-    if effort.decode:
-        check_length(configurations, effort.decode)
+    for tokens in (effort.decode, effort.writing):
+        if tokens:
+            check_length(configurations, tokens)
     texts = [
         TextResults(text, len(ids), compare(configurations, ids, **options)) for text, ids in material.texts.items()
     ]

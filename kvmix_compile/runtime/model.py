@@ -251,7 +251,7 @@ class CompiledModel(nn.Module):
                     f"model.config.{name} asks for what is not available from a compiled model: set it to False, or "
                     "call the original model for it"
                 )
-        asked = {name for name, value in options.items() if value is not None and value is not False} - _BOOKKEEPING
+        asked = {name for name, value in options.items() if _asks(value)} - _BOOKKEEPING
         if not asked:  # as in every step of decoding, which need not look at signatures
             return
         for name in asked & _SEVERAL_TEXTS:
@@ -332,6 +332,13 @@ def one_of(given: Mapping[str, T | None]) -> T | None:
     if len(there) > 1:
         raise InputError(f"{' and '.join(there)} are two names of one argument: pass one of them")
     return next(iter(there.values()), None)
+
+
+def _asks(value: object) -> bool:
+    """Whether an option asks for anything. transformers' generate gives models of images and text an empty dictionary
+    where there is text alone.
+    """
+    return value is not None and value is not False and not (isinstance(value, Mapping) and not value)
 
 
 def attach(model: nn.Module, program: Program) -> nn.Module:

@@ -8,8 +8,8 @@ ends: their state is their own.
 
 import functools
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -71,6 +71,15 @@ def attributes(owner: object) -> dict[str, Any] | None:
         return vars(owner)
     except TypeError:
         return None
+
+
+def items_of(held: Mapping[Any, Any]) -> ItemsView[Any, Any]:
+    """What a dictionary holds, whatever one of a class of its own says that it does: transformers' registries import
+    every model there is where they are asked, and fail where one cannot be.
+    """
+    if isinstance(held, OrderedDict):
+        return OrderedDict.items(held)
+    return dict.items(held) if isinstance(held, dict) else held.items()
 
 
 class _Walk:
@@ -138,7 +147,8 @@ class _Walk:
 
     def _container(self, container: Container) -> None:
         self.kept["containers"].append(container)
-        self.pending.extend(list(container.values() if isinstance(container, dict) else container))
+        held = [value for _, value in items_of(container)] if isinstance(container, dict) else container
+        self.pending.extend(list(held))
         if type(container).__module__ != "builtins":
             self._object(container)
 
@@ -157,7 +167,7 @@ class _Walk:
             for aliases in held.values():
                 if isinstance(aliases, dict):
                     self.words |= {
-                        other for name, other in aliases.items() if name in self.words and isinstance(other, str)
+                        other for name, other in items_of(aliases) if name in self.words and isinstance(other, str)
                     }
 
     def _memo(self, memo: Any) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvmix_compile.passes.untouched.reach import MISSING, Container, Names, attributes, content, loaded_late, reach
+from kvmix_compile.passes.untouched.reach import (
+    MISSING,
+    Container,
+    Names,
+    attributes,
+    content,
+    items_of,
+    loaded_late,
+    reach,
+)
 
 # Of larger tensors no copy is kept: weights, which no forward writes to. See passes/untouched/writes.py.
 LARGEST_STATE = 2**20  # bytes
@@ -145,13 +154,13 @@ def _put_back_content(cell: CellType, value: Any) -> None:
 
 def _items(container: Container) -> Any:
     # A dictionary of a class of its own may do more than look up where it is asked for a key.
-    return dict(container.items()) if isinstance(container, dict) else list(container)
+    return dict(items_of(container)) if isinstance(container, dict) else list(container)
 
 
 def _is_same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
     """Whether two dictionaries hold the same objects by the same keys, in the same order."""
     return len(now) == len(saved) and all(
-        a is b and first is second for (a, first), (b, second) in zip(now.items(), saved.items(), strict=True)
+        a is b and first is second for (a, first), (b, second) in zip(items_of(now), saved.items(), strict=True)
     )
 
 

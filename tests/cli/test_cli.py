@@ -141,7 +141,7 @@ def test_eval_decodes_and_asks_questions_on_made_texts(tmp_path: Path, text: Pat
 def test_eval_tries_ways_drafts_and_writing(tmp_path: Path, text: Path) -> None:
     path = tmp_path / "results.json"
     arguments = ["--text", text, "--tokens", 300, "--calibration", text, "--json", path]
-    result = kvmix("eval", "tiny:llama", *arguments, "--ways", 300, "--writing", 20, "--drafts", "--exact-chunks")
+    result = kvmix("eval", "tiny:llama", *arguments, "--ways", 300, "--writing", 230, "--drafts", "--exact-chunks")
     assert result.exit_code == 0, result.output
     for title in ("the same answer, however it came?", "drafts: tokens looked up", "free writing: first difference"):
         assert title in result.stdout
