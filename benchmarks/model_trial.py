@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers import logging as transformers_logging
 
 import kvmix_compile
-from benchmarks.errors import one_line
+from benchmarks.errors import one_line, without_folders
 from benchmarks.toy_models import VOCABULARY, NoToyError, toy_model
 from kvmix_compile.backend import packed_cache
 from kvmix_compile.compiler import apply_plans
@@ -124,7 +124,7 @@ def _try_apply(trial: Trial, model: PreTrainedModel, prompt: dict[str, Tensor], 
         is_finite = all(bool(logits.isfinite().all()) for logits in output.logits)
         trial.quantized = is_finite and output.sequences.shape == expected.shape
     except KVMixError as error:
-        trial.refusal = str(error)
+        trial.refusal = without_folders(str(error))
     except Exception as error:
         trial.failures += (f"apply: {one_line(error)}",)
     return plans
@@ -147,7 +147,7 @@ def _try_backend(
         else:
             trial.backend = torch.equal(output.sequences, expected)
     except KVMixError as error:
-        trial.backend_refusal = str(error)
+        trial.backend_refusal = without_folders(str(error))
     except Exception as error:
         try:
             _generate_compiled(model, prompt, backend="eager")
