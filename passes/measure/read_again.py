@@ -9,6 +9,7 @@ and with them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,16 +70,25 @@ class KeyReaders:
         """
         wrong = torch.zeros_like(self.key)
         wrong[:, tokens] = error
-        attends, stored = (part[self.readers] for part in self._what_is_read())
-        scores = self._scores(self.key)
+        attends, stored = self._what_is_read
+        scores, weights, gains = self._without_errors
         changed = torch.where(stored, scores + self._scores(wrong), scores)
-        difference = self._weights(changed, attends) - self._weights(scores, attends)
-        gains = self.gradient @ self.value.mT[:, None]
-        changes = (difference * gains).sum(-1).double()
+        changes = ((self._weights(changed, attends) - weights) * gains).sum(-1).double()
         return 0.5 * changes.square().sum().item() / len(self.readers)
 
+    # The same for every error.
+
+    @cached_property
     def _what_is_read(self) -> tuple[Tensor, Tensor]:
-        return what_is_read(self.key.shape[1], self.function, self.sinks, self.recent, self.key.device)
+        both = what_is_read(self.key.shape[1], self.function, self.sinks, self.recent, self.key.device)
+        attends, stored = (part[self.readers] for part in both)
+        return attends, stored
+
+    @cached_property
+    def _without_errors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and weights as they are, and what each token's value does to the loss for its weight."""
+        scores, (attends, _) = self._scores(self.key), self._what_is_read
+        return scores, self._weights(scores, attends), self.gradient @ self.value.mT[:, None]
 
     def _scores(self, key: Tensor) -> Tensor:
         return self.query @ key[:, None].mT * self.function.scale

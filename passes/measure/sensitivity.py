@@ -66,6 +66,7 @@ class Tally:
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
         powers = powers_of_two(exponents_of(largest) or [0] * heads, 1, reads.vectors).view(heads, 1, 1, 1)
         original = values[:, quantized].reshape(heads, blocks, BLOCK_TOKENS, dim).float() / powers
+        again = self.finest if readers is not None else ()
         for candidate in self.candidates:
             loss = original.new_zeros(heads, dim, dtype=torch.float64)
             if candidate.is_quantized:
@@ -75,9 +76,9 @@ class Tally:
                 # different reading tokens meet in different predictions.
                 changes = reads.changes(error.flatten(1, 2), quantized)
                 loss = 0.5 * changes.double().square().sum((1, 2)) / predictions
-                if readers is not None and candidate in self.finest:
-                    again = readers.loss(error.flatten(1, 2), quantized)
-                    self.read_again[candidate.bits] = self.read_again.get(candidate.bits, 0.0) + again
+                if readers is not None and candidate in again:
+                    lost = readers.loss(error.flatten(1, 2), quantized)
+                    self.read_again[candidate.bits] = self.read_again.get(candidate.bits, 0.0) + lost
             self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
 
     @property
