@@ -29,6 +29,12 @@ from kvmix_compile.kernels.weighting import Weighting
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
 _library = torch.library.Library("kvmix", "DEF")
 
+# What attend and attend_stepwise are told besides, alike.
+_ATTENTION = (
+    "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
+    "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor"
+)
+
 _library.define(
     "append(Tensor k, Tensor v, Tensor lengths, Tensor starts, "
     "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) recent_k, "
@@ -37,16 +43,13 @@ _library.define(
 )
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
-    "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor recent_k, Tensor recent_v, "
-    "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
-    "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
+    "Tensor sink_k, Tensor sink_v, Tensor packed_k, Tensor packed_v, Tensor recent_k, Tensor recent_v, " + _ATTENTION,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attend_stepwise(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, "
     "Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) packed_k, Tensor(d!) packed_v, Tensor(e!) recent_k, "
-    "Tensor(f!) recent_v, int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
-    "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor",
+    "Tensor(f!) recent_v, " + _ATTENTION,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
