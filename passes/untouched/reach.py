@@ -9,7 +9,7 @@ ends: their state is their own.
 import functools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -73,13 +73,23 @@ def attributes(owner: object) -> dict[str, Any] | None:
         return None
 
 
-def items_of(held: Mapping[Any, Any]) -> ItemsView[Any, Any]:
+def held_by(held: Mapping[Any, Any]) -> dict[Any, Any]:
     """What a dictionary holds, whatever one of a class of its own says that it does: transformers' registries import
-    every model there is where they are asked, and fail where one cannot be.
+    every model there is where they are asked for items, keys or a length, and fail where one cannot be.
     """
-    if isinstance(held, OrderedDict):
-        return OrderedDict.items(held)
-    return dict.items(held) if isinstance(held, dict) else held.items()
+    return dict(_plain(held).items(held)) if isinstance(held, dict) else dict(held.items())
+
+
+def hold(container: dict[Any, Any], items: dict[Any, Any]) -> None:
+    """Make a dictionary hold `items` and nothing else, whatever its class does where a key is set."""
+    plain = _plain(container)
+    plain.clear(container)
+    for key, value in items.items():
+        plain.__setitem__(container, key, value)
+
+
+def _plain(held: dict[Any, Any]) -> type[dict[Any, Any]]:
+    return OrderedDict if isinstance(held, OrderedDict) else dict
 
 
 class _Walk:
@@ -147,7 +157,7 @@ class _Walk:
 
     def _container(self, container: Container) -> None:
         self.kept["containers"].append(container)
-        held = [value for _, value in items_of(container)] if isinstance(container, dict) else container
+        held = held_by(container).values() if isinstance(container, dict) else container
         self.pending.extend(list(held))
         if type(container).__module__ != "builtins":
             self._object(container)
@@ -167,7 +177,9 @@ class _Walk:
             for aliases in held.values():
                 if isinstance(aliases, dict):
                     self.words |= {
-                        other for name, other in items_of(aliases) if name in self.words and isinstance(other, str)
+                        other
+                        for name, other in held_by(aliases).items()
+                        if name in self.words and isinstance(other, str)
                     }
 
     def _memo(self, memo: Any) -> None:

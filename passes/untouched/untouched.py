@@ -19,7 +19,8 @@ from kvmix_compile.passes.untouched.reach import (
     Names,
     attributes,
     content,
-    items_of,
+    held_by,
+    hold,
     loaded_late,
     reach,
 )
@@ -109,15 +110,13 @@ def _put_back_slot(owner: object, name: str, value: Any) -> None:
 
 def _put_back_items(container: Container, items: Any, written: Written) -> None:
     if isinstance(container, dict):
-        if _is_same(container, items):
+        now = held_by(container)
+        if _is_same(now, items):
             return
         changed = [
-            str(key)
-            for key in container.keys() | items.keys()
-            if container.get(key, MISSING) is not items.get(key, MISSING)
+            str(key) for key in now.keys() | items.keys() if now.get(key, MISSING) is not items.get(key, MISSING)
         ]
-        container.clear()
-        container.update(items)
+        hold(container, items)
     elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
         changed = [""]
         container.clear()
@@ -153,14 +152,13 @@ def _put_back_content(cell: CellType, value: Any) -> None:
 
 
 def _items(container: Container) -> Any:
-    # A dictionary of a class of its own may do more than look up where it is asked for a key.
-    return dict(items_of(container)) if isinstance(container, dict) else list(container)
+    return held_by(container) if isinstance(container, dict) else list(container)
 
 
 def _is_same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
     """Whether two dictionaries hold the same objects by the same keys, in the same order."""
     return len(now) == len(saved) and all(
-        a is b and first is second for (a, first), (b, second) in zip(items_of(now), saved.items(), strict=True)
+        a is b and first is second for (a, first), (b, second) in zip(now.items(), saved.items(), strict=True)
     )
 
 
@@ -168,11 +166,12 @@ def _alike(now: Any, saved: Any) -> bool:
     """Whether two values are one, or containers of what is."""
     if now is saved:
         return True
-    if type(now) is not type(saved) or not isinstance(now, dict | list | tuple) or len(now) != len(saved):
+    if type(now) is not type(saved) or not isinstance(now, dict | list | tuple):
         return False
     if isinstance(now, dict):
-        return now.keys() == saved.keys() and all(_alike(now.get(key), saved.get(key)) for key in now)
-    return all(_alike(a, b) for a, b in zip(now, saved, strict=True))
+        held, before = held_by(now), held_by(saved)
+        return held.keys() == before.keys() and all(_alike(held[key], before[key]) for key in held)
+    return len(now) == len(saved) and all(_alike(a, b) for a, b in zip(now, saved, strict=True))
 
 
 def _version(tensor: Tensor) -> tuple[int, int] | None:

@@ -1,6 +1,8 @@
 """Capturing leaves every model of the zoo as it was, and what a forward writes to its own tensors a graph does not."""
 
 import copy
+from collections import OrderedDict
+from typing import NoReturn
 
 import pytest
 import torch
@@ -78,6 +80,42 @@ def test_state_is_put_back_after_a_real_run_and_after_an_error(kind: type) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     gains = [tensor for tensor in reach(model).tensors if tensor.shape == (64,) and torch.equal(tensor, _gain())]
     assert not gains
+
+
+class Registry(OrderedDict[str, Tensor]):
+    """As transformers' registries: whatever is asked of it imports what cannot be imported."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def _load(self, *arguments: object) -> NoReturn:
+        raise ValueError("this class is not there")
+
+    __getitem__ = __iter__ = __contains__ = __setitem__ = keys = values = items = get = update = _load  # type: ignore[assignment]
+
+
+class KeepsRegistries(plain.HandWrittenDecoder):
+    """One that its forward leaves alone, and one that it writes to."""
+
+    def __init__(self, config: plain.DecoderConfig) -> None:
+        super().__init__(config)
+        self.read, self.written = Registry(), Registry()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        OrderedDict.__setitem__(self.written, "length", torch.zeros(input_ids.shape[1]))
+        return super().forward(input_ids, position_ids)
+
+
+def test_a_registry_that_cannot_be_asked_is_put_back_without_asking_it() -> None:
+    model = KeepsRegistries(plain.DecoderConfig(layers=1)).eval()
+    read, written = model.read, model.written
+    with untouched(model) as changed:
+        model(IDS)
+    assert model.read is read and model.written is written
+    assert changed.by_owner(written) == {"length"} and not changed.by_owner(read)
+    assert not OrderedDict.items(read) and not OrderedDict.items(written)
+    capture(model)
+    assert not OrderedDict.items(model.written)
 
 
 class FirstTextKept(plain.HandWrittenDecoder):
