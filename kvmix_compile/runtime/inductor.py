@@ -128,12 +128,14 @@ def symbolic_sizes(mode: FakeTensorMode, name: str, layouts: Sequence[StateLayou
 
 
 def own_compiled_code() -> AbstractContextManager[None]:
-    """While Inductor compiles: what it kept on disk for another version of kvmix_compile is not taken. It finds that by
-    the graph, in which operators have names and no signatures.
+    """While Inductor compiles: what it kept on disk for another version of kvmix_compile, or for another processor, is
+    not taken. It finds that by the graph, in which operators have names and no signatures. And the code has a width of
+    vectors in it: with PyTorch 2.13, what AVX-512 wrote to a shared home computes wrong numbers with AVX2.
     """
     operators = (getattr(torch.ops.kvmix, name) for name in OPERATORS)
     signatures = "\n".join(str(operator.default._schema) for operator in operators)
-    tag = f"{compiler_config.cache_key_tag} kvmix {hashlib.sha256(signatures.encode()).hexdigest()}"
+    told = f"{signatures}\n{torch.backends.cpu.get_cpu_capability()}"
+    tag = f"{compiler_config.cache_key_tag} kvmix {hashlib.sha256(told.encode()).hexdigest()}"
     return compiler_config.patch({"cache_key_tag": tag})  # type: ignore[attr-defined]
 
 

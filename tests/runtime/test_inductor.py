@@ -157,21 +157,29 @@ def test_sizes_that_the_graph_does_not_hold_for_run_uncompiled(monkeypatch: pyte
         torch.testing.assert_close(model(text).logits, eager()(text).logits)
 
 
-def test_code_compiled_for_operators_of_another_signature_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor's own cache on disk outlives an upgrade of kvmix_compile."""
+def test_code_compiled_for_other_operators_or_another_processor_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own cache on disk outlives an upgrade of kvmix_compile, and may lie in a home of many machines."""
     tags: list[str] = []
 
     def compile(module: Any, inputs: list[Any]) -> Any:
         tags.append(compiler_config.cache_key_tag)
         return module
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
-    before = compiler_config.cache_key_tag
-    program = eager().kvmix_program
-    for attend in (torch.ops.kvmix.attend, torch.ops.kvmix.append):  # another operator under its name
-        monkeypatch.setattr(torch.ops.kvmix, "attend", attend)
+    def prepare() -> str:
         InductorGraph(program.rewritten.module, program.plan.layouts(), program.dtypes, program.device).prepare()
-    assert before != tags[0] == tags[1] != tags[2] == tags[3] != before
+        prompt, step = tags[-2:]
+        assert prompt == step
+        return step
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    before, program = compiler_config.cache_key_tag, eager().kvmix_program
+    as_they_are = prepare()
+    with monkeypatch.context() as another:
+        another.setattr(torch.ops.kvmix, "attend", torch.ops.kvmix.append)  # another operator under its name
+        operators = prepare()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "that of another machine")
+    processor = prepare()
+    assert len({before, as_they_are, operators, processor}) == 4
     assert compiler_config.cache_key_tag == before
 
 
