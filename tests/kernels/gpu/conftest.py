@@ -4,7 +4,10 @@ import os
 from functools import cache
 from typing import Any
 
+import numpy
+
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     launch, replace_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
@@ -30,3 +33,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return original_dtype_of(dtype) if dtype.scalar.is_ptr() else of_scalars(dtype.scalar)
 
     original_dtype_of, interpreter._get_np_dtype = interpreter._get_np_dtype, dtype_of
+
+    operations = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
+
+    def check_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
+        """Triton would compute the limits and the sum as tensors of its own, which takes a third of all time."""
+        dtype = left.type.scalar
+        if dtype.int_bitwidth < 64:
+            wide = operations[operation.__name__](left.handle.data, right.handle.data, dtype=numpy.int64)
+            within = (wide >= dtype.get_int_min_value()) & (wide <= dtype.get_int_max_value())
+            assert within.all(), f"int{dtype.int_bitwidth} overflow in {operation.__name__}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
