@@ -1,5 +1,6 @@
 """Makes Triton's interpreter faster. Nothing that it computes changes."""
 
+import math
 import os
 from functools import cache
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.language import core
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
@@ -45,3 +47,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             assert within.all(), f"int{dtype.int_bitwidth} overflow in {operation.__name__}"
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+
+    @cache
+    def size_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return core.tuple([core.constexpr(length) for length in shape]), core.constexpr(math.prod(shape))
+
+    def initialize(self: Any, handle: Any, type: Any) -> None:
+        """Triton would wrap the lengths of each tensor's shape anew, with their types."""
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = size_of(type.shape if type.is_block() else ())
+
+    core.tensor.__init__ = initialize
