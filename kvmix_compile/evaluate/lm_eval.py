@@ -9,6 +9,7 @@ exact: in one forward, too, each token reads what lies behind its recent window 
 Needs lm-eval: pip install 'kvmix-compile[lm-eval]'.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvmix_compile.compiler import apply
-from kvmix_compile.config import Config, RecentWindow
-from kvmix_compile.passes.allocate.policies import Policy
+from kvmix_compile.config import Config
+
+SETTINGS = {field.name for field in fields(Config)}
 
 
 @register_model("kvmix")
@@ -28,9 +30,9 @@ class KVMixLM(HFLM):
 
     pretrained: a model of transformers or the name or folder of one, which is loaded with `tokenizer`, `dtype`,
         `device`, `revision` and `trust_remote_code`.
-    budget, storage_budget, plan, policy, calibration, recent_window, sinks, recent, exact_chunks: as of
-        `kvmix_compile.apply`, but that chunks are exact unless it is said that they are not.
-    options: HFLM's others, such as batch_size, max_length and add_bos_token.
+    exact_chunks: as of `kvmix_compile.apply`, but that chunks are exact unless it is said that they are not.
+    options: those of `kvmix_compile.apply`, budget and the other settings of Config; and HFLM's others, such as
+        batch_size, max_length and add_bos_token.
 
     Raises what transformers and `kvmix_compile.apply` raise.
     """
@@ -39,14 +41,6 @@ class KVMixLM(HFLM):
         self,
         pretrained: str | PreTrainedModel,
         *,
-        budget: float | None = None,
-        storage_budget: float | None = None,
-        plan: Any = None,
-        policy: Policy = Config.policy,
-        calibration: Any = None,
-        recent_window: RecentWindow = Config.recent_window,
-        sinks: int | None = None,
-        recent: int | None = None,
         exact_chunks: bool = True,
         tokenizer: Any = None,
         dtype: str | torch.dtype = "auto",
@@ -61,20 +55,8 @@ class KVMixLM(HFLM):
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, **named)
         model = _loaded(pretrained, device, dtype=dtype, **named) if isinstance(pretrained, str) else pretrained
-        compiled = apply(
-            model,
-            budget=budget,
-            storage_budget=storage_budget,
-            plan=plan,
-            policy=policy,
-            tokenizer=tokenizer,
-            calibration=calibration,
-            recent_window=recent_window,
-            sinks=sinks,
-            recent=recent,
-            exact_chunks=exact_chunks,
-            progress=True,
-        )
+        told = {name: options.pop(name) for name in SETTINGS & options.keys()}
+        compiled = apply(model, tokenizer=tokenizer, exact_chunks=exact_chunks, progress=True, **told)
         super().__init__(compiled, tokenizer=tokenizer, **options)
 
 

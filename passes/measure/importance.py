@@ -33,7 +33,7 @@ from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
-from kvmix_compile.passes.measure.stored_reads import stored_reads
+from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
 from kvmix_compile.passes.rewrite.rotation import back, there
 
 # A budget holds in texts of so many tokens and of more. In shorter ones a model with sliding windows takes more bits
@@ -269,9 +269,9 @@ class _Recorder(fx.Interpreter):
             )
             slope = gradients[site.output][0]
             logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-            attention = (queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits)
-            key_reads, value_reads = stored_reads(*attention)
-            key.add(site_keys, key_reads, sinks, tokens - sinks - recent, KeyReaders.of(*attention))
+            attention = RowAttention(queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits)
+            key_reads, value_reads = stored_reads(attention)
+            key.add(site_keys, key_reads, sinks, tokens - sinks - recent, KeyReaders.of(attention))
             # As they are stored, which is rotated.
             rotated = site_values @ there(site.value_dim, site_values)
             turned = value_reads.of_turned(back(site.value_dim, value_reads.vectors))

@@ -44,52 +44,66 @@ class StoredReads:
         return StoredReads(self.weights, self.vectors @ matrix.T)
 
 
-def stored_reads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gradient: Tensor,
-    function: ScoreFunction,
-    sinks: int,
-    recent: int,
-    sink_logits: Tensor | None = None,
-) -> tuple[StoredReads, StoredReads]:
-    """The reads of stored keys, and those of stored values, of one row.
+@dataclass(frozen=True)
+class RowAttention:
+    """What one site's attention reads in one row, and what of it from storage: a token is read from there by those at
+    least `recent` tokens behind it, the first `sinks` tokens never.
 
-    `query` `[query heads, tokens, key_dim]`, `key` `[kv_heads, tokens, key_dim]`, `value` `[kv_heads, tokens,
-    value_dim]`; `gradient` `[query heads, tokens, value_dim]`, that with respect to attention's output. A token
-    is read from storage by those at least `recent` tokens behind it, the first `sinks` tokens never. `sink_logits`
-    `[query heads]`: scores without values.
+    query: `[query heads, tokens, key_dim]`.
+    key: `[kv_heads, tokens, key_dim]`.
+    value: `[kv_heads, tokens, value_dim]`.
+    gradient: that of the loss with respect to attention's output, `[query heads, tokens, value_dim]`.
+    sink_logits: scores without values, `[query heads]`.
     """
-    heads = key.shape[0]
-    attends, stored = what_is_read(key.shape[1], function, sinks, recent, key.device)
-    slopes = query.new_tensor(function.slopes or (0.0,), dtype=torch.float32).expand(len(query))
-    # Without any, minus infinity takes no part in a softmax.
-    logits = query.new_full((len(query),), -torch.inf) if sink_logits is None else sink_logits
-    queries, gradients, logits, slopes = (
-        part.float().unflatten(0, (heads, -1)) for part in (query, gradient, logits, slopes)
-    )
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gradient: Tensor
+    function: ScoreFunction
+    sinks: int
+    recent: int
+    sink_logits: Tensor | None = None
+
+    def what_is_read(self) -> tuple[Tensor, Tensor]:
+        """Bool `[tokens, tokens]`: what each token attends to, and what of that it reads from storage."""
+        mask = self.function.mask
+        token = torch.arange(self.key.shape[1], device=self.key.device)
+        distance = token[:, None] - token
+        attends = distance >= 0
+        if mask.kind == "sliding":
+            attends &= distance < mask.size
+        if mask.kind == "chunked":
+            attends &= token[:, None] // mask.size == token // mask.size
+        return attends, attends & (distance >= self.recent) & (token >= self.sinks)
+
+    def by_key_head(self, of_query_heads: Tensor) -> Tensor:
+        """Float32 `[kv_heads, query heads of each, ...]` of what is `[query heads, ...]`."""
+        return of_query_heads.float().unflatten(0, (len(self.key), -1))
+
+    @property
+    def slopes(self) -> Tensor:
+        """ALiBi's, or 0, `[kv_heads, query heads of each]`."""
+        slopes = self.query.new_tensor(self.function.slopes or (0.0,), dtype=torch.float32)
+        return self.by_key_head(slopes.expand(len(self.query)))
+
+    @property
+    def sink_logits_of_heads(self) -> Tensor:
+        """The sink logits `[kv_heads, query heads of each]`. Without any, minus infinity takes no part in a softmax."""
+        if self.sink_logits is None:
+            return torch.full_like(self.slopes, -torch.inf)
+        return self.by_key_head(self.sink_logits)
+
+
+def stored_reads(row: RowAttention) -> tuple[StoredReads, StoredReads]:
+    """The reads of stored keys, and those of stored values, of one row."""
+    attends, stored = row.what_is_read()
+    queries, gradients = row.by_key_head(row.query), row.by_key_head(row.gradient)
+    heads = (queries, row.key.float(), row.value.float(), gradients, row.sink_logits_of_heads, row.slopes)
     # A head at a time: what is worked out on the way are several matrices of tokens by tokens for each query head.
-    pairs = [
-        _of_head(_Head(*parts), function, attends, stored)
-        for parts in zip(queries, key.float(), value.float(), gradients, logits, slopes, strict=True)
-    ]
+    pairs = [_of_head(_Head(*parts), row.function, attends, stored) for parts in zip(*heads, strict=True)]
     key_weights, value_weights = (torch.stack(weights) for weights in zip(*pairs, strict=True))
     return StoredReads(key_weights, queries), StoredReads(value_weights, gradients)
-
-
-def what_is_read(
-    tokens: int, function: ScoreFunction, sinks: int, recent: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Bool `[tokens, tokens]`: what each token attends to, and what of that it reads from storage."""
-    token = torch.arange(tokens, device=device)
-    distance = token[:, None] - token
-    attends = distance >= 0
-    if function.mask.kind == "sliding":
-        attends &= distance < function.mask.size
-    if function.mask.kind == "chunked":
-        attends &= token[:, None] // function.mask.size == token // function.mask.size
-    return attends, attends & (distance >= recent) & (token >= sinks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction
 from kvmix_compile.passes.measure.read_again import READERS, KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally
-from kvmix_compile.passes.measure.stored_reads import stored_reads
+from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
 from tests.helpers.one_capture import applied
 
 TOKENS, SINKS, RECENT = 20, 3, 6
@@ -68,7 +68,7 @@ def test_it_is_attention_with_the_errors_in_it(function: ScoreFunction, shared: 
     q, k, v, slope = random(2 * shared, 8), random(2, 8), random(2, 5), random(2 * shared, 5)
     logits = torch.randn(2 * shared) if with_sink_logits else None
     error = random(2, 8)
-    readers = KeyReaders.of(q, k, v, slope, function, SINKS, RECENT, logits)
+    readers = KeyReaders.of(RowAttention(q, k, v, slope, function, SINKS, RECENT, logits))
     # A row of so many tokens has fewer readers than there may be: all of them.
     reading = TOKENS - SINKS - RECENT
     assert reading <= READERS
@@ -79,7 +79,7 @@ def test_it_is_attention_with_the_errors_in_it(function: ScoreFunction, shared: 
 
 def first_order(attention: tuple, error: Tensor) -> float:
     """What all readers lose by stored_reads."""
-    reads, _ = stored_reads(*attention)
+    reads, _ = stored_reads(RowAttention(*attention))
     return 0.5 * reads.changes(error, slice(None)).sum(-1).square().sum().item() / (TOKENS - SINKS - RECENT)
 
 
@@ -87,7 +87,9 @@ def test_small_errors_lose_what_the_first_order_says() -> None:
     torch.manual_seed(0)
     attention = (random(4, 8), random(2, 8), random(2, 5), random(4, 5), CAUSAL, SINKS, RECENT)
     error = 1e-3 * random(2, 8)
-    assert KeyReaders.of(*attention).loss(error, slice(None)) == pytest.approx(first_order(attention, error), rel=1e-2)
+    assert KeyReaders.of(RowAttention(*attention)).loss(error, slice(None)) == pytest.approx(
+        first_order(attention, error), rel=1e-2
+    )
 
 
 def test_where_each_token_sees_one_other_the_first_order_is_nothing_and_the_loss_is_not() -> None:
@@ -95,13 +97,13 @@ def test_where_each_token_sees_one_other_the_first_order_is_nothing_and_the_loss
     q, k, v, slope = 300 * random(2, 8), 300 * random(2, 8), random(2, 5), random(2, 5)
     attention = (q, k, v, slope, CAUSAL, SINKS, RECENT)
     error = 0.3 * random(2, 8) * k.std()
-    assert KeyReaders.of(*attention).loss(error, slice(None)) > 0.1
+    assert KeyReaders.of(RowAttention(*attention)).loss(error, slice(None)) > 0.1
     assert first_order(attention, error) < 1e-4
 
 
 def test_readers_of_a_long_row_are_few_and_spread_over_all_that_reads_from_storage() -> None:
     q, k, v, slope = (torch.randn(1, 400, 8) for _ in range(4))
-    readers = KeyReaders.of(q, k, v, slope, CAUSAL, 64, 128).readers
+    readers = KeyReaders.of(RowAttention(q, k, v, slope, CAUSAL, 64, 128)).readers
     assert len(readers) == READERS
     assert (readers[0], readers[-1]) == (192, 399)
 

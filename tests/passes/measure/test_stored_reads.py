@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction
-from kvmix_compile.passes.measure.stored_reads import stored_reads
+from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
 
 TOKENS, SINKS, RECENT = 20, 3, 6
 CAUSAL = ScoreFunction(0.3, 0.0, Mask("causal"))
@@ -78,7 +78,7 @@ def test_they_are_autograds(
     function = replace(function, slopes=function.slopes[: 2 * shared])
     q, k, v, slope = random(2 * shared, 8), random(2, 8), random(2, 5), random(2 * shared, 5)
     options = (function, sinks, recent, torch.randn(2 * shared) if with_sink_logits else None)
-    found = stored_reads(q, k, v, slope, *options)
+    found = stored_reads(RowAttention(q, k, v, slope, *options))
     for reads, expected in zip(found, by_autograd(q, k, v, slope, *options), strict=True):
         torch.testing.assert_close(reads.gradient(), expected, rtol=1e-4, atol=1e-5)
         error = torch.randn(expected.shape)
@@ -93,13 +93,17 @@ def test_they_are_autograds(
 )
 def test_what_is_never_read_from_storage_has_none(function: ScoreFunction, recent: int) -> None:
     torch.manual_seed(0)
-    for reads in stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), function, SINKS, recent):
+    for reads in stored_reads(
+        RowAttention(random(2, 8), random(2, 8), random(2, 5), random(2, 5), function, SINKS, recent)
+    ):
         assert not reads.weights.any()
 
 
 def test_a_token_reads_what_is_behind_it_alone() -> None:
     torch.manual_seed(0)
-    for reads in stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT):
+    for reads in stored_reads(
+        RowAttention(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT)
+    ):
         read = reads.weights[0, 0] != 0
         token = torch.arange(TOKENS)
         assert torch.equal(read, (token[:, None] - token >= RECENT) & (token >= SINKS))
@@ -107,7 +111,7 @@ def test_a_token_reads_what_is_behind_it_alone() -> None:
 
 def test_what_is_stored_turned_is_read_turned() -> None:
     torch.manual_seed(0)
-    _, reads = stored_reads(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT)
+    _, reads = stored_reads(RowAttention(random(2, 8), random(2, 8), random(2, 5), random(2, 5), CAUSAL, SINKS, RECENT))
     matrix, error = torch.randn(5, 5), random(2, 5)
     turned = reads.of_turned(matrix).changes(error, slice(None)).sum(-1)
     torch.testing.assert_close(turned, reads.changes(error @ matrix, slice(None)).sum(-1))
@@ -116,8 +120,8 @@ def test_what_is_stored_turned_is_read_turned() -> None:
 def test_half_precision_is_measured_in_single() -> None:
     torch.manual_seed(0)
     inputs = [random(2, 8).bfloat16() for _ in range(4)]
-    found = stored_reads(*inputs, CAUSAL, SINKS, RECENT)
-    expected = stored_reads(*(tensor.float() for tensor in inputs), CAUSAL, SINKS, RECENT)
+    found = stored_reads(RowAttention(*inputs, CAUSAL, SINKS, RECENT))
+    expected = stored_reads(RowAttention(*(tensor.float() for tensor in inputs), CAUSAL, SINKS, RECENT))
     for reads, others in zip(found, expected, strict=True):
         assert torch.equal(reads.weights, others.weights) and torch.equal(reads.vectors, others.vectors)
         assert reads.weights.dtype == reads.vectors.dtype == torch.float32
