@@ -310,40 +310,41 @@ def field_place(bits, dtype):
 
 @triton.constexpr_function
 def pairs_assembly(bits, dtype):
-    """PTX that makes four elements, $0 and $1, of bytes of the planes, $2 and $3, rotation, $4 to $7, all the same,
-    scales, $8 and $9, and zero points, $10 and $11.
+    """PTX that makes four elements, $0 and $1, of bytes of the planes, $2 and $3, rotations, $4 to $7, scales, $8 and
+    $9, and zero points, $10 and $11.
+
+    The four lie in a slice or in several, as the compiler deals them out to threads, so each has a rotation; where
+    these are one register the assembler rotates once.
 
     Bytes become the low bytes of 16-bit numbers. float16's are freed of their offset. bfloat16's are not: with the code
     as high as possible it is 2**bits steps, which lose in the zero point no more than the element's own rounding does.
     """
     place, name = field_place(bits, dtype), dtype.name
-    low_bits = 2 if bits == 3 else bits
-    lines = [
-        "shf.l.wrap.b32 fields, $2, $2, $4;",
-        f"and.b32 fields, fields, {(2**low_bits - 1 << place) * 0x01010101:#x};",
-    ]
-    if bits == 3:
-        lines += [
-            "add.u32 turn, $4, 2;",
-            "shf.l.wrap.b32 high, $3, $3, turn;",
-            f"lop3.b32 fields, high, {(4 << place) * 0x01010101:#x}, fields, 0xEA;",  # (a & b) | c
-        ]
-    lines += [
-        f"prmt.b32 first, fields, {_HIGH_BYTE[name]:#x}, 0x4140;",
-        f"prmt.b32 second, fields, {_HIGH_BYTE[name]:#x}, 0x4342;",
-    ]
-    if name == "fp16":
-        lines += [
-            "mov.b32 offset, 0x64006400;",
-            "sub.rn.f16x2 first, first, offset;",
-            "sub.rn.f16x2 second, second, offset;",
-        ]
-    pair = "f16x2" if name == "fp16" else "bf16x2"
-    lines += [f"fma.rn.{pair} $0, first, $8, $10;", f"fma.rn.{pair} $1, second, $9, $11;"]
-    if name == "fp16":
-        # As in _rounded: twice the largest number that there is.
-        lines += ["mov.b32 offset, 0x7BFF7BFF;", "min.f16x2 $0, $0, offset;", "min.f16x2 $1, $1, offset;"]
-    return "{ .reg .b32 fields, turn, high, first, second, offset; " + " ".join(lines) + " }"
+    kind = "f16x2" if name == "fp16" else "bf16x2"
+    fields, high_fields = (2 ** (2 if bits == 3 else bits) - 1) << place, 4 << place
+    lines = []
+    # Of each half two bytes are wanted; the other two hold the high bytes of the numbers.
+    for half, wanted, others, chosen in ((0, 0x0101, 0x01010000, 0x6520), (1, 0x01010000, 0x0101, 0x4702)):
+        for target, element in (("first", 2 * half), ("second", 2 * half + 1)):
+            lines += [
+                f"shf.l.wrap.b32 {target}, $2, $2, ${4 + element};",
+                # 0xEA: (a & b) | c
+                f"lop3.b32 {target}, {target}, {fields * wanted:#x}, {_HIGH_BYTE[name] * others:#x}, 0xEA;",
+            ]
+            if bits == 3:
+                lines += [
+                    f"add.u32 turn, ${4 + element}, 2;",
+                    "shf.l.wrap.b32 high, $3, $3, turn;",
+                    f"lop3.b32 {target}, high, {high_fields * wanted:#x}, {target}, 0xEA;",
+                ]
+        lines.append(f"prmt.b32 pair, first, second, {chosen:#x};")
+        if name == "fp16":
+            lines += ["mov.b32 constant, 0x64006400;", "sub.rn.f16x2 pair, pair, constant;"]
+        lines.append(f"fma.rn.{kind} ${half}, pair, ${8 + half}, ${10 + half};")
+        if name == "fp16":
+            # As in _rounded: twice the largest number that there is.
+            lines += ["mov.b32 constant, 0x7BFF7BFF;", f"min.f16x2 ${half}, ${half}, constant;"]
+    return "{ .reg .b32 first, second, turn, high, pair, constant; " + " ".join(lines) + " }"
 
 
 @triton.jit

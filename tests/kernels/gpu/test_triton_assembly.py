@@ -83,10 +83,13 @@ def test_pairs_are_codes_times_scale_and_zero_point(bits: int, name: str) -> Non
         scales, stored = scales.to(dtype), zero_points.to(dtype)
     registers = {"$8": word(scales[:2], dtype), "$9": word(scales[2:], dtype)}
     registers |= {"$10": word(stored[:2], dtype), "$11": word(stored[2:], dtype)}
-    low, high = torch.randint(256, (2, 40, 4), generator=torch.Generator().manual_seed(0))
-    for field in range(fields):
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randint(256, (2, 40, 4), generator=generator)
+    # The four are neighbours in a slice, or of several slices: of any fields.
+    alike = torch.arange(fields)[:, None].expand(fields, 4)
+    for field in (*alike, *torch.randint(fields, (fields, 4), generator=generator)):
         shift = field * 8 // fields
-        registers["$4"] = (place - shift) % 32
+        registers |= {f"${4 + i}": rotation for i, rotation in enumerate(((place - shift) % 32).tolist())}
         codes = low >> shift & (3 if bits == 3 else 2**bits - 1)
         if bits == 3:
             codes += (high >> shift & 1) << 2
@@ -105,7 +108,8 @@ def test_pairs_are_codes_times_scale_and_zero_point(bits: int, name: str) -> Non
 def test_elements_beyond_float16_become_its_largest_number() -> None:
     assembly = pairs_assembly(8, tl.float16)
     scale, zero_point = torch.full((2,), 300.0), torch.tensor([60000.0, -60000.0])
-    registers = {"$2": 0xFFFFFFFF, "$3": 0, "$4": 0, "$8": word(scale, torch.float16), "$9": word(scale, torch.float16)}
+    registers = dict.fromkeys(("$3", "$4", "$5", "$6", "$7"), 0)
+    registers |= {"$2": 0xFFFFFFFF, "$8": word(scale, torch.float16), "$9": word(scale, torch.float16)}
     registers |= {"$10": word(zero_point, torch.float16), "$11": word(zero_point, torch.float16)}
     after = run(assembly, registers)
     assert pair(after["$0"], torch.float16).tolist() == pair(after["$1"], torch.float16).tolist() == [65504.0, 16496.0]
