@@ -196,7 +196,7 @@ def _material(loaded: LoadedModel, effort: Effort, texts: Sequence[Path]) -> _Ma
         check_positions([original], DRAFTED_TOKENS, "a prompt and what is drafted", "evaluation, without --drafts")
     arriving = arriving_text(tokenizer, effort.ways) if effort.ways else None
     check_positions([original], 0 if arriving is None else len(arriving), "the text that comes in", "--ways")
-    decoded = written_text(loaded.model, tokenizer, effort.decode) if effort.decode else None
+    decoded = written_text(loaded.model, tokenizer, effort.decode, progress=True) if effort.decode else None
     return _Material(read, passkeys, questions, decoded, arriving)
 
 

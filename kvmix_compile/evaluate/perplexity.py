@@ -77,10 +77,15 @@ def read(model: nn.Module, ids: Tensor, cache: Any, **options: Any) -> Tensor:
 
     `options` go to the model's forward.
     """
+    return read_rows(model, ids[None], cache, **options)[0]
+
+
+def read_rows(model: nn.Module, ids: Tensor, cache: Any, **options: Any) -> Tensor:
+    """As read, of rows of ids: `[rows, tokens, vocabulary]` of int64 `[rows, tokens]`."""
     device = next(model.parameters()).device
     # One that torch.compile wrapped takes what the model in it takes.
     held = {cache_name(getattr(model, "_orig_mod", model).forward): cache}
-    return model(input_ids=ids[None].to(device), use_cache=True, return_dict=True, **held, **options).logits[0]
+    return model(input_ids=ids.to(device), use_cache=True, return_dict=True, **held, **options).logits
 
 
 def new_cache_of(model: nn.Module) -> Any:
