@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before transformers and torch are imported anywhere: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,26 +13,43 @@ if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 import pytest
-import torch
 from hypothesis import settings
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmix_compile.models_zoo.smollm2 import load_smollm2
+# Torch and transformers are imported where they are first needed: a process that only hands out tests needs neither.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 settings.register_profile("kvmix", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("kvmix")
 
 
-# The files that take longest. They come first: begun last, one of them would keep one process busy and the others idle.
+# The files that take longest, ten seconds and more. They come first: begun last, one of them would keep one process
+# busy and the others idle.
 LONGEST = (
     "kernels/gpu/test_triton_interpreter.py",
     "backend/test_backend.py",
     "benchmarks/test_models_benchmark.py",
     "test_end_to_end.py",
+    "runtime/test_inductor.py",
     "runtime/test_whole_generations.py",
     "passes/match/test_static_cache.py",
+    "passes/untouched/test_untouched.py",
     "passes/untouched/test_zoo_untouched.py",
+    "runtime/test_drafts.py",
+    "backend/test_graphs.py",
+    "test_errors.py",
+    "cli/test_cli.py",
+    "backend/test_caches.py",
+    "kernels/cpu/test_cpu_attend.py",
+    "passes/match/test_sites.py",
+    "passes/match/test_special_attention.py",
+    "repository/test_docs.py",
+    "runtime/test_ambient.py",
+    "runtime/test_model.py",
+    "benchmarks/test_peak_memory.py",
     "passes/measure/test_exponents.py",
+    "kernels/test_attend.py",
+    "evaluate/test_evaluation.py",
 )
 
 
@@ -50,18 +68,24 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def dynamo_begins_anew() -> Iterator[None]:
     """Nothing that other tests compiled; no gradients."""
+    import torch
+
     torch._dynamo.reset()
     with torch.no_grad():
         yield
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """SmolLM2-135M-Instruct in float32, shared: tests leave it as they found it."""
+    from kvmix_compile.models_zoo.smollm2 import load_smollm2
+
     return load_smollm2()
