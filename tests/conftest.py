@@ -28,6 +28,7 @@ settings.load_profile("kvmix")
 LONGEST = (
     "kernels/gpu/test_triton_interpreter.py",
     "backend/test_backend.py",
+    "kernels/gpu/test_triton_compile.py",
     "benchmarks/test_models_benchmark.py",
     "test_end_to_end.py",
     "runtime/test_inductor.py",

@@ -16,7 +16,7 @@ from tests.helpers.one_capture import analyzed, applied
 
 LONG = 1500
 WINDOW = 448
-LAYERS = 8
+LAYERS = 4
 
 
 @pytest.fixture(scope="module")
