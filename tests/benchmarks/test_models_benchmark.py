@@ -27,7 +27,7 @@ def run(*arguments: str) -> None:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     path = tmp_path_factory.mktemp("models") / "models.json"
-    run("--only", "olmo2", "openai-gpt", "--output", str(path))
+    run("--only", "olmo2", "mamba", "--output", str(path))
     return {row["model_type"]: row for row in json.loads(path.read_text())["results"]}
 
 
@@ -38,9 +38,9 @@ def test_a_decoder_works_in_both_ways(sample: dict[str, dict[str, Any]]) -> None
     assert not (row["refusal"] or row["backend_refusal"] or row["failures"])
 
 
-def test_a_model_without_a_cache_is_refused_in_both_ways(sample: dict[str, dict[str, Any]]) -> None:
-    row = sample["openai-gpt"]
-    assert "transformer.h.0.attn" in row["refusal"] and "no attention" in row["backend_refusal"]
+def test_a_recurrence_is_refused_in_both_ways(sample: dict[str, dict[str, Any]]) -> None:
+    row = sample["mamba"]
+    assert "conv1d" in row["refusal"] and "no attention" in row["backend_refusal"]
     assert row["text"] is row["backend"] is None and not row["failures"]
 
 
