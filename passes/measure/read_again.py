@@ -59,7 +59,7 @@ class KeyReaders:
 
     @cached_property
     def _what_is_read(self) -> tuple[Tensor, Tensor]:
-        attends, stored = self.row.what_is_read()
+        attends, stored = self.row.what_is_read
         return attends[self.readers], stored[self.readers]
 
     @cached_property

@@ -9,6 +9,7 @@ everything but the reads from storage masked out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class RowAttention:
     recent: int
     sink_logits: Tensor | None = None
 
+    @cached_property
     def what_is_read(self) -> tuple[Tensor, Tensor]:
         """Bool `[tokens, tokens]`: what each token attends to, and what of that it reads from storage."""
         mask = self.function.mask
@@ -81,13 +83,13 @@ class RowAttention:
         """Float32 `[kv_heads, query heads of each, ...]` of what is `[query heads, ...]`."""
         return of_query_heads.float().unflatten(0, (len(self.key), -1))
 
-    @property
+    @cached_property
     def slopes(self) -> Tensor:
         """ALiBi's, or 0, `[kv_heads, query heads of each]`."""
         slopes = self.query.new_tensor(self.function.slopes or (0.0,), dtype=torch.float32)
         return self.by_key_head(slopes.expand(len(self.query)))
 
-    @property
+    @cached_property
     def sink_logits_of_heads(self) -> Tensor:
         """The sink logits `[kv_heads, query heads of each]`. Without any, minus infinity takes no part in a softmax."""
         if self.sink_logits is None:
@@ -97,7 +99,7 @@ class RowAttention:
 
 def stored_reads(row: RowAttention) -> tuple[StoredReads, StoredReads]:
     """The reads of stored keys, and those of stored values, of one row."""
-    attends, stored = row.what_is_read()
+    attends, stored = row.what_is_read
     queries, gradients = row.by_key_head(row.query), row.by_key_head(row.gradient)
     heads = (queries, row.key.float(), row.value.float(), gradients, row.sink_logits_of_heads, row.slopes)
     # A head at a time: what is worked out on the way are several matrices of tokens by tokens for each query head.

@@ -9,7 +9,7 @@ ends: their state is their own.
 import functools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -73,11 +73,11 @@ def attributes(owner: object) -> dict[str, Any] | None:
         return None
 
 
-def held_by(held: Mapping[Any, Any]) -> dict[Any, Any]:
+def held_by(held: dict[Any, Any]) -> dict[Any, Any]:
     """What a dictionary holds, whatever one of a class of its own says that it does: transformers' registries import
     every model there is where they are asked for items, keys or a length, and fail where one cannot be.
     """
-    return dict(_plain(held).items(held)) if isinstance(held, dict) else dict(held.items())
+    return dict(_plain(held).items(held))
 
 
 def hold(container: dict[Any, Any], items: dict[Any, Any]) -> None:
