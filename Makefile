@@ -22,7 +22,7 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
-.PHONY: demo test test-releases check docs fuzz sweep gpu clean
+.PHONY: demo test test-releases check docs fuzz sweep ptx gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -58,6 +58,10 @@ fuzz: $(READY)
 # Compiles every kernel that dispatch can choose, ahead of time, and prints registers and shared memory of each.
 sweep: $(READY)
 	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/gpu/test_triton_sweep.py
+
+# Carries out the kernels as they are compiled for sm_80 and sm_90, every pair of choices, on the CPU; half an hour.
+ptx: $(READY)
+	@PYTHONSAFEPATH= $(VENV)/bin/python -m tests.kernels.gpu.compiled
 
 # All that wants a GPU: what only a GPU shows, benchmarks with their results as JSON, plots, and the kernels' tests
 # natively. These compile some four hundred kernels, ten minutes of one core, and so come last; with pytest-xdist,

@@ -31,6 +31,7 @@ LONGEST = (
     "kernels/gpu/test_triton_compile.py",
     "benchmarks/test_models_benchmark.py",
     "test_end_to_end.py",
+    "kernels/gpu/test_compiled.py",
     "runtime/test_inductor.py",
     "runtime/test_whole_generations.py",
     "passes/match/test_static_cache.py",

@@ -1,7 +1,9 @@
-"""Covering arrays: few combinations of options in which every pair of choices occurs (Cohen et al., IEEE TSE, 1997)."""
+"""Covering arrays: few combinations of options in which every choice, or every pair of choices, occurs (Cohen et al.,
+IEEE TSE, 1997).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from random import Random
 from typing import Any
 
@@ -9,32 +11,34 @@ from typing import Any
 DRAWN = 200
 
 Combination = dict[str, Any]
-Pair = tuple[str, Any, str, Any]
+Chosen = tuple[tuple[str, Any], ...]
 
 
-def covering(options: Mapping[str, Sequence[Any]], fits: Callable[[Combination], bool]) -> list[Combination]:
-    """Combinations, one of each option's choices, that fit; every two choices that can go together are in one of them.
-    The same arguments give the same combinations.
+def covering(
+    options: Mapping[str, Sequence[Any]], fits: Callable[[Combination], bool], together: int = 2
+) -> list[Combination]:
+    """Combinations, one of each option's choices, that fit; any `together` choices that can go together are in one of
+    them. The same arguments give the same combinations.
     """
     random = Random(0)
-    names = list(combinations(options, 2))
-    missing: dict[Pair, None] = {
-        (one, first, other, second): None for one, other in names for first in options[one] for second in options[other]
+    missing: dict[Chosen, None] = {
+        tuple(zip(names, choices, strict=True)): None
+        for names in combinations(options, together)
+        for choices in product(*(options[name] for name in names))
     }
     found: list[Combination] = []
     while missing:
-        one, first, other, second = pair = next(iter(missing))
+        wanted = next(iter(missing))
         drawn = [
-            {name: random.choice(choices) for name, choices in options.items()} | {one: first, other: second}
-            for _ in range(DRAWN)
+            {name: random.choice(choices) for name, choices in options.items()} | dict(wanted) for _ in range(DRAWN)
         ]
         fitting = [combination for combination in drawn if fits(combination)]
         if not fitting:
-            del missing[pair]
+            del missing[wanted]
             continue
-        best = max(fitting, key=lambda combination: sum(each in missing for each in _pairs(combination)))
+        best = max(fitting, key=lambda combination: sum(each in missing for each in _chosen(combination, together)))
         found.append(best)
-        for each in _pairs(best):
+        for each in _chosen(best, together):
             missing.pop(each, None)
     return found
 
@@ -44,5 +48,5 @@ def named(combination: Combination) -> str:
     return ", ".join(f"{name} {choice}" for name, choice in combination.items())
 
 
-def _pairs(combination: Combination) -> list[Pair]:
-    return [(one, combination[one], other, combination[other]) for one, other in combinations(combination, 2)]
+def _chosen(combination: Combination, together: int) -> list[Chosen]:
+    return list(combinations(combination.items(), together))

@@ -18,3 +18,10 @@ def test_every_pair_that_fits_is_in_one_of_few_combinations() -> None:
         pairs = {(chosen[one], chosen[other]) for chosen in found}
         impossible = {(3, "flat")} if (one, other) == ("size", "shape") else set()
         assert pairs == set(product(OPTIONS[one], OPTIONS[other])) - impossible
+
+
+def test_every_choice_alone_is_in_even_fewer() -> None:
+    found = covering(OPTIONS, fits, together=1)
+    assert len(found) < 6 and all(map(fits, found))
+    for name, choices in OPTIONS.items():
+        assert {chosen[name] for chosen in found} == set(choices)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
@@ -19,7 +18,8 @@ from kvmix_compile.kernels.stepwise import stepwise
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
-from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
+from tests.kernels.every_pair import APPENDING, fits
+from tests.kernels.gpu.trials import check_chosen_append, random_chunk
 from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
@@ -41,27 +41,13 @@ layouts = drawn_layouts(
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtype, size: float) -> list[Tensor]:
-    largest = torch.finfo(dtype).max
-    return [
-        (torch.randn(batch, tokens, layout.kv_heads, dim) * size).clamp(-largest, largest).to(dtype).transpose(1, 2)
-        for dim in (layout.key_dim, layout.value_dim)
-    ]
-
-
 def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype) -> Pair:
     return Pair(triton_append.append, layout, batch, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
-    pair = pair_of(layout_of(chosen), 2, chosen["dtype"])
-    for tokens in chosen["chunks"]:
-        k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
-        start = start_of(chosen, tokens)
-        k[0, :, :start] = v[0, :, :start] = torch.nan
-        pair.append(k, v, torch.tensor([start, 0]))
-    pair.check()
+    check_chosen_append(chosen, DEVICE)
 
 
 @settings(max_examples=25)

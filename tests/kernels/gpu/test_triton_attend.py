@@ -1,22 +1,21 @@
 """The Triton kernel of attend against the reference: on a GPU, else in Triton's interpreter."""
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.weighting import Weighting
-from tests.kernels.attend_cases import TOLERANCE, Case, cases, weighted
+from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
-from tests.kernels.every_pair import ATTENDING, case_of, fits
+from tests.kernels.every_pair import ATTENDING, fits
+from tests.kernels.gpu.trials import LAUNCHES, beyond_half_precision, check_attend, check_chosen_attend
 from tests.kernels.layouts import IMPORTANT_BITS
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
@@ -27,24 +26,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-LAUNCHES = {"splits": (1, 2, 4), "blocks": (1, 2), "query_tile": (16, 64)}
-
-
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
-    expected = reference.attend(*case.arguments(weighting))
-    queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
-    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
-    on_device = case.poisoned().mapped(lambda tensor: tensor.to(DEVICE))
-    attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
-    assert attended.dtype == case.q.dtype and attended.is_contiguous()
-    tolerance = TOLERANCE[case.q.dtype]
-    torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
+    check_attend(case, splits, blocks, weighting, query_tile, DEVICE)
 
 
 @pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
-    case, weighting = case_of(chosen)
-    check(case, chosen["splits"], chosen["blocks"], weighting, chosen["query_tile"])
+    check_chosen_attend(chosen, DEVICE)
 
 
 @settings(max_examples=40)
@@ -88,13 +76,7 @@ def test_a_tile_of_many_queries() -> None:
 
 
 def test_elements_beyond_half_precision_stay_finite() -> None:
-    layout = StateLayout(SiteShape(1, 16, 16), key=Precision(2, 32, 4), value=Precision(2, 16, 4), sinks=0, recent=32)
-    case = Case.random(layout, 1, [70], [0], 1, torch.float16)
-    k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
-    k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
-    nothing = torch.zeros(1, dtype=torch.int64)
-    reference.append(Chunk(key=k, value=v, lengths=nothing, starts=nothing), case.state, layout.storage)
-    check(replace(case, q=case.q * 1e-5), 2, 1)
+    check(beyond_half_precision(2), 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""The Triton kernels beside the reference: on a GPU, in Triton's interpreter, or as they are compiled for a chip."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvmix_compile.kernels import reference
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
+from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.append_pair import Pair
+from tests.kernels.attend_cases import TOLERANCE, Case
+from tests.kernels.covering import Combination
+from tests.kernels.every_pair import Choices, case_of, layout_of, start_of
+
+triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
+triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
+
+SMALLEST_QUERY_TILE = triton_attend.SMALLEST_QUERY_TILE
+LAUNCHES: Choices = {"splits": (1, 2, 4), "blocks": (1, 2), "query_tile": (SMALLEST_QUERY_TILE, 64)}
+
+
+def check_attend(
+    case: Case,
+    splits: int,
+    blocks: int,
+    weighting: Weighting | None = None,
+    query_tile: int = 16,
+    device: str = "cpu",
+) -> float:
+    """The largest difference from the reference; at most the tolerance of the dtype, or an AssertionError."""
+    expected = reference.attend(*case.arguments(weighting))
+    queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
+    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
+    on_device = case.poisoned().mapped(lambda tensor: tensor.to(device))
+    attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
+    assert attended.dtype == case.q.dtype and attended.is_contiguous()
+    tolerance = TOLERANCE[case.q.dtype]
+    torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
+    return (attended.cpu().double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+
+
+def check_chosen_attend(chosen: Combination, device: str = "cpu") -> float:
+    """As check_attend, of choices of every_pair.ATTENDING and LAUNCHES."""
+    case, weighting = case_of(chosen)
+    return check_attend(case, chosen["splits"], chosen["blocks"], weighting, chosen["query_tile"], device)
+
+
+def check_chosen_append(chosen: Combination, device: str = "cpu") -> None:
+    """The reference's bytes, of choices of every_pair.APPENDING, or an AssertionError."""
+    pair = Pair(triton_append.append, layout_of(chosen), 2, chosen["dtype"], device)
+    for tokens in chosen["chunks"]:
+        k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
+        start = start_of(chosen, tokens)
+        k[0, :, :start] = v[0, :, :start] = torch.nan
+        pair.append(k, v, torch.tensor([start, 0]))
+    pair.check()
+
+
+def beyond_half_precision(bits: int) -> Case:
+    """A case of float16 in which scales and zero points make elements that it has no numbers for."""
+    key, value = Precision(bits, 32, 4), Precision(bits, 16, 4)
+    layout = StateLayout(SiteShape(1, 16, 16), key=key, value=value, sinks=0, recent=32)
+    case = Case.random(layout, 1, [70], [0], 1, torch.float16)
+    k, v = (torch.full((1, 1, 70, 16), 65504.0, dtype=torch.float16) for _ in range(2))
+    k[..., ::2, :], v[..., ::2, :] = -60000.0, -60000.0
+    nothing = torch.zeros(1, dtype=torch.int64)
+    reference.append(Chunk(key=k, value=v, lengths=nothing, starts=nothing), case.state, layout.storage)
+    return replace(case, q=case.q * 1e-5)
+
+
+def random_chunk(layout: StateLayout, batch: int, tokens: int, dtype: torch.dtype, size: float) -> list[Tensor]:
+    """Keys and values."""
+    largest = torch.finfo(dtype).max
+    return [
+        (torch.randn(batch, tokens, layout.kv_heads, dim) * size).clamp(-largest, largest).to(dtype).transpose(1, 2)
+        for dim in (layout.key_dim, layout.value_dim)
+    ]
