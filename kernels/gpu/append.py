@@ -418,7 +418,7 @@ def _write_plane(
         group = place // FORMAT.group * FORMAT.channels + channel
     else:
         group = place * (FORMAT.channels // FORMAT.group) + channel // FORMAT.group
-    scale, zero_point = load_metadata(target + FORMAT.code_bytes + 0 * group, group, mask, mask, FORMAT, EXACT=True)
+    scale, zero_point = load_metadata(target + FORMAT.code_bytes + 0 * group, group, mask, mask, FORMAT, 1, EXACT=True)
     step = tl.where(scale == 0, float("inf"), scale)
     code = _rounded(tl.div_rn(_clamped(elements) - zero_point, step), WRITER.levels).to(tl.int32)
     bits = (code >> BELOW & (2**BITS - 1)) << (field * BITS)

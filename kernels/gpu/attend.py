@@ -26,6 +26,9 @@ from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu.unpack import BlockFormat, channels_in_order, part_of, unpack_keys, unpack_values
 from kvmix_compile.kernels.weighting import Weighting
 
+# Threads of a warp.
+WARP = 32
+
 # A tensor core multiplies at least this many rows of queries.
 SMALLEST_QUERY_TILE = 16
 LARGEST_QUERY_TILE = 64
@@ -93,6 +96,7 @@ def attend_kernel(
     SPLITS: tl.constexpr,
     QUERIES: tl.constexpr,  # rows of a tile of queries
     BLOCKS: tl.constexpr,  # packed blocks of a tile of tokens
+    THREADS: tl.constexpr,
 ):
     """One tile of queries over one split of its tokens: values averaged, and what their weights sum to."""
     first_query = tl.program_id(0) * QUERIES
@@ -154,7 +158,7 @@ def attend_kernel(
         token = SINKS + block * _TOKENS + place_in_tile
         scores = tl.zeros([QUERIES, TILE], tl.float32)
         for part in tl.static_range(len(KEYS)):
-            keys = unpack_keys(head_of_packed_k, ring, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part))
+            keys = unpack_keys(head_of_packed_k, ring, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part), THREADS)
             scores = _multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
         if SLIDING or CHUNKED:
@@ -162,7 +166,7 @@ def attend_kernel(
         weights, highest, total, correction = _weigh(
             scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
         )
-        values = unpack_values(head_of_packed_v, ring, block, blocks, DTYPE, BLOCKS, VALUE)
+        values = unpack_values(head_of_packed_v, ring, block, blocks, DTYPE, BLOCKS, VALUE, THREADS)
         attended = _multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
     head_of_sink_k = sink_k + state_head * SINKS * KEYS[0].head_dim
@@ -366,22 +370,29 @@ class Launch:
     warps: int = 4
 
     @classmethod
-    def choose(cls, queries: int, pairs: int, most_tokens: int, widest: int, multiprocessors: int) -> Launch:
+    def choose(
+        cls, queries: int, pairs: int, most_tokens: int, widest: int, itemsize: int, multiprocessors: int
+    ) -> Launch:
         """From shapes alone, so that a captured graph stays right as rows grow.
 
         queries: query heads of a group times tokens; pairs: rows times heads of keys and values; most_tokens: what a
-        row can hold; widest: the channels of a key or of a value, the more of them.
+        row can hold; widest: the channels of a key or of a value, the more of them; itemsize: bytes of an element.
         """
         largest = LARGEST_QUERY_TILE if widest <= 128 else LARGEST_QUERY_TILE // 2
         query_tile = min(max(triton.next_power_of_2(queries), SMALLEST_QUERY_TILE), largest)
         query_tiles = triton.cdiv(queries, query_tile)
-        # Where slices are padded the masks take the registers of a second block.
-        blocks = 2 if widest == triton.next_power_of_2(widest) else 1
+        padded = triton.next_power_of_2(widest)
+        # Where more is padded, or elements are float32, the masks take the registers of a second block.
+        blocks = 2 if widest == padded or (itemsize == 2 and 4 * widest >= 3 * padded) else 1
         wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, pairs * query_tiles)
         tiles = triton.cdiv(most_tokens, blocks * BLOCK_TOKENS)
         splits = max(1, min(wanted, tiles, MOST_SPLITS))
+        if widest > 128 or query_tile == LARGEST_QUERY_TILE:
+            warps = 8
+        else:
+            # As few as have the registers: each works out and moves what all of them need.
+            warps = 2 if widest <= 64 and query_tile == SMALLEST_QUERY_TILE and itemsize == 2 else 4
         # A power of two, so that few variants are compiled as a state grows.
-        warps = 4 if widest <= 128 and query_tile < LARGEST_QUERY_TILE else 8
         return cls(query_tile, query_tiles, triton.next_power_of_2(splits), blocks, warps)
 
 
@@ -414,7 +425,8 @@ def attend(
     if launch is None:
         most_tokens = state.sinks + state.blocks * BLOCK_TOKENS + state.recent_slots + tokens
         widest = max(key_dim, value_dim)
-        launch = Launch.choose(shared * tokens, rows * heads, most_tokens, widest, _multiprocessors(query.device))
+        processors = _multiprocessors(query.device)
+        launch = Launch.choose(shared * tokens, rows * heads, most_tokens, widest, itemsize, processors)
     splits = launch.splits
     queries = rows * query_heads * tokens
     partial = output if splits == 1 else query.new_empty(splits, queries, value_dim, dtype=torch.float32)
@@ -444,6 +456,7 @@ def attend(
         SPLITS=splits,
         QUERIES=launch.query_tile,
         BLOCKS=launch.blocks,
+        THREADS=WARP * launch.warps,
         num_warps=launch.warps,
         num_stages=STAGES,
         maxnreg=REGISTERS,

@@ -125,11 +125,20 @@ def channels_in_order(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def unpack_keys(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def unpack_keys(
+    blocks,
+    capacity,
+    first,
+    end,
+    DTYPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
 
     blocks: pointer to the bytes of the head's block 0. capacity: None, or how many blocks there is room for where later
-    ones may have taken the slots of earlier ones.
+    ones may have taken the slots of earlier ones. THREADS: of a program.
     """
     if FORMAT.bits == 16:
         return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
@@ -144,7 +153,8 @@ def unpack_keys(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.co
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
-    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    COPIES: tl.constexpr = _copies(GROUPS * FORMAT.slices * FORMAT.padded_width, THREADS)
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, COPIES, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
     low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
@@ -161,7 +171,16 @@ def unpack_keys(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit
-def unpack_values(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def unpack_values(
+    blocks,
+    capacity,
+    first,
+    end,
+    DTYPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """As unpack_keys; values have all their channels in one part."""
     if FORMAT.bits == 16:
         return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
@@ -175,7 +194,8 @@ def unpack_values(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.
     within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
-    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, EXACT=False)
+    COPIES: tl.constexpr = _copies(BLOCKS * _TOKENS * FORMAT.slices * RUNS, THREADS)
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, COPIES, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
     low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
@@ -222,7 +242,10 @@ def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.
     mask = (first + token // _TOKENS < end)[:, None] & (within < FORMAT.width)[None, :]
     slot = _slot_of(first, token // _TOKENS, capacity)
     rows = blocks + slot * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
-    low = tl.load(rows[:, None] + within[None, :], mask=mask, other=0)
+    pointers = rows[:, None] + within[None, :]
+    if _one_thread_would_load(FORMAT.padded_width):
+        pointers = tl.max_contiguous(pointers, [1, FORMAT.padded_width // 2])
+    low = tl.load(pointers, mask=mask, other=0)
     if FORMAT.bits != 3:
         return low, low
     # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
@@ -230,6 +253,16 @@ def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.
     rows = blocks + _TOKENS * FORMAT.width + slot * FORMAT.block_bytes + token % _TOKENS * HALF
     high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
     return low, _halved(high, within // HALF)
+
+
+@triton.constexpr_function
+def _one_thread_would_load(width):
+    """Whether a thread can load a row of so many bytes at once, and two can do so too.
+
+    Where one does, Triton takes the tokens for what lies side by side, and stores elements one by one on their way to
+    the tensor cores. Two load four bytes or eight each, which still is enough to read ahead.
+    """
+    return width in (8, 16)
 
 
 @triton.jit
@@ -400,24 +433,48 @@ def _once(x):
 
 
 @triton.jit
-def load_metadata(metadata, index, is_block, is_channel, FORMAT: tl.constexpr, EXACT: tl.constexpr):
+def load_metadata(
+    metadata, index, is_block, is_channel, FORMAT: tl.constexpr, COPIES: tl.constexpr, EXACT: tl.constexpr
+):
     """Scales and zero points, float32, finite also where is_block or is_channel is false.
 
-    metadata: pointers to the first byte behind the codes of a block.
+    metadata: pointers to the first byte behind the codes of a block. COPIES: as _load_once takes it.
     EXACT: as packing.py computes them, to the last bit; else faster.
     """
     halves = metadata.to(tl.pointer_type(tl.float16))
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
         GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
-        scale = _to_float32(tl.load(halves + index, mask=mask, other=0.0))
-        zero_point = _to_float32(tl.load(halves + GROUPS + index, mask=mask, other=0.0))
+        scale = _to_float32(_load_once(halves + index, mask, COPIES))
+        zero_point = _to_float32(_load_once(halves + GROUPS + index, mask, COPIES))
     else:
-        nibbles = _to_integers(tl.load(metadata + _EXTREMES_BYTES + index, mask=mask, other=0))
+        nibbles = _to_integers(_load_once(metadata + _EXTREMES_BYTES + index, mask, COPIES))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
         scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
     return scale, zero_point
+
+
+@triton.constexpr_function
+def _copies(elements, threads):
+    """How often _load_once loads each of so many elements: as many in all as there are threads."""
+    return max(1, threads // elements)
+
+
+@triton.jit
+def _load_once(pointers, mask, COPIES: tl.constexpr):
+    """tl.load of [groups, slices, places], zero where the mask is false.
+
+    A tensor with fewer elements than a program has threads Triton takes for cheap to load, and everything that is
+    worked out of it for cheap to work out again in every thread that needs it. COPIES of each element, of which all but
+    one are masked out, make it as expensive as it is.
+    """
+    if COPIES == 1:
+        return tl.load(pointers, mask=mask, other=0)
+    else:
+        copy = tl.arange(0, COPIES)[None, None, None, :]
+        pointers, mask = tl.broadcast(pointers[:, :, :, None], (mask[:, :, :, None] & (copy == 0)))
+        return tl.sum(tl.load(pointers, mask=mask, other=0), 3, dtype=pointers.dtype.element_ty)
 
 
 @triton.jit

@@ -104,7 +104,8 @@ def compile_attend(
     extras: Extras = NOTHING,
 ) -> Compiled:
     shared, widest = 4, max(key_dim, value_dim)
-    launch = triton_attend.Launch.choose(shared * tokens, HEADS, 32768, widest, MULTIPROCESSORS[chip])
+    itemsize, processors = ITEMSIZES[dtype], MULTIPROCESSORS[chip]
+    launch = triton_attend.Launch.choose(shared * tokens, HEADS, 32768, widest, itemsize, processors)
     elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
     types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     types |= {
@@ -126,6 +127,7 @@ def compile_attend(
         "SPLITS": launch.splits,
         "QUERIES": launch.query_tile,
         "BLOCKS": launch.blocks,
+        "THREADS": triton_attend.WARP * launch.warps,
         **STATE,
         **unit_strides("q", "k", "v"),
     }

@@ -8,7 +8,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import StateLayout
 from kvmix_compile.progress import progress_bar
+from tests.helpers.repository import ROOT
 from tests.kernels.append_pair import Pair
 from tests.kernels.attend_cases import Case
 from tests.kernels.covering import Combination, covering, named
@@ -47,7 +47,7 @@ KERNELS: dict[str, tuple[Choices, Callable[[Combination], Any]]] = {
 # A large tile of queries of wider heads would not fit into shared memory, and is not launched (Launch.choose).
 WIDEST_OF_LARGE_TILES = 128
 NOT_NOTICED = "not noticed"
-RESULTS = Path("benchmarks/results/ptx.json")
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def sample() -> Iterator[tuple[str, Combination]]:
@@ -118,16 +118,16 @@ def _fate(run: Callable[[], None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--chips", nargs="+", type=int, default=CHIPS)
-    options = parser.parse_args()
-    rows = [row for number in options.chips for kernel in KERNELS for row in _each(kernel, number)]
-    taken_out = [_mutations(kernel, number) for number in options.chips for kernel in KERNELS]
-    record = {"cases": rows, "taken_out": taken_out, "triton": triton.__version__}
-    write_json(options.output, record | circumstances("tests.kernels.gpu.compiled", torch.device("cpu")))
-    failed = [row for row in rows if row["failure"]]
-    print(f"{len(rows)} cases, {len(failed)} failed")
-    print(json.dumps(failed, indent=1), json.dumps(taken_out, indent=1))
+    for number in parser.parse_args().chips:
+        rows = [row for kernel in KERNELS for row in _each(kernel, number)]
+        taken_out = [_mutations(kernel, number) for kernel in KERNELS]
+        record = {"chip": number, "triton": triton.__version__, "cases": rows, "taken_out": taken_out}
+        record |= circumstances("tests.kernels.gpu.compiled", torch.device("cpu"))
+        write_json(RESULTS / f"ptx-sm{number}.json", record)
+        failed = [row for row in rows if row["failure"]]
+        print(f"sm_{number}: {len(rows)} cases, {len(failed)} failed")
+        print(json.dumps(failed, indent=1), json.dumps(taken_out, indent=1))
 
 
 def _each(kernel: str, number: int) -> Iterator[dict[str, Any]]:
@@ -139,7 +139,7 @@ def _each(kernel: str, number: int) -> Iterator[dict[str, Any]]:
                 difference = carry_out(kernel, chosen, number)
             except (AssertionError, PtxError) as error:
                 failure = str(error)
-            row = {"kernel": kernel, "chip": number, "case": named(chosen), "difference": difference}
+            row = {"kernel": kernel, "case": named(chosen), "difference": difference}
             yield row | {"failure": failure, "seconds": round(perf_counter() - start, 2)}
             advance()
 
@@ -152,7 +152,7 @@ def _mutations(kernel: str, number: int) -> dict[str, Any]:
         if not noticed:
             left.append(f"{what}, line {line}")
     counts = {what: [found[what, True], found[what, True] + found[what, False]] for what, _ in sorted(found)}
-    return {"kernel": kernel, "chip": number, "noticed_of": counts, "not_noticed": left}
+    return {"kernel": kernel, "noticed_of": counts, "not_noticed": left}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
-    check_attend(case, splits, blocks, weighting, query_tile, DEVICE)
+    check_attend(case, splits, blocks, weighting, query_tile, device=DEVICE)
 
 
 @pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
@@ -80,19 +80,25 @@ def test_elements_beyond_half_precision_stay_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "pairs", "most_tokens", "expected"),
+    ("queries", "pairs", "most_tokens", "widest", "itemsize", "expected"),
     [
-        (4, 8, 32768, (16, 1, 64)),
-        (4, 1024, 32768, (16, 1, 1)),
-        (4, 8, 128, (16, 1, 2)),
-        (512, 8, 32768, (64, 8, 16)),
+        (4, 8, 32768, 128, 2, (16, 1, 64, 2, 4)),
+        (4, 1024, 32768, 128, 2, (16, 1, 1, 2, 4)),
+        (4, 8, 128, 128, 2, (16, 1, 2, 2, 4)),
+        (512, 8, 32768, 128, 2, (64, 8, 16, 2, 8)),
+        (4, 8, 32768, 64, 2, (16, 1, 64, 2, 2)),
+        (4, 8, 32768, 64, 4, (16, 1, 64, 2, 4)),
+        (4, 8, 32768, 96, 2, (16, 1, 64, 2, 4)),
+        (4, 8, 32768, 96, 4, (16, 1, 64, 1, 4)),
+        (4, 8, 32768, 80, 2, (16, 1, 64, 1, 4)),
+        (4, 8, 32768, 256, 2, (16, 1, 64, 2, 8)),
     ],
 )
 def test_a_launch_is_chosen_from_shapes(
-    queries: int, pairs: int, most_tokens: int, expected: tuple[int, int, int]
+    queries: int, pairs: int, most_tokens: int, widest: int, itemsize: int, expected: tuple[int, ...]
 ) -> None:
-    launch = triton_attend.Launch.choose(queries, pairs, most_tokens, widest=128, multiprocessors=132)
-    assert (launch.query_tile, launch.query_tiles, launch.splits) == expected
+    launch = triton_attend.Launch.choose(queries, pairs, most_tokens, widest, itemsize, multiprocessors=132)
+    assert (launch.query_tile, launch.query_tiles, launch.splits, launch.blocks, launch.warps) == expected
 
 
 def test_no_rows_give_no_output() -> None:

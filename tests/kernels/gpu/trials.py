@@ -21,7 +21,12 @@ triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
 
 SMALLEST_QUERY_TILE = triton_attend.SMALLEST_QUERY_TILE
-LAUNCHES: Choices = {"splits": (1, 2, 4), "blocks": (1, 2), "query_tile": (SMALLEST_QUERY_TILE, 64)}
+LAUNCHES: Choices = {
+    "splits": (1, 2, 4),
+    "blocks": (1, 2),
+    "query_tile": (SMALLEST_QUERY_TILE, 64),
+    "warps": (2, 4, 8),
+}
 
 
 def check_attend(
@@ -29,13 +34,14 @@ def check_attend(
     splits: int,
     blocks: int,
     weighting: Weighting | None = None,
-    query_tile: int = 16,
+    query_tile: int = SMALLEST_QUERY_TILE,
+    warps: int = 4,
     device: str = "cpu",
 ) -> float:
     """The largest difference from the reference; at most the tolerance of the dtype, or an AssertionError."""
     expected = reference.attend(*case.arguments(weighting))
     queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
-    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks)
+    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks, warps)
     on_device = case.poisoned().mapped(lambda tensor: tensor.to(device))
     attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
@@ -47,7 +53,8 @@ def check_attend(
 def check_chosen_attend(chosen: Combination, device: str = "cpu") -> float:
     """As check_attend, of choices of every_pair.ATTENDING and LAUNCHES."""
     case, weighting = case_of(chosen)
-    return check_attend(case, chosen["splits"], chosen["blocks"], weighting, chosen["query_tile"], device)
+    launch = {name: chosen[name] for name in LAUNCHES}
+    return check_attend(case, weighting=weighting, device=device, **launch)
 
 
 def check_chosen_append(chosen: Combination, device: str = "cpu") -> None:
