@@ -22,7 +22,7 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
-.PHONY: demo test test-releases check docs fuzz sweep ptx gpu clean
+.PHONY: demo test test-compiled test-releases check docs fuzz sweep ptx gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -31,6 +31,10 @@ demo: $(READY)
 # whose tests share what they compile, in the order that tests/conftest.py gives them.
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST)
+
+# Triton kernels carried out as they are compiled for sm_80 and sm_90, each choice of options once.
+test-compiled: $(READY)
+	@$(VENV)/bin/python -m pytest -n auto -m choices tests/kernels/gpu/test_compiled.py
 
 # The other end of the range: a shorter run on the oldest releases, in an environment of their own.
 test-releases:
@@ -59,7 +63,7 @@ fuzz: $(READY)
 sweep: $(READY)
 	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/gpu/test_triton_sweep.py
 
-# Carries out the kernels as they are compiled for sm_80 and sm_90, every pair of choices, on the CPU; half an hour.
+# As test-compiled, with every pair of choices: half an hour of a core for each chip.
 ptx: $(READY)
 	@PYTHONSAFEPATH= $(VENV)/bin/python -m tests.kernels.gpu.compiled
 

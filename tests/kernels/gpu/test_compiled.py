@@ -1,4 +1,7 @@
-"""The kernels as they are compiled for sm_80 and sm_90, carried out on CPU tensors. `make ptx` tries more of them."""
+"""The kernels as they are compiled for sm_80 and sm_90, carried out on CPU tensors.
+
+What is marked takes minutes: `make test-compiled`. `make ptx` tries every pair of choices.
+"""
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tests.ptx.driver import chip  # noqa: E402
 SAMPLE = list(sample())
 
 
+@pytest.mark.choices
 @pytest.mark.parametrize(("kernel", "chosen"), SAMPLE, ids=[f"{kernel}, {named(chosen)}" for kernel, chosen in SAMPLE])
 def test_each_choice_agrees_with_the_reference(kernel: str, chosen: Combination) -> None:
     carry_out(kernel, chosen, chosen["chip"])
@@ -45,7 +49,7 @@ def test_elements_beyond_half_precision_stay_finite(bits: int) -> None:
 SUPERFLUOUS = {"attend": 3, "append": 4}
 
 
-@pytest.mark.parametrize(("kernel", "number"), [("attend", 90), ("append", 80)])
+@pytest.mark.parametrize(("kernel", "number"), [("attend", 90), pytest.param("append", 80, marks=pytest.mark.choices)])
 def test_a_barrier_a_wait_or_a_fence_that_is_missing_is_noticed(kernel: str, number: int) -> None:
     fates = list(fate_of_mutants(kernel, number, ("barrier", "wait for copies", "fence")))
     left = [(what, line) for what, line, fate in fates if fate == NOT_NOTICED]
