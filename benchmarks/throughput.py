@@ -1,7 +1,7 @@
 """Tokens a second at equal memory: `python -m benchmarks.throughput [--gigabytes 1] [--context 500 1000 4000]`.
 
 Each cache may take so many bytes. Of each the largest batch is found that fits with a prompt and what is generated,
-and that batch decodes: with transformers' DynamicCache, StaticCache and QuantizedCache (of the back ends that are
+and that batch decodes: with transformers' DynamicCache, StaticCache and QuantizedCache (4 bits by quanto, where it is
 installed), and the model compiled to a budget. All rows have the same prompt, read once. Caches take turns in rounds of
 a few steps, so that whatever else the machine does meets each alike; ratios are to the DynamicCache of those rounds.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvmix_compile
-from benchmarks.decode import BASELINES, CALIBRATION_TOKENS, DEVICE, DTYPES, MODELS, attempt, configurations, load
+from benchmarks.decode import CALIBRATION_TOKENS, DEVICE, DTYPES, MODELS, attempt, configurations, load
 from kvmix_compile.evaluate.baselines import check_baselines, packages
 from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.evaluate.records import circumstances, write_json
@@ -31,6 +31,7 @@ from kvmix_compile.passes.capture.signature import cache_name
 
 RESULTS = Path(__file__).parent / "results" / f"throughput-{DEVICE.type}.json"
 GIGABYTE = 10**9
+BASELINES = ("quanto-4",)
 # Tokens read at once: a long prompt's logits and activations are no part of this.
 CHUNK = 512
 WARM_UP_STEPS = 2
