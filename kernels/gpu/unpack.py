@@ -153,8 +153,7 @@ def unpack_keys(
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
-    COPIES: tl.constexpr = _copies(GROUPS * FORMAT.slices * FORMAT.padded_width, THREADS)
-    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, COPIES, EXACT=False)
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
     low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
@@ -194,8 +193,7 @@ def unpack_values(
     within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
-    COPIES: tl.constexpr = _copies(BLOCKS * _TOKENS * FORMAT.slices * RUNS, THREADS)
-    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, COPIES, EXACT=False)
+    scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
     low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
     SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
@@ -434,21 +432,21 @@ def _once(x):
 
 @triton.jit
 def load_metadata(
-    metadata, index, is_block, is_channel, FORMAT: tl.constexpr, COPIES: tl.constexpr, EXACT: tl.constexpr
+    metadata, index, is_block, is_channel, FORMAT: tl.constexpr, THREADS: tl.constexpr, EXACT: tl.constexpr
 ):
     """Scales and zero points, float32, finite also where is_block or is_channel is false.
 
-    metadata: pointers to the first byte behind the codes of a block. COPIES: as _load_once takes it.
+    metadata: pointers to the first byte behind the codes of a block. THREADS: as _load_once takes it.
     EXACT: as packing.py computes them, to the last bit; else faster.
     """
     halves = metadata.to(tl.pointer_type(tl.float16))
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
         GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
-        scale = _to_float32(_load_once(halves + index, mask, COPIES))
-        zero_point = _to_float32(_load_once(halves + GROUPS + index, mask, COPIES))
+        scale = _to_float32(_load_once(halves + index, mask, THREADS))
+        zero_point = _to_float32(_load_once(halves + GROUPS + index, mask, THREADS))
     else:
-        nibbles = _to_integers(_load_once(metadata + _EXTREMES_BYTES + index, mask, COPIES))
+        nibbles = _to_integers(_load_once(metadata + _EXTREMES_BYTES + index, mask, THREADS))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
         scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
@@ -462,13 +460,14 @@ def _copies(elements, threads):
 
 
 @triton.jit
-def _load_once(pointers, mask, COPIES: tl.constexpr):
+def _load_once(pointers, mask, THREADS: tl.constexpr):
     """tl.load of [groups, slices, places], zero where the mask is false.
 
     A tensor with fewer elements than a program has threads Triton takes for cheap to load, and everything that is
-    worked out of it for cheap to work out again in every thread that needs it. COPIES of each element, of which all but
-    one are masked out, make it as expensive as it is.
+    worked out of it for cheap to work out again in every thread that needs it. Copies of each element, of which all but
+    one are masked out, make it as expensive as it is. THREADS: of a program; 1 where that does not matter.
     """
+    COPIES: tl.constexpr = _copies(pointers.numel, THREADS)
     if COPIES == 1:
         return tl.load(pointers, mask=mask, other=0)
     else:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from tests.ptx.numbers import KINDS, PREDICATE, UNSIGNED, Array, Kind, fused
+from tests.ptx.numbers import KINDS, PREDICATE, Array, Kind, fused
 from tests.ptx.syntax import PtxError
 
 B32, B64, U32 = KINDS["b32"], KINDS["b64"], KINDS["u32"]
@@ -45,7 +45,7 @@ def _product(words: Sequence[str], kinds: list[Kind]) -> Form:
     wide = _wide(kind)
 
     def multiply(a: Array, b: Array) -> Array:
-        product = a.astype(wide.numbers(numpy.zeros(1, UNSIGNED[wide.size])).dtype) * b
+        product = a.astype(wide.dtype) * b
         return product >> 8 * kind.size if "hi" in words else product
 
     return Form((kind, kind), wide if "wide" in words else kind, multiply)
@@ -193,11 +193,12 @@ def _conversion(words: Sequence[str], kinds: list[Kind]) -> Form:
 
 def _clamped(x: Array, target: Kind) -> Array:
     """To integers: what is beyond them becomes the nearest one, and what is no number 0."""
-    dtype = target.numbers(numpy.zeros(1, UNSIGNED[target.size])).dtype
-    limits = numpy.iinfo(dtype)
+    limits = numpy.iinfo(target.dtype)
     # The largest float64 that is no more than the limit.
     most = numpy.nextafter(2.0 ** (limits.bits - target.is_signed), 0) if limits.bits == 64 else float(limits.max)
-    return numpy.clip(numpy.where(numpy.isnan(x), 0, x).astype(numpy.float64), float(limits.min), most).astype(dtype)
+    return numpy.clip(numpy.where(numpy.isnan(x), 0, x).astype(numpy.float64), float(limits.min), most).astype(
+        target.dtype
+    )
 
 
 def _quotient(a: Array, b: Array) -> Array:

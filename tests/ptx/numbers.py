@@ -27,6 +27,11 @@ class Kind:
     bits: Callable[[Array], Array]
 
     @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """That of its numbers."""
+        return self.numbers(numpy.zeros(1, UNSIGNED[self.size])).dtype
+
+    @property
     def is_float(self) -> bool:
         return self.name.startswith(("f", "bf"))
 

@@ -23,7 +23,7 @@ def compute(operation: str, *operands: int | float) -> Array:
     found = form(operation.split("."))
     assert found
     numbers = [
-        numpy.array([operand], kind.numbers(numpy.zeros(1, kind_bits(kind))).dtype)
+        numpy.array([operand], kind.dtype)
         if isinstance(operand, float)
         else kind.numbers(numpy.array([operand], kind_bits(kind)))
         for operand, kind in zip(operands, found.sources, strict=True)
