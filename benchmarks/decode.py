@@ -13,7 +13,7 @@ here, and its weights need not be had.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,14 +86,11 @@ class Decoder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="random" if DEVICE.type == "cuda" else "smollm2")
-    parser.add_argument("--layers", type=int, default=32, help="of the random model")
+    add_model_options(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
         "--context", type=int, nargs="+", default=[1000, 7000] if DEVICE.type == "cpu" else [4096, 32768]
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32" if DEVICE.type == "cpu" else "bfloat16")
-    parser.add_argument("--budget", type=float, default=2.3)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each round")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -106,10 +103,8 @@ def main() -> None:
         lambda: kvmix_compile.apply(model, plan=compiled.kvmix_plan, verify=False, compile=True),
         missing,
     )
-    for name in BASELINES:
-        attempt(name, partial(check_baselines, [name], model), missing)
-    baselines = [name for name in BASELINES if name not in missing]
-    rows, left_out = [], _left_out(None, missing)
+    baselines = available(BASELINES, model, missing)
+    rows, left_out = [], left_out_rows(None, missing)
     for context in options.context:
         prompt = ids[:context].expand(options.batch, -1).to(DEVICE)
         steps = WARM_UP_TOKENS + options.rounds * options.tokens
@@ -118,7 +113,7 @@ def main() -> None:
             contenders.append(Compiled("kvmix-compiled", by_inductor))
         measured, reasons = measure(contenders, prompt, options.rounds, options.tokens)
         rows += measured
-        left_out += _left_out(context, reasons)
+        left_out += left_out_rows(context, reasons)
     record = {
         "model": options.model,
         "batch": options.batch,
@@ -131,6 +126,21 @@ def main() -> None:
     options.output.parent.mkdir(exist_ok=True)
     record |= circumstances("decode", DEVICE, packages(baselines))
     options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, in which dtype, and the budget that it is compiled to."""
+    parser.add_argument("--model", choices=MODELS, default="random" if DEVICE.type == "cuda" else "smollm2")
+    parser.add_argument("--layers", type=int, default=32, help="of the random model")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32" if DEVICE.type == "cpu" else "bfloat16")
+    parser.add_argument("--budget", type=float, default=2.3)
+
+
+def available(names: Sequence[str], model: Any, reasons: dict[str, str]) -> list[str]:
+    """Those baselines that can be had; why the others cannot, in `reasons`."""
+    for name in names:
+        attempt(name, partial(check_baselines, [name], model), reasons)
+    return [name for name in names if name not in reasons]
 
 
 def load(name: str, dtype: torch.dtype, layers: int, tokens: int) -> tuple[Any, Tensor]:
@@ -215,7 +225,7 @@ def _without_dynamic(contenders: list[Configuration], reasons: dict[str, str]) -
     return {contender.name: missing for contender in contenders} | reasons
 
 
-def _left_out(context: int | None, reasons: dict[str, str]) -> list[dict[str, Any]]:
+def left_out_rows(context: int | None, reasons: dict[str, str]) -> list[dict[str, Any]]:
     """As they are stored; no context: at all of them."""
     rows = [{"context": context, "cache": name, "left_out": reason} for name, reason in reasons.items()]
     for row in rows:

@@ -23,8 +23,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvmix_compile
-from benchmarks.decode import CALIBRATION_TOKENS, DEVICE, DTYPES, MODELS, attempt, configurations, load
-from kvmix_compile.evaluate.baselines import check_baselines, packages
+from benchmarks.decode import (
+    CALIBRATION_TOKENS,
+    DEVICE,
+    DTYPES,
+    add_model_options,
+    attempt,
+    available,
+    configurations,
+    left_out_rows,
+    load,
+)
+from kvmix_compile.evaluate.baselines import packages
 from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.evaluate.records import circumstances, write_json
 from kvmix_compile.passes.capture.signature import cache_name
@@ -57,10 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="for keys and values, 10^9 bytes each")
     parser.add_argument("--context", type=int, nargs="+", default=[500, 1000, 4000])
-    parser.add_argument("--model", choices=MODELS, default="random" if DEVICE.type == "cuda" else "smollm2")
-    parser.add_argument("--layers", type=int, default=32, help="of the random model")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32" if DEVICE.type == "cpu" else "bfloat16")
-    parser.add_argument("--budget", type=float, default=2.3)
+    add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4, help="tokens that each row generates in a round")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -68,10 +75,8 @@ def main() -> None:
     model, ids = load(options.model, DTYPES[options.dtype], options.layers, max(options.context))
     compiled = kvmix_compile.apply(model, budget=options.budget, calibration=ids[:CALIBRATION_TOKENS])
     missing: dict[str, str] = {}
-    for name in BASELINES:
-        attempt(name, partial(check_baselines, [name], model), missing)
-    baselines = [name for name in BASELINES if name not in missing]
-    rows, left_out = [], [{"context": None, "cache": name, "left_out": why} for name, why in missing.items()]
+    baselines = available(BASELINES, model, missing)
+    rows, left_out = [], left_out_rows(None, missing)
     for context in options.context:
         prompt = Prompt.read(model, ids[None, :context].to(DEVICE))
         generated = WARM_UP_STEPS + options.rounds * options.steps
@@ -80,7 +85,7 @@ def main() -> None:
             contenders, prompt, options.gigabytes * GIGABYTE, generated, options.rounds, options.steps
         )
         rows += found
-        left_out += [{"context": context, "cache": name, "left_out": why} for name, why in reasons.items()]
+        left_out += left_out_rows(context, reasons)
     record = {"model": options.model, "dtype": options.dtype, "budget": options.budget, "gigabytes": options.gigabytes}
     record |= {"rounds": options.rounds, "steps_a_round": options.steps, "results": rows, "left_out": left_out}
     write_json(options.output, record | circumstances("throughput", DEVICE, packages(baselines)))
