@@ -151,18 +151,21 @@ class Decoder:
             if timed:
                 self.seconds.append(perf_counter() - begin)
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / median(self.seconds)
+
     def row(self, dynamic: "Decoder | None", context: int) -> dict[str, Any]:
-        step = median(self.seconds)
         found = {
             "context": context,
             "cache": self.name,
             "batch": self.batch,
             "bytes_a_row": self.row_bytes,
-            "median_seconds": step,
-            "tokens_per_second": self.batch / step,
+            "median_seconds": median(self.seconds),
+            "tokens_per_second": self.tokens_per_second,
         }
         if dynamic:
-            found["ratio_to_dynamic"] = found["tokens_per_second"] * median(dynamic.seconds) / dynamic.batch
+            found["ratio_to_dynamic"] = self.tokens_per_second / dynamic.tokens_per_second
         print(json.dumps(found), flush=True)
         return found
 
