@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmix_compile.calibration import DEFAULT_TOKENS, build_calibration
 from kvmix_compile.compiler import CALIBRATION_LENGTH
@@ -22,6 +23,7 @@ from kvmix_compile.config import RECENT_WINDOWS
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Configuration, compile_plans
 from kvmix_compile.evaluate.held_out import token_ids
+from kvmix_compile.evaluate.perplexity import WINDOW
 from kvmix_compile.evaluate.records import circumstances, write_json
 from kvmix_compile.kernels.format import packing
 from kvmix_compile.kernels.format.precision import Axis, Precision
@@ -40,10 +42,10 @@ CALIBRATION_TOKENS = (512, 1024, 2048, 4096, 8192)
 
 
 class Bench:
-    """SmolLM2, captured once, and what it is calibrated on."""
+    """A model, captured once, and what it is calibrated on."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = load_smollm2()
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.captured = capture(self.model)
         self.sites = find_sites(self.captured).matched
 
@@ -54,9 +56,9 @@ class Bench:
         chosen = build_calibration(self.model, self.tokenizer, texts, tokens=tokens, length=CALIBRATION_LENGTH)
         return measure(self.captured, self.sites, chosen.rows, sinks=sinks, recent=recent)
 
-    def results(self, plans: Mapping[str, Plan], ids: Tensor) -> list[dict[str, Any]]:
+    def results(self, plans: Mapping[str, Plan], ids: Tensor, window: int = WINDOW) -> list[dict[str, Any]]:
         configurations = [Configuration("original", self.model), *compile_plans(self.model, plans)]
-        return [asdict(result) for result in compare(configurations, ids, progress=True)]
+        return [asdict(result) for result in compare(configurations, ids, window=window, progress=True)]
 
 
 def without(importance: Importance, unwanted: Callable[[Precision], bool]) -> Importance:
@@ -152,7 +154,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--domain-text", type=Path, help="other text of the same kind, to calibrate on")
     parser.add_argument("--study", choices=STUDIES, nargs="+", default=STUDIES)
     options = parser.parse_args(None if arguments is None else list(arguments))
-    bench = Bench()
+    bench = Bench(*load_smollm2())
     ids = token_ids(bench.tokenizer, options.text.read_text(), options.tokens)
     domain_text = options.domain_text.read_text() if options.domain_text else None
     for study in options.study:

@@ -53,3 +53,8 @@ class Shaped:
     def value_elements(self) -> int:
         """Value elements of one token."""
         return self.kv_heads * self.value_dim
+
+    def visible_elements(self, tokens: int) -> int:
+        """Key and value elements that the next token attends to, beside its own, of a row of so many tokens."""
+        visible = min(tokens, self.window - 1) if self.window else tokens
+        return visible * (self.key_elements + self.value_elements)

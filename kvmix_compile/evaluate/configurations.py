@@ -80,7 +80,7 @@ class Compiled(Configuration):
 
     def held_bits(self, cache: KVMixCache) -> float:
         # As in a 16-bit model, whatever this one's dtype is: what is unquantized would count double in float32.
-        elements = cache.seen * sum(site.key_elements + site.value_elements for site in self.plan.sites)
+        elements = sum(site.visible_elements(cache.seen) for site in self.plan.sites)
         return 8 * self.plan.cache_bytes(cache.seen, dtype=torch.bfloat16) / elements
 
 

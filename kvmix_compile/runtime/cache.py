@@ -227,10 +227,8 @@ class KVMixCache(Cache):
         """Bits occupied for each key or value element of each token that is still attended to: sinks, recent tokens,
         scales and spare room included.
         """
-        elements = 0
-        for site in self.plan.sites:
-            tokens = self.lengths.clamp(max=site.window) if site.window else self.lengths
-            elements += int(tokens.sum()) * (site.key_elements + site.value_elements)
+        lengths = self.lengths.tolist()
+        elements = sum(site.visible_elements(tokens) for site in self.plan.sites for tokens in lengths)
         return 8 * self.nbytes / elements if elements else 0.0
 
     # transformers' interface

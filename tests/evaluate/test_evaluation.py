@@ -16,7 +16,7 @@ from kvmix_compile.errors import BudgetError, InputError
 from kvmix_compile.evaluate import baselines, comparison
 from kvmix_compile.evaluate.baselines import Quantized, check_baselines, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import Result, compare
-from kvmix_compile.evaluate.configurations import Configuration, compile_plans, make_plans
+from kvmix_compile.evaluate.configurations import Compiled, Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.divergence import Divergence, Predictions, Reference
 from kvmix_compile.evaluate.held_out import held_out_english
 from kvmix_compile.evaluate.passkey import INTRODUCTION, QUESTION, SENTENCE, Retrieval, hide_passkeys, retrieve
@@ -27,6 +27,7 @@ from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.measure.importance import Importance
+from tests.helpers.one_capture import applied, zoo
 
 SINKS, RECENT = 32, 32
 TEXT = "the quick brown fox jumps over the lazy dog. " * 4
@@ -166,6 +167,13 @@ def test_bits_are_the_plans_and_the_caches(configurations: list[Configuration]) 
     elements = 300 * sum(site.key_elements + site.value_elements for site in plan.sites)
     assert two_bits.held_bits == 8 * plan.cache_bytes(300, dtype=torch.bfloat16) / elements
     assert two_bits.stored_bits < two_bits.held_bits < 16
+
+
+def test_bits_held_are_of_what_a_window_still_sees() -> None:
+    model = zoo("mistral")
+    lossless = Compiled("lossless", applied(model, budget=16, sinks=SINKS, recent=RECENT))
+    _, everything = compare([Configuration("original", model), lossless], ids(200), chunk=32, window=200)
+    assert everything.held_bits >= 16
 
 
 def test_the_originals_logits_are_computed_once_and_no_window_at_once(

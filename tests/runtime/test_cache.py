@@ -76,7 +76,10 @@ def test_layers_with_a_window_or_chunks_keep_no_more_than_can_be_seen(name: str,
         assert (of_longer.nbytes == state.nbytes) == (window > 0)
         assert not window or state.blocks * BLOCK_TOKENS < WINDOW + rollback + 2 * BLOCK_TOKENS - RECENT
     assert longer.nbytes == model.kvmix_plan.cache_bytes(500, 2, torch.float32, rollback)
-    elements = sum((site.key_elements + site.value_elements) * (site.window or 500) for site in model.kvmix_plan.sites)
+    elements = sum(
+        (site.key_elements + site.value_elements) * (site.window - 1 if site.window else 500)
+        for site in model.kvmix_plan.sites
+    )
     assert longer.bits_per_element == pytest.approx(8 * longer.nbytes / (2 * elements))
 
 
