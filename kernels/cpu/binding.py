@@ -1,7 +1,7 @@
 """attend and append on the CPU: the functions of cpu.cpp, called with the addresses of tensors.
 
 Arguments and results are the reference's. Whatever cpu.cpp does not do, the reference does: prompts on an empty state,
-which PyTorch's own attention serves best; quantizing blocks; other dtypes and layouts; and all of it where there is no
+which PyTorch's own attention serves best; other dtypes and layouts; and all of it where there is no
 library.
 """
 
@@ -21,10 +21,12 @@ from kvmix_compile.kernels.cpu.interface import (
     Part,
     Shape,
     Side,
+    Threads,
 )
-from kvmix_compile.kernels.cpu.library import library
-from kvmix_compile.kernels.format.precision import TIERS, Precision
-from kvmix_compile.kernels.format.state import SiteState, packed_blocks, required_blocks
+from kvmix_compile.kernels.cpu.library import Library, library
+from kvmix_compile.kernels.format.packing import NIBBLE_BIAS, kept_range
+from kvmix_compile.kernels.format.precision import TIERS, Axis, Precision
+from kvmix_compile.kernels.format.state import SiteState, required_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 
@@ -34,11 +36,13 @@ _NOTHING = torch.empty(0)
 def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append, byte for byte."""
     loaded = library()
-    if loaded is None or not _served(chunk, state) or _packs(chunk, state, storage):
+    if loaded is None or not _served(chunk, state) or not _has_room(chunk, state, storage):
         reference.append(chunk, state, storage)
         return
     chunk = _with_rows(chunk)
-    loaded.copy_tokens(_shape(chunk, state, storage), _key_side(chunk, state), _value_side(chunk, state))
+    key, value = _key_side(chunk, state), _value_side(chunk, state)
+    formats = _block_formats(storage, key.dim, value.dim, chunk.key.element_size())
+    loaded.append(_shape(chunk, state, storage), key, value, *formats, _threads(loaded))
 
 
 def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
@@ -70,12 +74,10 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
         attention_chunk=weighting.attention_chunk,
         sink_logits=sink_logits.data_ptr(),
         slopes=slopes.data_ptr(),
-        threads=torch.get_num_threads(),
-        parallel=loaded.parallel,
     )
     key, value = _key_side(chunk, state), _value_side(chunk, state)
     formats = _block_formats(storage, key.dim, value.dim, query.element_size())
-    loaded.attend(_shape(chunk, state, storage), key, value, *formats, attention)
+    loaded.attend(_shape(chunk, state, storage), key, value, *formats, attention, _threads(loaded))
     if query.dtype == torch.float16:
         # Rounded scales can lead a little beyond what is finite in half precision.
         output.clamp_(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
@@ -92,16 +94,17 @@ def _served(chunk: Chunk, state: SiteState) -> bool:
     )
 
 
-def _packs(chunk: Chunk, state: SiteState, storage: Storage) -> bool:
-    """Whether the chunk completes a block, or leaves the state with more of them than it has room for."""
-    tokens, sinks, recent, capacity = chunk.key.shape[2], state.sinks, storage.recent, state.blocks
-    for length, start in zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True):
-        end = length + tokens - start
-        if required_blocks(end, sinks, recent, storage.window) > capacity:
-            return True
-        if packed_blocks(end, sinks, recent) > packed_blocks(length, sinks, recent):
-            return True
-    return False
+def _has_room(chunk: Chunk, state: SiteState, storage: Storage) -> bool:
+    """Whether the state has room for the blocks that it holds with the chunk."""
+    tokens = chunk.key.shape[2]
+    ends = [
+        length + tokens - start for length, start in zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True)
+    ]
+    return required_blocks(max(ends, default=0), state.sinks, storage.recent, storage.window) <= state.blocks
+
+
+def _threads(loaded: Library) -> Threads:
+    return Threads(count=torch.get_num_threads(), parallel=loaded.parallel)
 
 
 def _by_head(numbers: Tensor | None) -> Tensor:
@@ -157,11 +160,14 @@ def _side(chunk: Tensor, sink: Tensor, packed: Tensor, ring: Tensor) -> Side:
 @lru_cache(maxsize=1024)
 def _block_formats(storage: Storage, key_dim: int, value_dim: int, itemsize: int) -> tuple[BlockFormat, BlockFormat]:
     """Of the keys and of the values."""
-    return _block_format(storage.key, key_dim, itemsize), _block_format(storage.value, value_dim, itemsize)
+    return (
+        _block_format(storage.key, key_dim, itemsize, Axis.TOKENS),
+        _block_format(storage.value, value_dim, itemsize, Axis.CHANNELS),
+    )
 
 
-def _block_format(precision: Precision, dim: int, itemsize: int) -> BlockFormat:
-    parts = [Part(channels=part.channels, bits=part.precision.bits) for part in precision.parts(dim)]
+def _block_format(precision: Precision, dim: int, itemsize: int, axis: Axis) -> BlockFormat:
+    parts = [_part(part.precision, part.channels, axis) for part in precision.parts(dim)]
     return BlockFormat(
         bits=precision.bits,
         group=precision.group,
@@ -169,4 +175,15 @@ def _block_format(precision: Precision, dim: int, itemsize: int) -> BlockFormat:
         block_bytes=precision.block_bytes(dim, itemsize),
         part_count=len(parts),
         parts=(Part * TIERS)(*parts),
+    )
+
+
+def _part(precision: Precision, channels: int, axis: Axis) -> Part:
+    zero_point_bias, log2_scale_bias = NIBBLE_BIAS.get(precision.bits, (0.0, 0.0))
+    return Part(
+        channels=channels,
+        bits=precision.bits,
+        margin=(1 - kept_range(precision, axis)) / 2,
+        zero_point_bias=zero_point_bias,
+        log2_scale_bias=log2_scale_bias,
     )

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <memory>
 
+#include "pack.h"
 #include "task.h"
 
 namespace {
@@ -112,8 +113,16 @@ struct Job {
     }
 };
 
+void run(const Threads& threads, int64_t tasks, void (*work)(void*), void* job) {
+    int64_t count = tasks < threads.count ? tasks : threads.count;
+    if (count > 1 && threads.parallel)
+        threads.parallel(work, job, count, 0);
+    else
+        work(job);
+}
+
 template <class Element>
-void attend(const AttendArguments& arguments) {
+void attend(const AttendArguments& arguments, const Threads& threads) {
     const Shape& shape = arguments.shape;
     int64_t query_heads = shape.heads * arguments.shared, dim = arguments.value.dim;
     for (int64_t row = 0; row < shape.rows; row++)
@@ -121,12 +130,58 @@ void attend(const AttendArguments& arguments) {
             memset(arguments.output + (row * query_heads + head) * shape.tokens * dim, 0,
                    shape.starts[row] * dim * sizeof(float));
     Job<Element> job(arguments);
-    int64_t tasks = job.item_count * job.most_stretches;
-    int64_t threads = tasks < arguments.threads ? tasks : arguments.threads;
-    if (threads > 1 && arguments.parallel)
-        arguments.parallel(Job<Element>::work, &job, threads, 0);
-    else
-        Job<Element>::work(&job);
+    run(threads, job.item_count * job.most_stretches, Job<Element>::work, &job);
+}
+
+// The blocks that a call of append completes. Each is a task, which threads take one after the other.
+template <class Element>
+struct Blocks {
+    const Shape& shape;
+    const Side &key, &value;
+    const BlockFormat &key_format, &value_format;
+    int64_t most = 0;  // of a row
+    std::atomic<int64_t> next{0};
+
+    Blocks(const Shape& shape, const Side& key, const Side& value, const BlockFormat& key_format,
+           const BlockFormat& value_format)
+        : shape(shape), key(key), value(value), key_format(key_format), value_format(value_format) {
+        for (int64_t row = 0; row < shape.rows; row++) {
+            int64_t count = end_block(row) - first_block(row);
+            if (count > most) most = count;
+        }
+    }
+
+    int64_t end_block(int64_t row) const { return Row(shape, row).blocks_at_end(shape); }
+    // Of more blocks than there is room for, the first ones are seen by nothing that follows.
+    int64_t first_block(int64_t row) const {
+        int64_t first = Row(shape, row).blocks, kept = end_block(row) - shape.capacity;
+        return first > kept ? first : kept;
+    }
+    int64_t tasks() const { return shape.rows * shape.heads * most * 2; }
+
+    static void work(void* blocks) {
+        static thread_local PackScratch scratch;
+        Blocks& self = *static_cast<Blocks*>(blocks);
+        for (int64_t i; (i = self.next.fetch_add(1, std::memory_order_relaxed)) < self.tasks();) {
+            int64_t pair = i / 2 / self.most;
+            self.pack(pair / self.shape.heads, pair % self.shape.heads, i / 2 % self.most, i % 2, scratch);
+        }
+    }
+
+    void pack(int64_t row_index, int64_t head, int64_t number, bool is_value, PackScratch& scratch) const {
+        int64_t block = first_block(row_index) + number;
+        if (block >= end_block(row_index)) return;
+        Row row(shape, row_index);
+        BlockWriter<Element> writer{shape, {shape, row, row_index, head}, scratch};
+        writer.write(is_value ? value : key, is_value ? value_format : key_format, !is_value, block);
+    }
+};
+
+template <class Element>
+void pack(const Shape& shape, const Side& key, const Side& value, const BlockFormat& key_format,
+          const BlockFormat& value_format, const Threads& threads) {
+    Blocks<Element> blocks(shape, key, value, key_format, value_format);
+    if (blocks.most > 0) run(threads, blocks.tasks(), Blocks<Element>::work, &blocks);
 }
 
 // What of a chunk belongs into the sink and the ring. size: bytes of an element.
@@ -153,16 +208,23 @@ void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
 }  // namespace
 
 extern "C" void kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
-                             const BlockFormat* value_format, const Attention* attention) {
+                             const BlockFormat* value_format, const Attention* attention, const Threads* threads) {
     AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
     switch (shape->element) {
-        case FLOAT32: attend<float>(arguments); break;
-        case BFLOAT16: attend<Bfloat16>(arguments); break;
-        case FLOAT16: attend<Float16>(arguments); break;
+        case FLOAT32: attend<float>(arguments, *threads); break;
+        case BFLOAT16: attend<Bfloat16>(arguments, *threads); break;
+        case FLOAT16: attend<Float16>(arguments, *threads); break;
     }
 }
 
-extern "C" void kvmix_copy_tokens(const Shape* shape, const Side* key, const Side* value) {
+extern "C" void kvmix_append(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
+                             const BlockFormat* value_format, const Threads* threads) {
+    switch (shape->element) {
+        case FLOAT32: pack<float>(*shape, *key, *value, *key_format, *value_format, *threads); break;
+        case BFLOAT16: pack<Bfloat16>(*shape, *key, *value, *key_format, *value_format, *threads); break;
+        case FLOAT16: pack<Float16>(*shape, *key, *value, *key_format, *value_format, *threads); break;
+    }
+    // Only now may the ring be overwritten: the tokens just packed lay in it.
     int64_t size = shape->element == FLOAT32 ? 4 : 2;
     copy_tokens(*shape, *key, size);
     copy_tokens(*shape, *value, size);

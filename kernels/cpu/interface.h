@@ -8,9 +8,11 @@
 
 enum ElementType : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
-// Channels that are stored with so many bits (Part of precision.py).
+// Channels that are stored with so many bits (Part of precision.py). Of scales and zero points in 4 bits (packing.py):
+// the share of a group's range that is cut off at either end, and what is added before their places are rounded.
 struct Part {
     int64_t channels, bits;
+    double margin, zero_point_bias, log2_scale_bias;
 };
 
 // How a packed block of keys or of values is stored.
@@ -36,7 +38,13 @@ struct Shape {
 // GOMP_parallel of PyTorch's OpenMP runtime.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// The queries, what becomes of them, how scores are weighted (weighting.py), and on which threads; strides in elements.
+// On how many threads.
+struct Threads {
+    int64_t count;
+    Parallel parallel;  // or null
+};
+
+// The queries, what becomes of them, and how scores are weighted (weighting.py); strides in elements.
 struct Attention {
     const void* query;
     int64_t row_stride, head_stride, token_stride, shared;
@@ -44,8 +52,6 @@ struct Attention {
     double scale, softcap;
     int64_t sliding_window, attention_chunk;
     const float *sink_logits, *slopes;  // [heads * shared], or null
-    int64_t threads;
-    Parallel parallel;  // or null
 };
 
 // A structure, or a member of one, in bytes.
@@ -60,7 +66,8 @@ struct Extent {
 // All of them, up to one without a name.
 extern "C" const Extent* kvmix_extents() {
     static const Extent extents[] = {
-        STRUCTURE(Part), MEMBER(Part, channels), MEMBER(Part, bits),
+        STRUCTURE(Part), MEMBER(Part, channels), MEMBER(Part, bits), MEMBER(Part, margin),
+        MEMBER(Part, zero_point_bias), MEMBER(Part, log2_scale_bias),
         STRUCTURE(BlockFormat), MEMBER(BlockFormat, bits), MEMBER(BlockFormat, group), MEMBER(BlockFormat, scale_bits),
         MEMBER(BlockFormat, block_bytes), MEMBER(BlockFormat, part_count), MEMBER(BlockFormat, parts),
         STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
@@ -68,11 +75,11 @@ extern "C" const Extent* kvmix_extents() {
         STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
         MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, capacity), MEMBER(Shape, slots),
         MEMBER(Shape, recent),
+        STRUCTURE(Threads), MEMBER(Threads, count), MEMBER(Threads, parallel),
         STRUCTURE(Attention), MEMBER(Attention, query), MEMBER(Attention, row_stride), MEMBER(Attention, head_stride),
         MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, output), MEMBER(Attention, scale),
         MEMBER(Attention, softcap), MEMBER(Attention, sliding_window), MEMBER(Attention, attention_chunk),
-        MEMBER(Attention, sink_logits), MEMBER(Attention, slopes), MEMBER(Attention, threads),
-        MEMBER(Attention, parallel),
+        MEMBER(Attention, sink_logits), MEMBER(Attention, slopes),
         {nullptr, 0, 0},
     };
     return extents;

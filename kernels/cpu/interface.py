@@ -27,9 +27,15 @@ class InterfaceError(Exception):
 
 
 class Part(ctypes.Structure):
-    """Channels that are stored with so many bits."""
+    """Channels that are stored with so many bits, and how their scales and zero points of 4 bits are rounded."""
 
-    _fields_ = (("channels", c_int64), ("bits", c_int64))
+    _fields_ = (
+        ("channels", c_int64),
+        ("bits", c_int64),
+        ("margin", c_double),
+        ("zero_point_bias", c_double),
+        ("log2_scale_bias", c_double),
+    )
 
 
 class BlockFormat(ctypes.Structure):
@@ -77,8 +83,14 @@ class Shape(ctypes.Structure):
     )
 
 
+class Threads(ctypes.Structure):
+    """On how many threads, and what starts them."""
+
+    _fields_ = (("count", c_int64), ("parallel", c_void_p))
+
+
 class Attention(ctypes.Structure):
-    """The queries, what becomes of them, how scores are weighted, and on which threads."""
+    """The queries, what becomes of them, and how scores are weighted."""
 
     _fields_ = (
         ("query", c_void_p),
@@ -93,12 +105,10 @@ class Attention(ctypes.Structure):
         ("attention_chunk", c_int64),
         ("sink_logits", c_void_p),
         ("slopes", c_void_p),
-        ("threads", c_int64),
-        ("parallel", c_void_p),
     )
 
 
-STRUCTURES = (Part, BlockFormat, Side, Shape, Attention)
+STRUCTURES = (Part, BlockFormat, Side, Shape, Threads, Attention)
 
 
 class _Extent(ctypes.Structure):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvmix_compile.kernels.cpu.interface import Attention, BlockFormat, Shape, Side, check
+from kvmix_compile.kernels.cpu.interface import Attention, BlockFormat, Shape, Side, Threads, check
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 SWITCH = "KVMIX_CPU_KERNELS"
@@ -41,8 +41,8 @@ class Library:
         competes with PyTorch's; 0 where that runtime has no such function, and one thread must do.
     """
 
-    attend: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Attention], None]
-    copy_tokens: Callable[[Shape, Side, Side], None]
+    attend: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Attention, Threads], None]
+    append: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Threads], None]
     parallel: int
 
 
@@ -76,8 +76,8 @@ def load(file: Path) -> Library:
     loaded = ctypes.CDLL(str(file))
     check(loaded)
     return Library(
-        attend=_taking(loaded.kvmix_attend, Shape, Side, Side, BlockFormat, BlockFormat, Attention),
-        copy_tokens=_taking(loaded.kvmix_copy_tokens, Shape, Side, Side),
+        attend=_taking(loaded.kvmix_attend, Shape, Side, Side, BlockFormat, BlockFormat, Attention, Threads),
+        append=_taking(loaded.kvmix_append, Shape, Side, Side, BlockFormat, BlockFormat, Threads),
         parallel=_parallel_address(),
     )
 

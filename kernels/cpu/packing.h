@@ -111,6 +111,10 @@ ValueLayout unpack_values(const uint8_t* packed, int64_t bits, int64_t dim, uint
     return {stride, stride, 0};
 }
 
+inline int64_t metadata_bytes(int64_t groups, int64_t scale_bits) {
+    return scale_bits == 16 ? 2 * groups * sizeof(Float16) : EXTREMES_BYTES + groups;
+}
+
 inline void dequantize(const uint8_t* codes, int64_t count, float scale, float zero_point, float* to) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(to + i, load_floats(codes + i) * scale + zero_point);
@@ -146,10 +150,10 @@ int64_t read_metadata(const uint8_t* metadata, int64_t groups, int64_t scale_bit
     if (scale_bits == 16) {
         const Float16* halves = reinterpret_cast<const Float16*>(metadata);
         read_float16_metadata(halves, halves + groups, groups, scales, zero_points);
-        return 2 * groups * sizeof(Float16);
+    } else {
+        read_nibble_metadata(metadata, metadata + EXTREMES_BYTES, groups, scales, zero_points);
     }
-    read_nibble_metadata(metadata, metadata + EXTREMES_BYTES, groups, scales, zero_points);
-    return EXTREMES_BYTES + groups;
+    return metadata_bytes(groups, scale_bits);
 }
 
 template <int GROUPS, class Number>

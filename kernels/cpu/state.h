@@ -26,6 +26,12 @@ struct Row {
         sink_tiles = (sinks + BLOCK - 1) / BLOCK;
     }
 
+    // Packed blocks once the chunk has been appended.
+    int64_t blocks_at_end(const Shape& shape) const {
+        int64_t beyond = end - shape.sinks - shape.recent;
+        return beyond > 0 ? (beyond + BLOCK - 1) / BLOCK : 0;
+    }
+
     int64_t tile_of(int64_t token) const {
         return token < sinks ? token / BLOCK : sink_tiles + (token - sinks) / BLOCK;
     }
@@ -45,18 +51,16 @@ struct Row {
 // Reads the tokens of one row and head.
 template <class Element>
 struct Reader {
-    const AttendArguments& arguments;
+    const Shape& shape;
     const Row& row;
     int64_t row_index, head;
 
     const uint8_t* block(const Side& side, const BlockFormat& format, int64_t block) const {
-        const Shape& shape = arguments.shape;
         int64_t slot = block % shape.capacity;  // a block's own, unless a window's later blocks took it
         return side.packed + ((row_index * shape.heads + head) * shape.capacity + slot) * format.block_bytes;
     }
 
     const Element* element(const Side& side, int64_t token) const {
-        const Shape& shape = arguments.shape;
         if (token >= row.length)
             return static_cast<const Element*>(side.chunk) + row_index * side.row_stride + head * side.head_stride +
                    (token - row.length + row.start) * side.token_stride;

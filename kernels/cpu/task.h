@@ -89,7 +89,8 @@ class Task {
     Task(const AttendArguments& arguments, Scratch& scratch, int64_t row_index, int64_t head, int64_t first_query)
         : arguments(arguments), key(arguments.key), value(arguments.value), key_format(arguments.key_format),
           value_format(arguments.value_format), scratch(scratch),
-          row(arguments.shape, row_index), reader{arguments, row, row_index, head}, row_index(row_index), head(head),
+          row(arguments.shape, row_index), reader{arguments.shape, row, row_index, head}, row_index(row_index),
+          head(head),
           first_query(first_query), key_stride(round_up(key.dim, LANES)), value_stride(round_up(value.dim, LANES)),
           folded_stride(key_stride + LANES) {
         int64_t left = (arguments.shape.tokens - row.start) * arguments.shared - first_query;

@@ -109,10 +109,14 @@ inline Floats clamp(Floats x, float limit) {
     return -largest(lowest, -largest(lowest, x));
 }
 
+// Added and taken away again, it rounds numbers below 2 ** 22 to the nearest, ties to even.
+constexpr float TO_NEAREST = 0x1.8p23f;
+
+inline Ints to_nearest(Floats x) { return bits_of(x + TO_NEAREST) - bits_of(TO_NEAREST); }
+
 // 2 ** x to float32's precision for x from -126 to 127; below, nearly zero. On [-1/2, 1/2] Taylor's series of
 // exp(x ln 2), which is good to 1e-7 there.
 inline Floats exp2(Floats x) {
-    constexpr float TO_NEAREST = 0x1.8p23f;  // added and taken away again, it rounds
     x = largest(broadcast(-126.0f), x);
     Floats shifted = x + TO_NEAREST;
     Floats rest = x - (shifted - TO_NEAREST);

@@ -1,5 +1,6 @@
 """The CPU's append writes the reference's bytes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Precision
@@ -60,6 +62,31 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
     pair.check()
 
 
+# Four and eight lanes to a vector, which is also what processors other than x86 have.
+@pytest.mark.parametrize("flag", ["-mno-avx", "-mno-avx512f"])
+def test_it_writes_them_with_narrower_vectors(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_library, "MACHINE_FLAGS", (("-march=native", flag),))
+    narrow = cpu_library.load(cpu_library.compiled(tmp_path))
+    monkeypatch.setattr(cpu, "library", lambda: narrow)
+    for chosen in covering(APPENDING, fits):
+        test_every_two_choices_meet(chosen)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_elements_of_every_size(bits: int) -> None:
+    """Groups that are all alike, nearly so, of numbers too small or too large for half precision, and of none."""
+    layout = StateLayout(
+        SiteShape(1, 32, 32), key=Precision(bits, 32, 4), value=Precision(bits, 16, 16), sinks=0, recent=32
+    )
+    pair = Pair(cpu.append, layout, 1, torch.float32)
+    sizes = torch.tensor([0.0, 1e-30, 1e-8, 1e-4, 1.0, 1e3, 7e4, 1e30]).repeat_interleave(4)
+    k, v = torch.randn(2, 1, 1, 96, 32).unbind()
+    k[..., 32:64, :] = 3.0
+    v[..., 1::3, :] = -0.0
+    pair.append(k * sizes, v * sizes[:, None].repeat(3, 1), torch.zeros(1, dtype=torch.int64))
+    pair.check()
+
+
 @pytest.mark.parametrize("scale_bits", [4, 16])
 @pytest.mark.parametrize(("important_bits", "bits"), [*(((), bits) for bits in BIT_WIDTHS), *IMPORTANT_BITS])
 def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: int) -> None:
@@ -73,7 +100,7 @@ def test_token_by_token(important_bits: tuple[int, ...], bits: int, scale_bits: 
     pair.check()
 
 
-def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_reaches_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(*arguments: Any) -> None:
         raise AssertionError
 
@@ -81,10 +108,10 @@ def test_a_decoded_token_does_not_reach_the_reference(monkeypatch: pytest.Monkey
     state = SiteState.allocate(layout, 1, 1, torch.float32)
     token, nothing = torch.ones(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     monkeypatch.setattr(reference, "append", unexpected)
-    for length in range(34):
+    for length in range(40):
         chunk = Chunk(key=token, value=token, lengths=nothing + length, starts=nothing)
         cpu.append(chunk, state, layout.storage)
-    assert state.sink_k.all() and state.recent_v.all()
+    assert state.sink_k.all() and state.recent_v.all() and state.packed_k.any()
 
 
 def test_without_room_nothing_is_written() -> None:

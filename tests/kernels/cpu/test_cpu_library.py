@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(
 
 SMALL_SOURCE = f'''#include "{cpu_library.SOURCE.with_name("interface.h")}"
 extern "C" void kvmix_attend() {{}}
-extern "C" void kvmix_copy_tokens() {{}}
+extern "C" void kvmix_append() {{}}
 '''
 
 

@@ -10,7 +10,7 @@ from kvmix_compile.kernels.cpu import interface
 from kvmix_compile.kernels.cpu import library as cpu_library
 
 HEADER = cpu_library.SOURCE.with_name("interface.h").read_text()
-FUNCTIONS = 'extern "C" void kvmix_attend() {}\nextern "C" void kvmix_copy_tokens() {}\n'
+FUNCTIONS = 'extern "C" void kvmix_attend() {}\nextern "C" void kvmix_append() {}\n'
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_library_of_the_same_structures_is_loaded(load) -> None:
         ("int64_t sliding_window,", "int64_t more, sliding_window,", "Attention"),
         ("double scale, softcap", "float scale, softcap", "Attention"),
         ("slots", "places", "Shape.places"),
-        ("MEMBER(Part, bits),", "", "BlockFormat"),
+        ("MEMBER(Part, bits),", "", "Part.margin"),
     ],
 )
 def test_a_library_of_others_is_refused(load, old: str, new: str, difference: str) -> None:
