@@ -31,6 +31,7 @@ from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
 from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
@@ -157,7 +158,7 @@ def measure(
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
     total_loss, predicted = 0.0, 0
     for row in rows:
-        with running(captured):
+        with running(captured), products_in_float32(captured.model):
             total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
