@@ -32,8 +32,7 @@ def products_in_float32(model: nn.Module) -> AbstractContextManager[Any]:
 class _ProductsInFloat32(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
-        if function not in _PRODUCTS or first.dtype not in _HALF or first.device.type != "cpu":
+        if function not in _PRODUCTS or args[0].dtype not in _HALF or args[0].device.type != "cpu":
             return function(*args, **kwargs)
-        converted = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return function(*converted[0], **converted[1]).to(first.dtype)
+        args_in_float32, kwargs_in_float32 = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return function(*args_in_float32, **kwargs_in_float32).to(args[0].dtype)
