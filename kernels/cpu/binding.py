@@ -1,8 +1,7 @@
 """attend and append on the CPU: the functions of cpu.cpp, called with the addresses of tensors.
 
 Arguments and results are the reference's. Whatever cpu.cpp does not do, the reference does: prompts on an empty state,
-which PyTorch's own attention serves best; other dtypes and layouts; and all of it where there is no
-library.
+which PyTorch's own attention serves best; other dtypes and layouts; and all of it where there is no library.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ inline uint16_t to_half(float number) {
 }
 inline float half_of(float number) { return from_half(int32_t(to_half(number))); }
 
-// Numbers in sixteenths of their range, as packing.py's _to_nibble and _from_nibble have them.
+// Numbers in fifteenths of their range, as packing.py's _to_nibble and _from_nibble have them.
 struct NibbleRange {
     float lowest, step;
 
@@ -114,19 +114,21 @@ class Packer {
                     Floats element = load_floats(from + step * columns.stride);
                     low = smallest(element, low), high = largest(element, high), sum += element;
                 }
-                // What is no number makes its group none.
+                // Comparisons leave out what is no number, a sum does not.
                 store(&scratch.lowest[group * columns.stride + column], sum == sum ? low : sum);
                 store(&scratch.highest[group * columns.stride + column], sum == sum ? high : sum);
             }
         }
     }
 
-    // Of all groups, in half precision.
-    NibbleRange range_of(const std::vector<float>& numbers, uint8_t* to) {
-        float low = INFINITY, high = -INFINITY;
+    // Of all groups, in half precision. What is no number makes the block none.
+    NibbleRange range_of(const float* numbers, uint8_t* to) {
+        float low = INFINITY, high = -INFINITY, sum = 0;
         for_each([&](int64_t, int64_t, int64_t place) {
-            low = numbers[place] < low ? numbers[place] : low, high = numbers[place] > high ? numbers[place] : high;
+            float number = numbers[place];
+            low = number < low ? number : low, high = number > high ? number : high, sum += number;
         });
+        if (sum != sum) low = high = sum;
         uint16_t halves[2] = {to_half(low), to_half(high)};
         memcpy(to, halves, sizeof(halves));
         return NibbleRange(half_of(low), half_of(high));
@@ -134,7 +136,8 @@ class Packer {
 
     template <class Number>
     void write_nibbles(uint8_t* metadata, Number number) {
-        std::vector<float>&lowest = scratch.lowest, &highest = scratch.highest, &zero_points = scratch.zero_points;
+        float *lowest = scratch.lowest.data(), *highest = scratch.highest.data();
+        float* zero_points = scratch.zero_points.data();
         for_metadata([&](int64_t place) {
             Floats low = load_floats(&lowest[place]), high = load_floats(&highest[place]);
             Floats margin = product(high - low, broadcast(part.margin));
@@ -150,15 +153,14 @@ class Packer {
             Floats scale = (load_floats(&highest[place]) - zero_point) / levels;
             store(&highest[place], largest(scale, broadcast(SMALLEST_SCALE)));
         });
-        float finest = -INFINITY;
+        float coarsest = -INFINITY;
         for_each([&](int64_t group, int64_t column, int64_t place) {
             nibbles[number(group, column)] = uint8_t(lowest[place]) << 4;
             highest[place] = std::log2(double(highest[place]));
-            finest = highest[place] > finest ? highest[place] : finest;
+            coarsest = highest[place] > coarsest ? highest[place] : coarsest;
         });
-        finest -= LOG2_SCALE_RANGE;
         for_metadata([&](int64_t place) {
-            store(&highest[place], largest(load_floats(&highest[place]), broadcast(finest)));
+            store(&highest[place], largest(load_floats(&highest[place]), broadcast(coarsest - LOG2_SCALE_RANGE)));
         });
         NibbleRange range = range_of(highest, metadata);
         float scales[16];

@@ -14,7 +14,8 @@ from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Precision
+from kvmix_compile.kernels.format.packing import dequantize_block
+from kvmix_compile.kernels.format.precision import BIT_WIDTHS, Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
@@ -85,6 +86,23 @@ def test_elements_of_every_size(bits: int) -> None:
     v[..., 1::3, :] = -0.0
     pair.append(k * sizes, v * sizes[:, None].repeat(3, 1), torch.zeros(1, dtype=torch.int64))
     pair.check()
+
+
+@pytest.mark.parametrize("scale_bits", [4, 16])
+def test_what_is_no_number_is_read_as_none(scale_bits: int) -> None:
+    """Wherever the reference's bytes are."""
+    precision = Precision(2, 32, scale_bits)
+    layout = StateLayout(SiteShape(1, 32, 32), key=precision, value=precision, sinks=0, recent=32)
+    pair = Pair(cpu.append, layout, 1, torch.float32)
+    k, v = torch.randn(2, 1, 1, 96, 32).unbind()
+    k[..., 5, 3] = v[..., 40, 20] = torch.nan
+    pair.append(k, v, torch.zeros(1, dtype=torch.int64))
+    for name, axis in (("packed_k", Axis.TOKENS), ("packed_v", Axis.CHANNELS)):
+        expected, written = (
+            dequantize_block(getattr(state, name), precision, axis, 32, torch.float32)
+            for state in (pair.expected, pair.written)
+        )
+        assert expected.isnan().any() and torch.equal(written.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("scale_bits", [4, 16])
