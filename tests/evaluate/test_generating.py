@@ -1,7 +1,10 @@
 """What is measured of models that write: ways for a text to come in, drafts, and free writing."""
 
+from functools import cache
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.arrival import WAYS, Arrival, arrivals, arriving_text
@@ -13,13 +16,17 @@ from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import lossless, original, quantized
 
 ORIGINAL = Configuration("original", original())
-EXACT = applied(original(), plan=quantized().kvmix_plan, exact_chunks=True, verify=False)
 TOKENIZER = character_tokenizer()
+
+
+@cache
+def exact() -> PreTrainedModel:
+    return applied(original(), plan=quantized().kvmix_plan, exact_chunks=True, verify=False)
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, str], Arrival]:
-    own = [Compiled("plain", quantized()), Compiled("exact", EXACT), Compiled("lossless", lossless())]
+    own = [Compiled("plain", quantized()), Compiled("exact", exact()), Compiled("lossless", lossless())]
     return {(each.configuration, each.way): each for each in arrivals(ORIGINAL, own, arriving_text(TOKENIZER, 250))}
 
 
@@ -55,7 +62,7 @@ def test_there_is_no_more_built_in_text_than_there_is() -> None:
 
 
 def test_drafts_are_accepted_and_timed() -> None:
-    configurations = [ORIGINAL, Compiled("lossless", lossless()), Compiled("exact", EXACT)]
+    configurations = [ORIGINAL, Compiled("lossless", lossless()), Compiled("exact", exact())]
     results = {each.configuration: each for each in draft(configurations, repeating_prompt(TOKENIZER))}
     assert results["lossless"].tokens_a_step == results["original"].tokens_a_step > 1
     assert all(each.same_text for each in results.values())

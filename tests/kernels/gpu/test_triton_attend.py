@@ -21,9 +21,9 @@ from tests.kernels.layouts import IMPORTANT_BITS
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="neither a GPU nor Triton's interpreter"
-)
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    # The whole module, whose covering array takes a second to be drawn.
+    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
 
 def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = None, query_tile: int = 16) -> None:
