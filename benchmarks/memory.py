@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 import kvmix_compile
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
+from kvmix_compile.evaluate.perplexity import read_rows
 from kvmix_compile.evaluate.records import circumstances
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.passes.capture.signature import cache_name
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 CHUNK = 500
@@ -51,9 +52,9 @@ def measure(kind: str, tokens: int, budget: float) -> dict[str, Any]:
     ids = token_ids(tokenizer, "\n\n".join(held_out_english()), tokens)[None]
     if kind == "kvmix":
         model = kvmix_compile.apply(model, budget=budget, tokenizer=tokenizer)
-    _read(model, ids[:, :CHUNK], _cache(kind, model))
+    read(model, ids[:, :CHUNK], _cache(kind, model))
     cache, before = _cache(kind, model), _resident()
-    _read(model, ids, cache)
+    read(model, ids, cache)
     grown = _resident() - before
     held = cache.nbytes if kind == "kvmix" else _dynamic_bytes(cache)
     return {"resident_growth": grown, "cache_bytes": held}
@@ -64,9 +65,12 @@ def _cache(kind: str, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _read(model: Any, ids: torch.Tensor, cache: Any) -> None:
+def read(model: Any, ids: Tensor, cache: Any) -> None:
+    """Rows of ids, int64 `[rows, tokens]`, into a cache. In chunks: all logits and activations of a long prompt take
+    more than its cache.
+    """
     for part in ids.split(CHUNK, dim=1):
-        model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(model.forward): cache})
+        read_rows(model, part, cache, logits_to_keep=1)
 
 
 def _dynamic_bytes(cache: DynamicCache) -> int:

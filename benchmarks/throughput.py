@@ -34,6 +34,7 @@ from benchmarks.decode import (
     left_out_rows,
     load,
 )
+from benchmarks.memory import read
 from kvmix_compile.evaluate.baselines import packages
 from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.evaluate.records import circumstances, write_json
@@ -42,8 +43,6 @@ from kvmix_compile.passes.capture.signature import cache_name
 RESULTS = Path(__file__).parent / "results" / f"throughput-{DEVICE.type}.json"
 GIGABYTE = 10**9
 BASELINES = ("quanto-4",)
-# Tokens read at once: a long prompt's logits and activations are no part of this.
-CHUNK = 512
 WARM_UP_STEPS = 2
 
 
@@ -59,7 +58,7 @@ class Prompt:
     @classmethod
     def read(cls, model: Any, ids: Tensor) -> "Prompt":
         cache = DynamicCache()
-        _read(model, ids, cache)
+        read(model, ids, cache)
         return cls(ids, [(layer.keys, layer.values) for layer in cache.layers])
 
 
@@ -131,9 +130,9 @@ class Decoder:
         """A cache that holds the prompt `batch` times, and after it its first `more` tokens."""
         cache = configuration.new_cache()
         if isinstance(configuration, Compiled):
-            _read(self.model, prompt.ids, cache)
+            read(self.model, prompt.ids, cache)
             if more:
-                _read(self.model, prompt.ids[:, :more], cache)
+                read(self.model, prompt.ids[:, :more], cache)
             cache.batch_repeat_interleave(batch)
             return cache
         for layer, (keys, values) in enumerate(prompt.states):
@@ -168,12 +167,6 @@ class Decoder:
             found["ratio_to_dynamic"] = self.tokens_per_second / dynamic.tokens_per_second
         print(json.dumps(found), flush=True)
         return found
-
-
-@torch.no_grad()
-def _read(model: Any, ids: Tensor, cache: Any) -> None:
-    for part in ids.split(CHUNK, dim=1):
-        model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(model.forward): cache})
 
 
 def tensor_bytes(cache: Any) -> int:

@@ -6,6 +6,7 @@ which PyTorch's own attention serves best; other dtypes and layouts; and all of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -35,7 +36,9 @@ _NOTHING = torch.empty(0)
 def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append, byte for byte."""
     loaded = library()
-    if loaded is None or not _served(chunk, state) or not _has_room(chunk, state, storage):
+    tokens, rows = chunk.key.shape[2], zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True)
+    ends = [length + tokens - start for length, start in rows]
+    if loaded is None or not _served(chunk, state) or not _has_room(ends, state, storage):
         reference.append(chunk, state, storage)
         return
     chunk = _with_rows(chunk)
@@ -48,11 +51,10 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
     """As reference.attend, but for rounding. Its result depends neither on the number of threads nor on other rows."""
     loaded = library()
     rows, query_heads, tokens, _ = query.shape
-    longest = max(chunk.lengths.tolist(), default=0)
-    is_prompt = tokens > 1 and longest == 0
+    lengths = chunk.lengths.tolist()
+    is_prompt = tokens > 1 and not any(lengths)
     # Nothing is read beyond a state's end, whatever a row's length is said to be.
-    fits = required_blocks(longest, state.sinks, storage.recent, storage.window) <= state.blocks
-    served = fits and query.dtype == chunk.key.dtype and _served(chunk, state)
+    served = _has_room(lengths, state, storage) and query.dtype == chunk.key.dtype and _served(chunk, state)
     if loaded is None or is_prompt or not served:
         return reference.attend(query, chunk, state, storage, weighting)
     # All tensors are held until the call is over: some may be copies, of which it is given the addresses alone.
@@ -93,13 +95,9 @@ def _served(chunk: Chunk, state: SiteState) -> bool:
     )
 
 
-def _has_room(chunk: Chunk, state: SiteState, storage: Storage) -> bool:
-    """Whether the state has room for the blocks that it holds with the chunk."""
-    tokens = chunk.key.shape[2]
-    ends = [
-        length + tokens - start for length, start in zip(chunk.lengths.tolist(), chunk.starts.tolist(), strict=True)
-    ]
-    return required_blocks(max(ends, default=0), state.sinks, storage.recent, storage.window) <= state.blocks
+def _has_room(lengths: Sequence[int], state: SiteState, storage: Storage) -> bool:
+    """Whether the state has room for the blocks of rows of so many tokens."""
+    return required_blocks(max(lengths, default=0), state.sinks, storage.recent, storage.window) <= state.blocks
 
 
 def _threads(loaded: Library) -> Threads:

@@ -151,7 +151,7 @@ struct Blocks {
         }
     }
 
-    int64_t end_block(int64_t row) const { return Row(shape, row).blocks_at_end(shape); }
+    int64_t end_block(int64_t row) const { return packed_blocks(shape, Row(shape, row).end); }
     // Of more blocks than there is room for, the first ones are seen by nothing that follows.
     int64_t first_block(int64_t row) const {
         int64_t first = Row(shape, row).blocks, kept = end_block(row) - shape.capacity;
@@ -205,27 +205,30 @@ void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
     }
 }
 
+// Calls use with an element of the type that keys and values have.
+template <class Use>
+void with_element(const Shape& shape, Use use) {
+    switch (shape.element) {
+        case FLOAT32: return use(float());
+        case BFLOAT16: return use(Bfloat16());
+        case FLOAT16: return use(Float16());
+    }
+}
+
 }  // namespace
 
 extern "C" void kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
                              const BlockFormat* value_format, const Attention* attention, const Threads* threads) {
     AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
-    switch (shape->element) {
-        case FLOAT32: attend<float>(arguments, *threads); break;
-        case BFLOAT16: attend<Bfloat16>(arguments, *threads); break;
-        case FLOAT16: attend<Float16>(arguments, *threads); break;
-    }
+    with_element(*shape, [&](auto element) { attend<decltype(element)>(arguments, *threads); });
 }
 
 extern "C" void kvmix_append(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
                              const BlockFormat* value_format, const Threads* threads) {
-    switch (shape->element) {
-        case FLOAT32: pack<float>(*shape, *key, *value, *key_format, *value_format, *threads); break;
-        case BFLOAT16: pack<Bfloat16>(*shape, *key, *value, *key_format, *value_format, *threads); break;
-        case FLOAT16: pack<Float16>(*shape, *key, *value, *key_format, *value_format, *threads); break;
-    }
-    // Only now may the ring be overwritten: the tokens just packed lay in it.
-    int64_t size = shape->element == FLOAT32 ? 4 : 2;
-    copy_tokens(*shape, *key, size);
-    copy_tokens(*shape, *value, size);
+    with_element(*shape, [&](auto element) {
+        pack<decltype(element)>(*shape, *key, *value, *key_format, *value_format, *threads);
+        // Only now may the ring be overwritten: the tokens just packed lay in it.
+        copy_tokens(*shape, *key, sizeof(element));
+        copy_tokens(*shape, *value, sizeof(element));
+    });
 }

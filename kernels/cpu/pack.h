@@ -12,7 +12,7 @@
 namespace {
 
 constexpr float FLOAT16_MAX = 65504;
-constexpr float LEVELS_OF_NIBBLE = 15, LOG2_SCALE_RANGE = 8, SMALLEST_SCALE = 0x1p-24f;
+constexpr float LOG2_SCALE_RANGE = 8, SMALLEST_SCALE = 0x1p-24f;
 
 // A product that is rounded before anything is added to it: a compiler may not make one operation of both.
 __attribute__((noinline)) Floats product(Floats a, Floats b) { return a * b; }
@@ -38,11 +38,11 @@ inline float half_of(float number) { return from_half(int32_t(to_half(number)));
 struct NibbleRange {
     float lowest, step;
 
-    NibbleRange(float lowest, float highest) : lowest(lowest), step((highest - lowest) / LEVELS_OF_NIBBLE) {}
+    NibbleRange(float lowest, float highest) : lowest(lowest), step((highest - lowest) / NIBBLE_LEVELS) {}
 
     Floats to_nibble(Floats numbers, float bias) const {
         Floats place = (numbers - lowest) / (step == 0 ? INFINITY : step) + bias;
-        return rounded(between_zero_and(LEVELS_OF_NIBBLE, place));
+        return rounded(between_zero_and(NIBBLE_LEVELS, place));
     }
     Floats from_nibble(Floats nibbles) const { return product(nibbles, broadcast(step)) + lowest; }
 };
@@ -143,7 +143,7 @@ class Packer {
             Floats margin = product(high - low, broadcast(part.margin));
             store(&lowest[place], low + margin), store(&highest[place], high - margin);
         });
-        NibbleRange zero_point_range = range_of(lowest, metadata + 4);
+        NibbleRange zero_point_range = range_of(lowest, metadata + EXTREMES_BYTES / 2);
         uint8_t* nibbles = metadata + EXTREMES_BYTES;
         for_metadata([&](int64_t place) {
             Floats nibble = zero_point_range.to_nibble(load_floats(&lowest[place]), part.zero_point_bias);
@@ -262,11 +262,11 @@ struct BlockWriter {
         for (int64_t i = 0; i < format.part_count; i++) {
             const Part& part = format.parts[i];
             Columns columns{&scratch.rows[first], BLOCK, part.channels, stride, format.group};
-            int64_t code_bytes = BLOCK * part.channels * part.bits / 8;
+            uint8_t* metadata = packed + code_bytes(part.channels, part.bits);
             auto number = [&](int64_t group, int64_t channel) { return group * part.channels + channel; };
-            Packer(columns, part, format.scale_bits, scratch).pack(packed + code_bytes, number);
+            Packer(columns, part, format.scale_bits, scratch).pack(metadata, number);
             pack_codes(scratch.codes.data(), stride, part.channels, part.bits, packed);
-            packed += code_bytes + metadata_bytes(columns.groups() * part.channels, format.scale_bits);
+            packed = metadata + metadata_bytes(columns.groups() * part.channels, format.scale_bits);
             first += part.channels;
         }
     }
@@ -279,7 +279,7 @@ struct BlockWriter {
         Columns columns{scratch.columns.data(), side.dim, BLOCK, BLOCK, format.group};
         const Part& part = format.parts[0];
         auto number = [&](int64_t group, int64_t token) { return token * columns.groups() + group; };
-        Packer(columns, part, format.scale_bits, scratch).pack(packed + BLOCK * side.dim * part.bits / 8, number);
+        Packer(columns, part, format.scale_bits, scratch).pack(packed + code_bytes(side.dim, part.bits), number);
         int64_t row_bytes = round_up(side.dim, BYTE_LANES);
         for (int64_t channel = 0; channel < side.dim; channel += BYTE_LANES)
             for (int token = 0; token < BLOCK; token += BYTE_LANES)

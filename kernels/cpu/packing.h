@@ -8,6 +8,7 @@ namespace {
 
 constexpr int BLOCK = 32;  // tokens
 constexpr int EXTREMES_BYTES = 8;
+constexpr float NIBBLE_LEVELS = 15;
 constexpr int BYTES_BEYOND = 16;  // for each token, what unpacking may write behind the last channel
 
 // Of each byte's fields, STEP bits apart, the lowest WIDTH bits: the first field's to `to`, each next one's
@@ -111,6 +112,8 @@ ValueLayout unpack_values(const uint8_t* packed, int64_t bits, int64_t dim, uint
     return {stride, stride, 0};
 }
 
+inline int64_t code_bytes(int64_t dim, int64_t bits) { return BLOCK * dim * bits / 8; }
+
 inline int64_t metadata_bytes(int64_t groups, int64_t scale_bits) {
     return scale_bits == 16 ? 2 * groups * sizeof(Float16) : EXTREMES_BYTES + groups;
 }
@@ -132,10 +135,10 @@ void read_float16_metadata(const Float16* scales, const Float16* zero_points, in
 
 void read_nibble_metadata(const uint8_t* extremes, const uint8_t* nibbles, int64_t groups, float* scales,
                           float* zero_points) {
-    constexpr float LEVELS = 15;
     float numbers[4];
     for (int i = 0; i < 4; i++) numbers[i] = from_half(int32_t(load<uint16_t>(extremes + 2 * i)));
-    float log2_step = (numbers[1] - numbers[0]) / LEVELS, zero_point_step = (numbers[3] - numbers[2]) / LEVELS;
+    float log2_step = (numbers[1] - numbers[0]) / NIBBLE_LEVELS;
+    float zero_point_step = (numbers[3] - numbers[2]) / NIBBLE_LEVELS;
     for (int64_t i = 0; i < groups; i += LANES) {
         uint8_t padded[LANES] = {};
         if (i + LANES > groups) memcpy(padded, nibbles + i, groups - i);

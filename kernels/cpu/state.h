@@ -14,23 +14,20 @@ struct AttendArguments : Attention {
     const BlockFormat &key_format, &value_format;
 };
 
+// Of a row that holds so many tokens.
+inline int64_t packed_blocks(const Shape& shape, int64_t length) {
+    int64_t beyond = length - shape.sinks - shape.recent;
+    return beyond > 0 ? (beyond + BLOCK - 1) / BLOCK : 0;
+}
+
 // Where a row's tokens lie (state.py), in tiles of 32 tokens: sinks, packed blocks, and what follows these.
 struct Row {
     int64_t length, start, end, sinks, blocks, sink_tiles;
 
     Row(const Shape& shape, int64_t row)
         : length(shape.lengths[row]), start(shape.starts[row]), end(length + shape.tokens - start),
-          sinks(shape.sinks < end ? shape.sinks : end), blocks(0) {
-        int64_t beyond = length - shape.sinks - shape.recent;
-        if (beyond > 0) blocks = (beyond + BLOCK - 1) / BLOCK;
-        sink_tiles = (sinks + BLOCK - 1) / BLOCK;
-    }
-
-    // Packed blocks once the chunk has been appended.
-    int64_t blocks_at_end(const Shape& shape) const {
-        int64_t beyond = end - shape.sinks - shape.recent;
-        return beyond > 0 ? (beyond + BLOCK - 1) / BLOCK : 0;
-    }
+          sinks(shape.sinks < end ? shape.sinks : end), blocks(packed_blocks(shape, length)),
+          sink_tiles((sinks + BLOCK - 1) / BLOCK) {}
 
     int64_t tile_of(int64_t token) const {
         return token < sinks ? token / BLOCK : sink_tiles + (token - sinks) / BLOCK;

@@ -193,7 +193,7 @@ class Task {
         for (const Part* part = key_format.parts; part < end; first += part->channels, part++) {
             int64_t bits = part->bits, dim = part->channels;
             unpack_keys(packed, bits, dim, scratch.codes + first * BLOCK, scratch.high, scratch.turned);
-            packed += BLOCK * dim * bits / 8;
+            packed += code_bytes(dim, bits);
             packed += read_metadata(packed, groups * dim, key_format.scale_bits, scratch.scales, scratch.zero_points);
             for (int64_t group = 0; group < groups; group++) {
                 const float *scales = scratch.scales + group * dim, *zero_points = scratch.zero_points + group * dim;
@@ -305,7 +305,7 @@ class Task {
             int64_t groups = value.dim / value_format.group;
             ValueLayout layout =
                 unpack_values(packed, value_format.bits, value.dim, scratch.codes, scratch.high, scratch.turned);
-            read_turned_metadata(packed + BLOCK * value.dim * value_format.bits / 8, groups, value_format.scale_bits,
+            read_turned_metadata(packed + code_bytes(value.dim, value_format.bits), groups, value_format.scale_bits,
                                  scratch.turned, scratch.scales, scratch.zero_points);
             if (is_folded(value_format)) {
                 weigh_folded(groups, layout);

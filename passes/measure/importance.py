@@ -157,8 +157,9 @@ def measure(
     keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
     total_loss, predicted = 0.0, 0
+    products = products_in_float32(captured.model)
     for row in rows:
-        with running(captured), products_in_float32(captured.model):
+        with running(captured), products:
             total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()

@@ -23,7 +23,7 @@ _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default,
 
 def products_in_float32(model: nn.Module) -> AbstractContextManager[Any]:
     """Around what is computed with a model: products of 16-bit tensors on a CPU are computed in float32 and rounded to
-    their dtype. One operand's float32 copy is made at a time, and none is kept for the backward pass.
+    their dtype. Copies in float32 last as long as a product: none is kept for the backward pass.
     """
     is_half = any(tensor.dtype in _HALF and tensor.device.type == "cpu" for tensor in model.parameters())
     return _ProductsInFloat32() if is_half else nullcontext()

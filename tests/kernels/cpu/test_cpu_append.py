@@ -1,6 +1,5 @@
 """The CPU's append writes the reference's bytes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
-from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.packing import dequantize_block
@@ -63,12 +61,7 @@ def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.
     pair.check()
 
 
-# Four and eight lanes to a vector, which is also what processors other than x86 have.
-@pytest.mark.parametrize("flag", ["-mno-avx", "-mno-avx512f"])
-def test_it_writes_them_with_narrower_vectors(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_library, "MACHINE_FLAGS", (("-march=native", flag),))
-    narrow = cpu_library.load(cpu_library.compiled(tmp_path))
-    monkeypatch.setattr(cpu, "library", lambda: narrow)
+def test_it_writes_them_with_narrower_vectors(narrower_vectors: None) -> None:
     for chosen in covering(APPENDING, fits):
         test_every_two_choices_meet(chosen)
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
-from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Axis, Precision
@@ -58,16 +57,7 @@ def test_it_is_the_reference(case: tuple[Case, Weighting]) -> None:
     check(*case)
 
 
-# Four and eight lanes to a vector, which is also what processors other than x86 have.
-@pytest.mark.parametrize("flag", ["-mno-avx", "-mno-avx512f"])
-def test_it_is_the_reference_with_narrower_vectors(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_library, "MACHINE_FLAGS", (("-march=native", flag),))
-    try:
-        narrow = cpu_library.load(cpu_library.compiled(tmp_path))
-    except cpu_library.CompilerError:
-        pytest.skip(f"the compiler does not know {flag}")
-    monkeypatch.setattr(cpu, "library", lambda: narrow)
-
+def test_it_is_the_reference_with_narrower_vectors(narrower_vectors: None) -> None:
     @settings(max_examples=150)
     @given(CASES)
     def compare(case: tuple[Case, Weighting]) -> None:
