@@ -298,12 +298,12 @@ def _dequantized(low, high, scale, zero_point, slice_, DTYPE: tl.constexpr, FORM
             fields = (low.to(tl.int32) >> shift) & (2 ** (8 // FORMAT.slices) - 1)
             if FORMAT.bits == 3:
                 fields |= ((high.to(tl.int32) >> shift) & 1) << 2
-            codes = _to_float(fields)
+            codes = small_to_float(fields)
         return _rounded(codes * scale + zero_point, DTYPE)
 
 
 @triton.jit
-def _to_float(integer):
+def small_to_float(integer):
     """Of integers from 0 to 2**23 - 1."""
     return (integer | _EXPONENT_BITS).to(tl.float32, bitcast=True) - _EXPONENT_VALUE
 
@@ -404,15 +404,15 @@ def _of_codes(scale, zero_point, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
             # A power of two takes nothing from a scale. The offset is that of the scale as it is rounded.
             scale = (scale * (1.0 / 2 ** field_place(FORMAT.bits, DTYPE))).to(DTYPE)
             zero_point -= _BFLOAT16_OFFSET * scale.to(tl.float32)
-        return _once(scale.to(DTYPE)), _once(zero_point.to(DTYPE))
+        return once(scale.to(DTYPE)), once(zero_point.to(DTYPE))
     else:
         if _by_permutation(FORMAT, DTYPE):
             zero_point -= _BYTE_OFFSET * scale
-        return _once(scale), _once(zero_point)
+        return once(scale), once(zero_point)
 
 
 @triton.jit
-def _once(x):
+def once(x):
     """x, worked out once, and then broadcast.
 
     The compiler, to save moving a small tensor between threads, would rather have every thread work out all that it
@@ -436,17 +436,17 @@ def load_metadata(
 ):
     """Scales and zero points, float32, finite also where is_block or is_channel is false.
 
-    metadata: pointers to the first byte behind the codes of a block. THREADS: as _load_once takes it.
+    metadata: pointers to the first byte behind the codes of a block. THREADS: as load_once takes it.
     EXACT: as packing.py computes them, to the last bit; else faster.
     """
     halves = metadata.to(tl.pointer_type(tl.float16))
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
         GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
-        scale = _to_float32(_load_once(halves + index, mask, THREADS))
-        zero_point = _to_float32(_load_once(halves + GROUPS + index, mask, THREADS))
+        scale = _to_float32(load_once(halves + index, mask, THREADS))
+        zero_point = _to_float32(load_once(halves + GROUPS + index, mask, THREADS))
     else:
-        nibbles = _to_integers(_load_once(metadata + _EXTREMES_BYTES + index, mask, THREADS))
+        nibbles = _to_integers(load_once(metadata + _EXTREMES_BYTES + index, mask, THREADS))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
         scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
@@ -455,12 +455,12 @@ def load_metadata(
 
 @triton.constexpr_function
 def _copies(elements, threads):
-    """How often _load_once loads each of so many elements: as many in all as there are threads."""
+    """How often load_once loads each of so many elements: as many in all as there are threads."""
     return max(1, threads // elements)
 
 
 @triton.jit
-def _load_once(pointers, mask, THREADS: tl.constexpr):
+def load_once(pointers, mask, THREADS: tl.constexpr):
     """tl.load of [groups, slices, places], zero where the mask is false.
 
     A tensor with fewer elements than a program has threads Triton takes for cheap to load, and everything that is
@@ -513,7 +513,7 @@ def _from_nibble(extremes, nibble, mask, EXACT: tl.constexpr):
     lowest = tl.load(extremes, mask=mask, other=0.0).to(tl.float32)
     highest = tl.load(extremes + 1, mask=mask, other=0.0).to(tl.float32)
     step = nibble_step(lowest, highest) if EXACT else (highest - lowest) * (1.0 / _NIBBLE_LEVELS)
-    return _to_float(nibble) * step + lowest
+    return small_to_float(nibble) * step + lowest
 
 
 @triton.jit

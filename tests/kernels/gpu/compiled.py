@@ -80,6 +80,14 @@ def attend_a_little() -> None:
     check_attend(Case.random(layout, 4, [325], [0], 30, torch.float16), splits=2, blocks=2, query_tile=64)
 
 
+def attend_codes_a_little() -> None:
+    """As attend_a_little, of codes that are multiplied as they are."""
+    key, value = Precision(2, 32, 4, (4, 4, 3)), Precision(3, 32, 4)
+    layout = StateLayout(SiteShape(1, 64, 64), key=key, value=value, sinks=4, recent=32)
+    torch.manual_seed(0)
+    check_attend(Case.random(layout, 4, [325], [0], 3, torch.bfloat16), splits=2, blocks=1, from_codes=True)
+
+
 def append_a_little() -> None:
     """Blocks of the chunk, and twice as many from the ring: the second chunk takes the places of all of it."""
     precision = Precision(2, 32, 4)
@@ -91,7 +99,7 @@ def append_a_little() -> None:
     pair.check()
 
 
-A_LITTLE = {"attend": attend_a_little, "append": append_a_little}
+A_LITTLE = {"attend_elements": attend_a_little, "attend_codes": attend_codes_a_little, "append": append_a_little}
 
 
 def fate_of_mutants(kernel: str, number: int, kinds: tuple[str, ...] = ()) -> Iterator[tuple[str, int, str]]:
@@ -121,7 +129,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", type=int, default=CHIPS)
     for number in parser.parse_args().chips:
         rows = [row for kernel in KERNELS for row in _each(kernel, number)]
-        taken_out = [_mutations(kernel, number) for kernel in KERNELS]
+        taken_out = [_mutations(kernel, number) for kernel in A_LITTLE]
         record = {"chip": number, "triton": triton.__version__, "cases": rows, "taken_out": taken_out}
         record |= circumstances("tests.kernels.gpu.compiled", torch.device("cpu"))
         write_json(RESULTS / f"ptx-sm{number}.json", record)

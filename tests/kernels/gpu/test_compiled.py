@@ -46,10 +46,17 @@ def test_elements_beyond_half_precision_stay_finite(bits: int) -> None:
 # Barriers and waits that others make superfluous: behind attend's loop over packed blocks, where no copy is under way
 # any more, and before its new tokens are stored where nobody read; in append before a reduction between warps, twice,
 # and before the ring is written, twice, with a reduction's barriers since it was read.
-SUPERFLUOUS = {"attend": 3, "append": 4}
+SUPERFLUOUS = {"attend_elements": 3, "attend_codes": 3, "append": 4}
 
 
-@pytest.mark.parametrize(("kernel", "number"), [("attend", 90), pytest.param("append", 80, marks=pytest.mark.choices)])
+@pytest.mark.parametrize(
+    ("kernel", "number"),
+    [
+        ("attend_elements", 90),
+        pytest.param("attend_codes", 90, marks=pytest.mark.choices),
+        pytest.param("append", 80, marks=pytest.mark.choices),
+    ],
+)
 def test_a_barrier_a_wait_or_a_fence_that_is_missing_is_noticed(kernel: str, number: int) -> None:
     fates = list(fate_of_mutants(kernel, number, ("barrier", "wait for copies", "fence")))
     left = [(what, line) for what, line, fate in fates if fate == NOT_NOTICED]

@@ -11,6 +11,7 @@ from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
@@ -30,6 +31,12 @@ def check(case: Case, splits: int, blocks: int, weighting: Weighting | None = No
     check_attend(case, splits, blocks, weighting, query_tile, device=DEVICE)
 
 
+def check_both(case: Case) -> None:
+    """By elements and from codes."""
+    for from_codes in (False, True):
+        check_attend(case, splits=2, blocks=1, device=DEVICE, from_codes=from_codes)
+
+
 @pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_attend(chosen, DEVICE)
@@ -47,8 +54,7 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     group = 32 if value_dim % 32 == 0 else value_dim // 2
     key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
     layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
-    case = Case.random(layout, 4, [131], [0], 1, torch.bfloat16)
-    check(case, splits=2, blocks=1)
+    check_both(Case.random(layout, 4, [131], [0], 1, torch.bfloat16))
 
 
 @pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)
@@ -58,7 +64,7 @@ def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int
         if not key.fits(key_dim, Axis.TOKENS):
             continue
         layout = StateLayout(SiteShape(2, key_dim, 64), key=key, value=Precision(2, 32, 4), sinks=4, recent=32)
-        check(Case.random(layout, 4, [131], [0], 1, torch.bfloat16), splits=2, blocks=1)
+        check_both(Case.random(layout, 4, [131], [0], 1, torch.bfloat16))
 
 
 @pytest.mark.parametrize("length", [*range(94, 100), 126, 127, 128, 129, 190, 191, 192, 193])
@@ -99,6 +105,43 @@ def test_a_launch_is_chosen_from_shapes(
 ) -> None:
     launch = triton_attend.Launch.choose(queries, pairs, most_tokens, widest, itemsize, multiprocessors=132)
     assert (launch.query_tile, launch.query_tiles, launch.splits, launch.blocks, launch.warps) == expected
+
+
+KEYS = Precision(2, 32, 4, (4, 3))
+NARROW_RUNS, WIDE = Precision(2, 16, 4), Precision(8, 32, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dims", "dtype", "expected"),
+    [
+        (KEYS, Precision(3, 16, 4), (128, 128), torch.bfloat16, True),
+        (KEYS, Precision(2, 64, 4), (64, 64), torch.bfloat16, True),
+        (KEYS, Precision(1, 32, 4), (96, 64), torch.bfloat16, True),
+        (KEYS, Precision(2, 32, 4), (128, 128), torch.float16, False),
+        (Precision(2, 16, 4), Precision(2, 32, 4), (128, 128), torch.bfloat16, True),
+        (Precision(2, 16, 4), Precision(2, 32, 4), (64, 64), torch.bfloat16, False),
+        (KEYS, NARROW_RUNS, (80, 80), torch.bfloat16, False),
+        (KEYS, WIDE, (64, 64), torch.bfloat16, False),
+        (Precision(16), Precision(2, 32, 4), (64, 64), torch.bfloat16, False),
+    ],
+)
+def test_codes_are_multiplied_where_they_lie_so(
+    key: Precision, value: Precision, dims: tuple[int, int], dtype: torch.dtype, expected: bool
+) -> None:
+    assert triton_attend.has_codes(Storage(key, value, 128), *dims, dtype) is expected
+
+
+def test_few_queries_are_multiplied_with_codes_by_single_warps() -> None:
+    chosen = [triton_attend.Launch.choose(queries, 8, 32768, dim, 2, 132, True) for queries, dim in LAUNCHED]
+    assert [(each.from_codes, each.warps, each.blocks, each.splits) for each in chosen] == [
+        (True, 1, 1, 128),
+        (True, 1, 1, 128),
+        (False, 4, 2, 64),
+        (False, 8, 2, 64),
+    ]
+
+
+LAUNCHED = [(4, 128), (16, 64), (17, 64), (4, 256)]
 
 
 def test_no_rows_give_no_output() -> None:

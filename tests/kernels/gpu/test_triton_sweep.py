@@ -72,7 +72,8 @@ def test_attend_compiles(chosen: Combination) -> None:
     show(chosen["chip"], f"attend, {named(chosen)}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chosen["chip"]]
     if chosen["tokens"] == 1 and chosen["dtype"] != "fp32":
-        check_decoding(chosen["chip"], compiled)
+        # Where keys have many parts, a few numbers that are needed once a block.
+        check_decoding(chosen["chip"], compiled, most_stack_bytes=256)
 
 
 @pytest.mark.parametrize("chosen", covering(COMMON | {"windowed": (False, True)}, fits), ids=named)

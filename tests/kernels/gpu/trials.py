@@ -19,6 +19,7 @@ from tests.kernels.every_pair import Choices, case_of, layout_of, start_of
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
+code_rows = pytest.importorskip("kvmix_compile.kernels.gpu.code_rows")
 
 SMALLEST_QUERY_TILE = triton_attend.SMALLEST_QUERY_TILE
 LAUNCHES: Choices = {
@@ -26,6 +27,7 @@ LAUNCHES: Choices = {
     "blocks": (1, 2),
     "query_tile": (SMALLEST_QUERY_TILE, 64),
     "warps": (2, 4, 8),
+    "from_codes": (False, True),
 }
 
 
@@ -37,17 +39,32 @@ def check_attend(
     query_tile: int = SMALLEST_QUERY_TILE,
     warps: int = 4,
     device: str = "cpu",
+    from_codes: bool = False,
 ) -> float:
-    """The largest difference from the reference; at most the tolerance of the dtype, or an AssertionError."""
+    """The largest difference from the reference; at most the tolerance of the dtype, or an AssertionError.
+
+    from_codes: whether codes are multiplied as they are, where they can be.
+    """
     expected = reference.attend(*case.arguments(weighting))
     queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
-    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks, warps)
+    if from_codes and rows_can_be_read(case):
+        query_tile, blocks, warps = SMALLEST_QUERY_TILE, 1, 1
+    else:
+        from_codes = False
+    launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks, warps, from_codes)
     on_device = case.poisoned().mapped(lambda tensor: tensor.to(device))
     attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
     torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
     return (attended.cpu().double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+
+
+def rows_can_be_read(case: Case) -> bool:
+    """Also where it does not pay."""
+    key_dim, value_dim = case.layout.key_dim, case.layout.value_dim
+    rows = code_rows.rows_of_keys(case.layout.key, key_dim, 2), code_rows.rows_of_values(case.layout.value, value_dim)
+    return all(rows) and case.q.dtype == torch.bfloat16 and max(key_dim, value_dim) <= triton_attend.WIDEST_OF_CODES
 
 
 def check_chosen_attend(chosen: Combination, device: str = "cpu") -> float:
