@@ -45,15 +45,15 @@ def test_elements_beyond_half_precision_stay_finite(bits: int) -> None:
 
 # Barriers and waits that others make superfluous: behind attend's loop over packed blocks, where no copy is under way
 # any more, and before its new tokens are stored where nobody read; in append before a reduction between warps, twice,
-# and before the ring is written, twice, with a reduction's barriers since it was read.
-SUPERFLUOUS = {"attend_elements": 3, "attend_codes": 3, "append": 4}
+# and before the ring is written, twice, with a reduction's barriers since it was read. attend_codes is one warp, within
+# which nothing is noticed.
+SUPERFLUOUS = {"attend_elements": 3, "append": 4}
 
 
 @pytest.mark.parametrize(
     ("kernel", "number"),
     [
         ("attend_elements", 90),
-        pytest.param("attend_codes", 90, marks=pytest.mark.choices),
         pytest.param("append", 80, marks=pytest.mark.choices),
     ],
 )
