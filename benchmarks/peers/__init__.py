@@ -31,7 +31,6 @@ PEERS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Contenders]]] = {
         "flash-attn": flash_attn,
         "flash-attn-3": flash_attn_3,
         "flashinfer": flashinfer,
-        "quanto": quanto,
     },
 }
 
