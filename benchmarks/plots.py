@@ -66,7 +66,8 @@ def decode(record: dict[str, Any]) -> Figure:
         axes.bar_label(bars, [f"{row['speedup_over_dynamic']:.2f}x" for row in rows], fontsize="small")
         axes.tick_params(axis="x", rotation=45)
         axes.set_title(f"{context} tokens, {record['device']}", fontsize="medium")
-    figure.supylabel(f"tokens a second, {record['dtype']}", fontsize="medium")
+    weights = f", {record['weights']} weights" if record.get("weights", "unquantized") != "unquantized" else ""
+    figure.supylabel(f"tokens a second, {record['dtype']}{weights}", fontsize="medium")
     return figure
 
 
