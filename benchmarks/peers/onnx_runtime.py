@@ -3,7 +3,8 @@
 Its operator com.microsoft.GroupQueryAttention has all three there. Codes are symmetric about zero, with one scale for
 each channel of a head and no zero points; scales are an input, settled before the first token, as ours are not. A
 model of this one node is made in memory. Its inputs and outputs are bound to tensors, and past and present to the same
-ones, whereupon the operator writes the new token into its place and copies nothing else.
+ones, whereupon the operator writes the new token into its place and copies nothing else: a step stores its token, which
+with ours append does.
 """
 
 from collections.abc import Sequence
