@@ -4,8 +4,8 @@ A model reads a prompt and continues it token by token, on a CUDA device if ther
 model does so with transformers' DynamicCache, StaticCache (as it is, and with its steps compiled by torch.compile) and
 QuantizedCache (of those back ends that are installed); the model compiled to a budget with its KVMixCache, as it is and
 with `compile=True`. All of them take turns in rounds of a few tokens, so that whatever else the machine does meets each
-alike. Ratios are to the DynamicCache of the same rounds. One that fails, in memory or otherwise, is left out, and the
-reason printed and stored; without the DynamicCache its context is.
+alike. Ratios are to the DynamicCache of the same rounds, and to the fastest cache of the original model. One that
+fails, in memory or otherwise, is left out, and the reason printed and stored; without the DynamicCache its context is.
 
 Products with the weights take most of a step, and no cache makes them faster. `--weights int8` has torchao store the
 weights of all of them in 8 bits, one scale a row, and `--dtype bfloat16` computes in 16: then attention is more of it.
@@ -217,7 +217,7 @@ def measure(
     """Of each configuration the median seconds of a step, and tokens a second; and why some are left out, by name."""
     reasons: dict[str, str] = {}
     decoders: dict[str, Decoder] = {}
-    ratios: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    rounds_took: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
         decoder = attempt(contender.name, partial(_warm_decoder, contender, prompt), reasons)
         if "dynamic" in reasons:
@@ -232,8 +232,10 @@ def measure(
             del decoders[name]
         for name, decoder in decoders.items():
             decoder.seconds += took[name]
-            ratios[name].append(sum(took["dynamic"]) / sum(took[name]))
-    return [_row(decoder, ratios[name], prompt.shape[1]) for name, decoder in decoders.items()], reasons
+            rounds_took[name].append(sum(took[name]))
+    originals = [each.name for each in contenders if each.name in decoders and not isinstance(each, Compiled)]
+    fastest = min(originals, key=lambda name: median(rounds_took[name]))
+    return [_row(decoder, rounds_took, fastest, prompt.shape[1]) for decoder in decoders.values()], reasons
 
 
 def attempt(name: str, action: Callable[[], Result], reasons: dict[str, str]) -> Result | None:
@@ -251,15 +253,23 @@ def _warm_decoder(configuration: Configuration, prompt: Tensor) -> Decoder:
     return decoder
 
 
-def _row(decoder: Decoder, ratios: list[float], context: int) -> dict[str, Any]:
+def _row(decoder: Decoder, rounds_took: dict[str, list[float]], fastest: str, context: int) -> dict[str, Any]:
+    """fastest: of the caches of the original model."""
     step = median(decoder.seconds)
+
+    def speedup_over(name: str) -> float:
+        own = rounds_took[decoder.name]
+        return median(others / mine for others, mine in zip(rounds_took[name], own, strict=True))
+
     row = {
         "context": context,
         "cache": decoder.name,
         "tokens_per_second": 1 / step,
         "median_seconds": step,
         "fastest_seconds": min(decoder.seconds),
-        "speedup_over_dynamic": median(ratios),
+        "speedup_over_dynamic": speedup_over("dynamic"),
+        "speedup_over_fastest": speedup_over(fastest),
+        "fastest_original": fastest,
     }
     print(json.dumps(row), flush=True)
     return row

@@ -59,6 +59,9 @@ def test_one_that_fails_does_not_stop_the_others(tokens: int) -> None:
     assert [row["cache"] for row in rows] == ["dynamic", "other"]
     assert all(row["context"] == 40 and row["tokens_per_second"] > 0 for row in rows)
     assert list(left_out) == ["failing"] and "34.00 GiB" in left_out["failing"]
+    (fastest,) = {row["fastest_original"] for row in rows}
+    assert next(row for row in rows if row["cache"] == fastest)["speedup_over_fastest"] == 1
+    assert rows[0]["speedup_over_dynamic"] == 1
 
 
 @pytest.mark.parametrize("tokens", [0, 42, 48, 52])
