@@ -22,7 +22,7 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 
-.PHONY: demo test test-compiled test-releases check docs fuzz sweep ptx gpu clean
+.PHONY: demo test test-compiled test-releases check docs fuzz sweep instructions ptx gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -62,6 +62,10 @@ fuzz: $(READY)
 # Compiles every kernel that dispatch can choose, ahead of time, and prints registers and shared memory of each.
 sweep: $(READY)
 	@$(VENV)/bin/python -m pytest -q -s -m sweep tests/kernels/gpu/test_triton_sweep.py
+
+# Machine instructions of the loop over packed blocks, which `python -m benchmarks.time_model` reads.
+instructions: $(READY)
+	@PYTHONSAFEPATH= $(VENV)/bin/python -m tests.kernels.gpu.instructions
 
 # As test-compiled, with every pair of choices: half an hour of a core for each chip.
 ptx: $(READY)

@@ -1,27 +1,27 @@
-"""Time of attend and append against PyTorch's attention over 16-bit keys and values: `python -m benchmarks.attention`.
+"""Time of attend and append against the attention of others: `python -m benchmarks.attention`.
 
-One decoded token per row, on a CUDA device if there is one, else on the CPU. The baseline is the fastest of SDPA's
-backends and of the package flash-attn, if it is installed. It has the same shapes in the same run, and takes turns with
-attend. SDPA is also given the query heads of a group as queries of one head, and flash-attn keys and values in two
-layouts. What does not run, or does not fit into memory, is left out, and the reason printed and stored. The share of
-memory bandwidth counts the bytes that must be read, the state's, against what a copy reaches on the same device.
+One decoded token per row, on a CUDA device if there is one, else on the CPU. It is compared with the strongest that
+there are for the device (benchmarks/peers), which have the same shapes in the same run and take turns with attend: with
+those over 16-bit keys and values, or the dtype asked for, and with those that quantize them too. Speed-ups are over the
+fastest of each kind. All are held against exact attention first. What is not installed, does not run, does not fit into
+memory, or gives something else is left out, and the reason printed and stored. The share of memory bandwidth counts the
+bytes that must be read, the state's, against what a copy reaches on the same device.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.errors import is_out_of_memory, one_line
+from benchmarks.peers import Contenders, contenders, installed_packages
 from kvmix_compile.evaluate.records import circumstances
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
@@ -30,13 +30,17 @@ from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.ops import append_arguments, attend_arguments
 from kvmix_compile.kernels.weighting import Weighting
 
-BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).parent / "results" / f"attention-{DEVICE}.json"
 # More than any cache between memory and processor, so that a copy of as much measures memory.
 COPIED_BYTES = 2**30
-# Several times the second-level cache of any GPU.
+# Several times the second-level cache of any GPU, as often as the host needs to queue whatever is timed.
 FLUSHED_BYTES = 2**29
+FLUSHES = 4
+# Idle threads go on looking for work for a while: GNU's OpenMP for some milliseconds.
+SECONDS_TO_FALL_ASLEEP = 0.02
+# Of the inputs on which everyone's result is held against exact attention: no multiple of a page or a tile.
+CHECKED_ROWS, CHECKED_TOKENS = 2, 197
 LENGTHS = [2048, 8192, 32768, 131072] if DEVICE == "cuda" else [1024, 8192, 32768]
 # Query heads, heads of keys and values, channels of a head: as Llama 3.1 8B has them, and SmolLM2-135M.
 HEADS = [32, 8, 128] if DEVICE == "cuda" else [9, 3, 64]
@@ -76,14 +80,20 @@ def main() -> None:
     options = parser.parse_args()
     dtype = DTYPES[options.dtype]
     bandwidth = copy_bandwidth()
-    rows = []
+    wrong = faults(options.heads, dtype)
+    rows: list[dict[str, Any]] = []
+    told: set[str] = set()
     for shape in shapes(options.batch, options.tokens, options.bits, options.heads):
-        row = asdict(shape) | measure(shape, dtype, bandwidth)
+        row = asdict(shape) | measure(shape, dtype, bandwidth, wrong)
         rows.append(row)
+        for name, reason in row["left_out"].items():
+            if name not in told:
+                print(f"left out: {name} ({reason})", flush=True)
+        told |= row["left_out"].keys()
         print(json.dumps(row), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     record = {"dtype": str(dtype), "copy_bytes_per_second": bandwidth, "results": rows} | circumstances(
-        "attention", torch.device(DEVICE)
+        "attention", torch.device(DEVICE), installed_packages()
     )
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -96,10 +106,29 @@ def shapes(batches: list[int], lengths: list[int], widths: list[str], heads: lis
                 yield Shape(batch, tokens, int(key_bits), int(value_bits or key_bits), *heads)
 
 
-def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+def faults(heads: list[int], dtype: torch.dtype) -> dict[str, str]:
+    """Of those that run and whose result for a small input is not attention, by name, how far it is from it."""
+    query_heads, kv_heads, head_dim = heads
+    q = torch.randn(CHECKED_ROWS, query_heads, 1, head_dim, dtype=dtype, device=DEVICE)
+    k, v = (torch.randn(CHECKED_ROWS, kv_heads, CHECKED_TOKENS, head_dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    found = {}
+    for name, contender in contenders(q, k, v)[0].items():
+        try:
+            fault = contender.fault(q)
+        except Exception:  # it is tried again for each shape, and its reason told there
+            continue
+        if fault:
+            found[name] = fault
+    return found
+
+
+def measure(
+    shape: Shape, dtype: torch.dtype, bandwidth: float, wrong: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Seconds of each operation, and what follows from them; None where it did not fit into memory.
 
-    left_out: why what is missing is, by name; "16-bit keys and values" are those of all that attend is compared with.
+    wrong: who is not to be timed, and why. left_out: why what is missing is, by name; "16-bit keys and values" are
+    those of all that attend is compared with.
     """
     if DEVICE == "cuda":
         torch.cuda.empty_cache()  # the last shape's memory, so that this one's lies in one piece
@@ -109,27 +138,33 @@ def measure(shape: Shape, dtype: torch.dtype, bandwidth: float) -> dict[str, Any
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return _row({}, 0, bandwidth) | {"left_out": {"attend": one_line(error)}}
-    compared, left_out = baselines(shape, q)
-    took, failed = seconds(operations | compared)
-    return _row(took, nbytes, bandwidth) | {"left_out": left_out | failed}
+        return _row({}, {}, 0, bandwidth) | {"left_out": {"attend": one_line(error)}}
+    compared, left_out = baselines(shape, q, wrong or {})
+    own_threads = {name: contender.run for name, contender in compared.items() if contender.own_threads}
+    shared_threads = {name: contender.run for name, contender in compared.items() if not contender.own_threads}
+    took, failed = seconds(operations | shared_threads, own_threads)
+    bits = {name: contender.bits for name, contender in compared.items()}
+    return _row(took, bits, nbytes, bandwidth) | {"left_out": left_out | failed}
 
 
-def _row(took: dict[str, float], nbytes: int, bandwidth: float) -> dict[str, Any]:
-    others = dict(took)
-    attend, append, append_token = (others.pop(name, None) for name in ("attend", "append", "append_token"))
-    fastest = min(others.values(), default=None)
+def _row(took: dict[str, float], bits: Mapping[str, int | None], nbytes: int, bandwidth: float) -> dict[str, Any]:
+    """bits: of a contender's keys and values; None for those that are not quantized."""
+    attend, append, append_token = (took.get(name) for name in ("attend", "append", "append_token"))
+    unquantized = {name: took[name] for name in bits if name in took and bits[name] is None}
+    quantized = {name: took[name] for name in bits if name in took and bits[name] is not None}
     row: dict[str, Any] = {
         "attend_seconds": attend,
         "append_seconds": append,
         "append_token_seconds": append_token,
-        "baseline_seconds": others,
-        "speedup": None,
-        "bandwidth_share": attend and nbytes / attend / bandwidth,
-        "append_share": None,
+        "baseline_seconds": unquantized,
+        "quantized_seconds": quantized,
     }
-    if attend and fastest:
-        row["speedup"] = fastest / attend
+    for others, ratio in ((unquantized, "speedup"), (quantized, "speedup_over_quantized")):
+        fastest = min(others, key=others.__getitem__, default=None)
+        row[ratio] = others[fastest] / attend if attend and fastest else None
+        row[f"{ratio}_is_over"] = fastest
+    row["bandwidth_share"] = attend and nbytes / attend / bandwidth
+    row["append_share"] = None
     if attend and append and append_token:
         row["append_share"] = (append + (BLOCK_TOKENS - 1) * append_token) / BLOCK_TOKENS / attend
     return row
@@ -166,8 +201,8 @@ def fill(state: SiteState) -> None:
         tensor.random_(0, 0x3C)
 
 
-def baselines(shape: Shape, q: Tensor) -> tuple[Runs, dict[str, str]]:
-    """16-bit attention by all that takes these shapes, and why others do not."""
+def baselines(shape: Shape, q: Tensor, wrong: Mapping[str, str]) -> tuple[Contenders, dict[str, str]]:
+    """All that take these shapes and are not wrong, and why others do not."""
     size = (shape.batch, shape.kv_heads, shape.tokens + 1, shape.head_dim)
     try:
         k, v = (torch.randn(size, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -175,55 +210,16 @@ def baselines(shape: Shape, q: Tensor) -> tuple[Runs, dict[str, str]]:
         if not is_out_of_memory(error):
             raise
         return {}, {"16-bit keys and values": one_line(error)}
-    runs, left_out = sdpa(q, k, v), {}
-    try:
-        runs |= flash_attn(q, k, v)
-    except ImportError as error:
-        left_out["flash-attn"] = one_line(error)
-    for name, run in list(runs.items()):
+    found, left_out = contenders(q, k, v)
+    for name, contender in list(found.items()):
         try:
-            _timed(run)
-        except RuntimeError as error:  # the shapes, the dtype or the device are none of its own, or memory is too small
+            if name in wrong:
+                raise ValueError(wrong[name])
+            _timed(contender.run)
+        except Exception as error:  # the shapes, the dtype or the device are none of its own, or memory is too small
             left_out[name] = one_line(error)
-            del runs[name]
-    return runs, left_out
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Runs:
-    """PyTorch's attention by each of its backends, with each query head by itself and with a group as one head's."""
-
-    def attention(backend: SDPBackend, queries: Tensor) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(queries, k, v, enable_gqa=True)
-
-        return run
-
-    as_queries = q.view(k.shape[0], k.shape[1], -1, k.shape[3])
-    layouts = {"": q, "_AS_QUERIES": as_queries}
-    return {
-        backend.name + layout: attention(backend, queries)
-        for backend in BACKENDS
-        for layout, queries in layouts.items()
-    }
-
-
-def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Runs:
-    """The package flash-attn's attention of a decoded token; raises ImportError where the package is not installed.
-
-    It takes [batch, tokens, heads, head_dim] and returns the same. Keys and values lie in memory as SDPA's do, a head's
-    tokens side by side, and in the second as in a cache made for flash-attn, a token's heads side by side: for that the
-    same memory is read as that layout, which gives other random numbers and takes no room.
-    """
-    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
-
-    queries = q.transpose(1, 2)
-    head_major = [cache.transpose(1, 2) for cache in (k, v)]
-    token_major = [cache.view(by_head.shape) for cache, by_head in zip((k, v), head_major, strict=True)]
-    return {
-        "flash-attn": lambda: flash_attn_with_kvcache(queries, *head_major),
-        "flash-attn-token-major": lambda: flash_attn_with_kvcache(queries, *token_major),
-    }
+            del found[name]
+    return found, left_out
 
 
 def copy_bandwidth() -> float:
@@ -234,18 +230,35 @@ def copy_bandwidth() -> float:
     return 2 * COPIED_BYTES / took["copy"]
 
 
-def seconds(runs: Runs) -> tuple[dict[str, float], dict[str, str]]:
-    """Median of several rounds, in which all take turns, after two that warm up; and which ran out of memory."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
+def seconds(*pools: Runs) -> tuple[dict[str, float], dict[str, str]]:
+    """Median of several rounds, in which all take turns, after two that warm up; and which ran out of memory.
+
+    pools: by whose threads they run. Where there are several, each pool's threads are woken up by a run that is not
+    timed, when those of the pool before it are asleep: else they would take processors from each other.
+    """
+    took: dict[str, list[float]] = {name: [] for runs in pools for name in runs}
     failed: dict[str, str] = {}
+
+    def attempt(name: str, run: Callable[[], object], timed: bool = True) -> None:
+        try:
+            duration = _timed(run)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed[name] = one_line(error)
+        else:
+            took[name] += [duration] if timed else []
+
+    several = sum(map(bool, pools)) > 1
     for _ in range(2 + REPEATS):
-        for name in [name for name in runs if name not in failed]:
-            try:
-                took[name].append(_timed(runs[name]))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed[name] = one_line(error)
+        for pool in pools:
+            names = [name for name in pool if name not in failed]
+            if several and names:
+                sleep(SECONDS_TO_FALL_ASLEEP)
+                attempt(names[-1], pool[names[-1]], timed=False)
+            for name in names:
+                if name not in failed:
+                    attempt(name, pool[name])
     return {name: median(times[2:]) for name, times in took.items() if name not in failed}, failed
 
 
@@ -256,7 +269,8 @@ def _timed(run: Callable[[], object]) -> float:
         return perf_counter() - begin
     begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Nothing that is read may lie in the device's cache. Meanwhile the host queues the run: its time is not counted.
-    torch.zeros(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
+    for _ in range(FLUSHES):
+        torch.zeros(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
     begin_event.record()
     run()
     end_event.record()

@@ -29,7 +29,9 @@ def main() -> None:
 
 
 def attention(record: dict[str, Any]) -> Figure:
-    """Speed-up against tokens held, a diagram for each number of rows, a line for each precision."""
+    """Speed-up against tokens held, a diagram for each number of rows, a line for each precision, and a dashed one for
+    each of the others that quantize keys and values.
+    """
     rows = [row for row in record["results"] if row["speedup"]]
     batches = [(batch, list(members)) for batch, members in groupby(rows, key=lambda row: row["batch"])]
     figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
@@ -40,13 +42,18 @@ def attention(record: dict[str, Any]) -> Figure:
             line = [row for row in members if (row["key_bits"], row["value_bits"]) == bits]
             label = f"keys {bits[0]}, values {bits[1]} bits"
             axes.plot([row["tokens"] for row in line], [row["speedup"] for row in line], marker="o", label=label)
+        # With each precision the others were timed again; the last is drawn, whose line is the one above.
+        for name in dict.fromkeys(name for row in line for name in row.get("quantized_seconds", ())):
+            timed = [row for row in line if name in row["quantized_seconds"]]
+            ratios = [min(row["baseline_seconds"].values()) / row["quantized_seconds"][name] for row in timed]
+            axes.plot([row["tokens"] for row in timed], ratios, marker="x", linestyle="--", label=name)
         axes.axhline(1, color="black", linestyle="--")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens in the cache")
         axes.set_title(f"{batch} row{'s' * (batch > 1)}, {record['device']}", fontsize="medium")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.supylabel("attend against the fastest unquantized attention", fontsize="medium")
+    figure.supylabel("against the fastest unquantized attention", fontsize="medium")
     return figure
 
 
@@ -59,7 +66,8 @@ def decode(record: dict[str, Any]) -> Figure:
         axes.bar_label(bars, [f"{row['speedup_over_dynamic']:.2f}x" for row in rows], fontsize="small")
         axes.tick_params(axis="x", rotation=45)
         axes.set_title(f"{context} tokens, {record['device']}", fontsize="medium")
-    figure.supylabel(f"tokens a second, {record['dtype']}", fontsize="medium")
+    weights = f", {record['weights']} weights" if record.get("weights", "unquantized") != "unquantized" else ""
+    figure.supylabel(f"tokens a second, {record['dtype']}{weights}", fontsize="medium")
     return figure
 
 

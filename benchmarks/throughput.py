@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -26,13 +25,13 @@ import kvmix_compile
 from benchmarks.decode import (
     CALIBRATION_TOKENS,
     DEVICE,
-    DTYPES,
     add_model_options,
     attempt,
     available,
     configurations,
     left_out_rows,
     load,
+    output,
 )
 from benchmarks.memory import read
 from kvmix_compile.evaluate.baselines import packages
@@ -40,7 +39,6 @@ from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.evaluate.records import circumstances, write_json
 from kvmix_compile.passes.capture.signature import cache_name
 
-RESULTS = Path(__file__).parent / "results" / f"throughput-{DEVICE.type}.json"
 GIGABYTE = 10**9
 BASELINES = ("quanto-4",)
 WARM_UP_STEPS = 2
@@ -69,37 +67,35 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4, help="tokens that each row generates in a round")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    model, ids = load(options.model, DTYPES[options.dtype], options.layers, max(options.context))
+    model, ids = load(options)
     compiled = kvmix_compile.apply(model, budget=options.budget, calibration=ids[:CALIBRATION_TOKENS])
     missing: dict[str, str] = {}
     baselines = available(BASELINES, model, missing)
     rows, left_out = [], left_out_rows(None, missing)
     for context in options.context:
         prompt = Prompt.read(model, ids[None, :context].to(DEVICE))
-        generated = WARM_UP_STEPS + options.rounds * options.steps
-        contenders = [*configurations(model, context + generated, baselines), Compiled("kvmix", compiled)]
-        found, reasons = measure(
-            contenders, prompt, options.gigabytes * GIGABYTE, generated, options.rounds, options.steps
-        )
+        room = context + generated_tokens(options.rounds, options.steps)
+        contenders = [*configurations(model, room, baselines), Compiled("kvmix", compiled)]
+        found, reasons = measure(contenders, prompt, options.gigabytes * GIGABYTE, options.rounds, options.steps)
         rows += found
         left_out += left_out_rows(context, reasons)
-    record = {"model": options.model, "dtype": options.dtype, "budget": options.budget, "gigabytes": options.gigabytes}
+    record = {"model": options.model, "dtype": options.dtype, "weights": options.weights}
+    record |= {"budget": options.budget, "gigabytes": options.gigabytes}
     record |= {"rounds": options.rounds, "steps_a_round": options.steps, "results": rows, "left_out": left_out}
-    write_json(options.output, record | circumstances("throughput", DEVICE, packages(baselines)))
+    write_json(output(options, "throughput"), record | circumstances("throughput", DEVICE, packages(baselines)))
 
 
 @torch.no_grad()
 def measure(
-    contenders: Sequence[Configuration], prompt: Prompt, limit: float, generated: int, rounds: int, steps: int
+    contenders: Sequence[Configuration], prompt: Prompt, limit: float, rounds: int, steps: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Of each configuration its batch and its tokens a second; and why some are left out, by name.
 
-    limit: bytes of a cache. generated: tokens of each row in all, for which there is to be room.
+    limit: bytes of a cache that has room for the prompt and for what is generated after it.
     """
     reasons: dict[str, str] = {}
-    decoders = {}
+    decoders, generated = {}, generated_tokens(rounds, steps)
     for contender in contenders:
         decoder = attempt(contender.name, partial(Decoder, contender, prompt, limit, generated), reasons)
         if decoder:
@@ -111,6 +107,11 @@ def measure(
             if name in reasons:
                 del decoders[name]
     return [decoder.row(decoders.get("dynamic"), prompt.ids.shape[1]) for decoder in decoders.values()], reasons
+
+
+def generated_tokens(rounds: int, steps: int) -> int:
+    """That each row generates in all."""
+    return WARM_UP_STEPS + rounds * steps
 
 
 class Decoder:

@@ -2,7 +2,8 @@
 token and many, whole and in uneven chunks, and for whatever sizes export assumed not to come.
 
 This catches what no pass understood: a convolution or recurrence over the sequence, a second use of keys or values, a
-position they did not see, another path for some sizes.
+position they did not see, another path for some sizes. What it cannot tell right from wrong is a model that rounds its
+activations to few levels, whose logits depend on the order of its arithmetic: that is said of it (nudged.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from kvmix_compile.passes.errors import UnsupportedModelError, VerifyError
 from kvmix_compile.passes.graph.rounding import TOLERANCE, coarsest_dtype, difference
 from kvmix_compile.passes.match.mixing import constant_reach, running, suspects
 from kvmix_compile.passes.match.sites import AttentionSite
-from kvmix_compile.passes.rewrite import original
+from kvmix_compile.passes.rewrite import nudged, original
 from kvmix_compile.passes.rewrite.lengths import Assumption, broken_assumptions
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, rewrite
 
@@ -30,6 +31,9 @@ CHUNKS = (7, 1, 40, 1, 33, 2, 29)
 PADDING = 3
 # Rows and tokens of the calls without a cache: export's graphs are of several of both, and may be wrong for one.
 WHOLE = ((2, 48, "two rows"), (1, 37, "one row"), (3, 1, "rows of one token"), (1, 1, "one token"))
+
+# A difference is put down to rounding up to so many times what a nudge of the embeddings makes.
+OF_ONE_SIZE = 10
 
 # Rows times tokens that a model is run with at most to see whether an assumption that does not hold there matters, and
 # for how many sizes it is.
@@ -68,6 +72,7 @@ class _Trial:
         """The difference in one call of so many rows and tokens. Raises VerifyError where there is one."""
         share = self._whole(rows, tokens)
         if not share <= self._tolerance:
+            self._check_rounding(share)
             raise VerifyError(
                 f"the graph that was made of {self.captured.name} gives other logits for {what} than "
                 f"the model itself, by {share:.2g} standard deviations: its forward does something else there, which "
@@ -105,8 +110,9 @@ class _Trial:
             ) from error
         share = max(difference(actual[:1], first), difference(actual[1:, padding:], second))
         if not share <= self._tolerance:
-            share = self._share_of_caches(actual, first, ids, [chunks[0] - padding, *chunks[1:]], padding)
+            share = min(share, self._share_of_caches(actual, first, ids, [chunks[0] - padding, *chunks[1:]], padding))
         if not share <= self._tolerance:
+            self._check_rounding(share)
             raise VerifyError(
                 f"the model cannot be given a KV cache: {suspects(self.captured)}; run in chunks with one, its logits "
                 f"differ by {share:.2g} standard deviations from those of the whole text"
@@ -123,6 +129,20 @@ class _Trial:
         if second is None:
             return torch.inf
         return max(difference(actual[:1], first), difference(actual[1:, padding:], second))
+
+    def _check_rounding(self, share: float) -> None:
+        """Raise VerifyError where a difference of logits is of the size of those that rounding makes in this model."""
+        captured, tokens = self.captured, sum(CHUNKS)
+        with running(captured):
+            row = captured.random_ids(1, min(captured.longest_context or tokens, tokens))[0]
+            response = nudged.response(captured, row)
+        if response > self._tolerance and share <= OF_ONE_SIZE * response:
+            raise VerifyError(
+                f"{captured.name} rounds its activations to so few levels that its logits differ by {share:.2g} "
+                "standard deviations with the order of its arithmetic, in chunks or whole (a change of its embeddings "
+                f"by {nudged.nudge(captured):.0e} of themselves makes {response:.2g}), so no graph can be verified "
+                "against it: quantize its weights and not its activations, or pass verify=False"
+            )
 
     def _agrees(self, rows: int, tokens: int) -> bool:
         try:

@@ -3,9 +3,8 @@
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from torch import Tensor
 from tests.helpers.benchmark_modules import benchmark
 
 attention = benchmark("attention")
+attention_of_others = benchmark("peers")
+Contender = attention_of_others.Contender
 
 SHAPE = attention.Shape(2, 288, 2, 2, query_heads=6, kv_heads=2, head_dim=32)
 
@@ -26,62 +27,85 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "REPEATS", 1)
 
 
-class FlashAttn(ModuleType):
-    """The package flash-attn as far as it is used: attention in the layout that it documents, and what it was given."""
+class Peers:
+    """What stands in for the peers of a CPU: contenders, and those that cannot be had."""
 
-    def __init__(self) -> None:
-        super().__init__("flash_attn")
-        self.given: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
 
-    def flash_attn_with_kvcache(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-        self.given.append((q, k_cache, v_cache))
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k_cache, v_cache))
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    def __call__(self, **peers: Callable[[Tensor, Tensor, Tensor], dict[str, Contender]]) -> None:
+        self.monkeypatch.setitem(attention_of_others.PEERS, "cpu", attention_of_others.PEERS["cpu"] | peers)
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
-    module = FlashAttn()
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return module
+def add(monkeypatch: pytest.MonkeyPatch) -> Peers:
+    return Peers(monkeypatch)
 
 
-def test_flash_attn_gets_the_layout_that_it_documents(flash_attn: FlashAttn) -> None:
-    q, k, v = torch.randn(2, 6, 1, 32), torch.randn(2, 2, 40, 32), torch.randn(2, 2, 40, 32)
-    runs = attention.flash_attn(q, k, v)
-    results = {name: run().transpose(1, 2) for name, run in runs.items()}
-    assert [[tuple(tensor.shape) for tensor in given] for given in flash_attn.given] == [
-        [(2, 1, 6, 32), (2, 40, 2, 32), (2, 40, 2, 32)]
-    ] * 2
-    torch.testing.assert_close(results["flash-attn"], attention.sdpa(q, k, v)["MATH"]())
-    _, keys, values = flash_attn.given[1]
-    assert keys.is_contiguous() and values.is_contiguous() and keys.data_ptr() == k.data_ptr()
-    by_head = keys.transpose(1, 2), values.transpose(1, 2)
-    torch.testing.assert_close(results["flash-attn-token-major"], attention.sdpa(q, *by_head)["MATH"]())
+def scaled(factor: float, bits: int | None = None, own_threads: bool = False) -> Callable[..., dict[str, Contender]]:
+    """A peer whose result is attention's times a factor."""
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+        def run() -> Tensor:
+            return factor * F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return {f"times {factor}": Contender(run, lambda: (k, v), bits, own_threads)}
+
+    return peer
 
 
-def test_flash_attn_is_one_of_those_that_attend_is_compared_with(flash_attn: FlashAttn) -> None:
-    row = attention.measure(SHAPE, torch.float32, 1e9)
-    took = row["baseline_seconds"]
-    assert {"flash-attn", "flash-attn-token-major", "MATH", "MATH_AS_QUERIES"} <= set(took)
-    assert row["speedup"] == min(took.values()) / row["attend_seconds"]
+def missing(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+    raise ModuleNotFoundError("No module named 'flash_attn'")
 
 
-def test_without_flash_attn_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    row = attention.measure(SHAPE, torch.float32, 1e9)
-    assert "flash_attn" in row["left_out"]["flash-attn"] and row["speedup"]
-    assert "FLASH_ATTENTION" in row["baseline_seconds"] and "flash-attn" not in row["baseline_seconds"]
-
-
-def test_what_refuses_is_left_out_with_its_reason(flash_attn: FlashAttn, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> None:
+def refusing(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+    def refuse() -> Tensor:
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
 
-    monkeypatch.setattr(flash_attn, "flash_attn_with_kvcache", refuse)
+    return {"refusing": Contender(refuse, lambda: (k, v))}
+
+
+def test_attend_is_compared_with_the_fastest_of_each_kind(add: Peers) -> None:
+    add(exact=scaled(1.0), quantized=scaled(2.0, bits=4, own_threads=True))
     row = attention.measure(SHAPE, torch.float32, 1e9)
-    assert "only support fp16" in row["left_out"]["flash-attn"] and row["speedup"]
+    took, quantized = row["baseline_seconds"], row["quantized_seconds"]
+    assert {"MATH", "MATH_AS_QUERIES", "times 1.0"} <= set(took) and "times 2.0" in quantized
+    assert (
+        row["speedup"]
+        == min(took.values()) / row["attend_seconds"]
+        == took[row["speedup_is_over"]] / row["attend_seconds"]
+    )
+    assert row["speedup_over_quantized"] == min(quantized.values()) / row["attend_seconds"]
+
+
+def test_one_whose_result_is_not_attention_is_left_out(add: Peers) -> None:
+    add(exact=scaled(1.0), wrong=scaled(1.1))
+    wrong = attention.faults([6, 2, 32], torch.float32)
+    assert list(wrong) == ["times 1.1"]
+    row = attention.measure(SHAPE, torch.float32, 1e9, wrong)
+    assert "not attention" in row["left_out"]["times 1.1"]
+    assert "times 1.0" in row["baseline_seconds"] and "times 1.1" not in row["baseline_seconds"]
+
+
+def test_what_is_not_installed_and_what_refuses_is_left_out_and_named(add: Peers) -> None:
+    add(**{"flash-attn": missing, "another": refusing})
+    row = attention.measure(SHAPE, torch.float32, 1e9)
+    assert "flash_attn" in row["left_out"]["flash-attn"] and row["speedup"]
+    assert "only support fp16" in row["left_out"]["refusing"]
+    assert "FLASH_ATTENTION" in row["baseline_seconds"]
+
+
+def test_threads_of_another_pool_are_asleep_before_one_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(attention, "sleep", lambda seconds: order.append("sleep"))
+    took, _ = attention.seconds(
+        {name: lambda name=name: order.append(name) for name in "ab"}, {"c": lambda: order.append("c")}
+    )
+    assert order[:7] == ["sleep", "b", "a", "b", "sleep", "c", "c"]
+    assert list(took) == ["a", "b", "c"]
+    order.clear()
+    attention.seconds({"a": lambda: order.append("a")}, {})
+    assert set(order) == {"a"}
 
 
 def exhausted(*arguments: Any, **options: Any) -> Any:
@@ -108,8 +132,9 @@ def test_an_error_of_another_kind_is_not_left_out() -> None:
 
 
 def test_a_state_that_does_not_fit_does_not_end_the_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], add: Peers
 ) -> None:
+    add(**{"flash-attn": missing})
     # More than any machine has.
     too_many = str(2**50)
     arguments = ["--tokens", too_many, "1024", "--bits", "2", "--dtype", "float32", "--heads", "6", "2", "32"]
@@ -118,7 +143,9 @@ def test_a_state_that_does_not_fit_does_not_end_the_run(
     monkeypatch.setattr(attention, "COPIED_BYTES", 2**20)
     attention.main()
     rows = json.loads((tmp_path / "attention.json").read_text())["results"]
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines if line.startswith("{")] == rows
+    assert sum(line.startswith("left out: flash-attn (ModuleNotFoundError") for line in lines) == 1
     large, small = rows
     assert large["tokens"] == 2**50 and large["attend_seconds"] is large["speedup"] is None
     assert "can't allocate memory" in large["left_out"]["attend"]
@@ -153,6 +180,7 @@ def tensors() -> int:
 def test_nothing_holds_on_to_a_shapes_tensors(monkeypatch: pytest.MonkeyPatch, fails: str | None) -> None:
     attention.measure(SHAPE, torch.float32, 1e9)
     if fails:
+        monkeypatch.setitem(attention_of_others.PEERS, "cpu", {"SDPA": attention_of_others.PEERS["cpu"]["SDPA"]})
         monkeypatch.setattr(attention.SiteState if fails == "allocate" else F, fails, exhausted)
     gc.collect()
     before = tensors()

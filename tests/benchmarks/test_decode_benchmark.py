@@ -1,9 +1,13 @@
 """The benchmark of decoding: what fails is left out with its reason, and the rest is measured."""
 
+import argparse
+import copy
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +15,8 @@ import torch
 from transformers import DynamicCache
 
 import kvmix_compile
-from kvmix_compile.errors import CompilationError
-from kvmix_compile.evaluate.configurations import Configuration
+from kvmix_compile.errors import CompilationError, InputError
+from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.benchmark_modules import benchmark
 from tests.helpers.toy_llama import ids
@@ -55,6 +59,9 @@ def test_one_that_fails_does_not_stop_the_others(tokens: int) -> None:
     assert [row["cache"] for row in rows] == ["dynamic", "other"]
     assert all(row["context"] == 40 and row["tokens_per_second"] > 0 for row in rows)
     assert list(left_out) == ["failing"] and "34.00 GiB" in left_out["failing"]
+    (fastest,) = {row["fastest_original"] for row in rows}
+    assert next(row for row in rows if row["cache"] == fastest)["speedup_over_fastest"] == 1
+    assert rows[0]["speedup_over_dynamic"] == 1
 
 
 @pytest.mark.parametrize("tokens", [0, 42, 48, 52])
@@ -81,7 +88,7 @@ def test_the_run_says_what_it_left_out(
 
     monkeypatch.setattr(kvmix_compile, "apply", without_a_compiler)
     monkeypatch.setattr(decode.Static, "new_cache", static_cache)
-    monkeypatch.setattr(decode, "load", lambda *arguments: (model, ids(1, 80)[0]))
+    monkeypatch.setattr(decode, "load_unquantized", lambda *arguments: (model, ids(1, 80)[0]))
     monkeypatch.setattr(decode, "CALIBRATION_TOKENS", 64)
     monkeypatch.setattr(decode, "BASELINES", ("quanto-4", "none"))
     monkeypatch.setitem(sys.modules, "optimum", None)
@@ -100,8 +107,92 @@ def test_the_run_says_what_it_left_out(
         (None, "quanto-4"),
         (None, "none"),
         (40, "static"),
+        (40, "static-compiled"),
         (80, "static"),
+        (80, "static-compiled"),
     ]
     assert "no C++ compiler" in reasons[None, "kvmix-compiled"] and "cannot be compiled" in reasons[80, "static"]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row for row in printed if "left_out" in row] == record["left_out"]
+
+
+def test_only_steps_of_a_static_cache_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def compiling(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def compiled(**arguments: Any) -> Any:
+            asked.append(options | {"tokens": arguments["input_ids"].shape[1]})
+            return forward(**arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    model = tiny("llama")
+    contenders = [Configuration("dynamic", model), decode.Static("static-compiled", model, 60, compiled=True)]
+    rows, left_out = decode.measure(contenders, ids(1, 40), 2, 2)
+    assert not left_out and [row["cache"] for row in rows] == ["dynamic", "static-compiled"]
+    assert asked == [{"mode": "default", "fullgraph": True, "tokens": 1}] * (decode.WARM_UP_TOKENS + 4)
+
+
+def options_of(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    decode.add_model_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_what_is_not_the_default_is_in_the_name_of_the_results() -> None:
+    names = [
+        decode.output(options_of(*arguments), "decode").name
+        for arguments in (
+            [],
+            ["--dtype", "bfloat16"],
+            ["--dtype", "bfloat16", "--weights", "int8"],
+            ["--weights", "int8"],
+        )
+    ]
+    assert names == [
+        "decode-cpu.json",
+        "decode-cpu-bfloat16.json",
+        "decode-cpu-bfloat16-int8.json",
+        "decode-cpu-int8.json",
+    ]
+    assert decode.output(options_of("--output", "mine.json"), "decode") == Path("mine.json")
+
+
+def test_int8_weights_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"needs torchao.*pip install -e '\.\[benchmarks\]'"):
+        decode.quantize_weights(tiny("llama"))
+
+
+def test_int8_weights_are_torchaos_and_only_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WeightOnly:
+        pass
+
+    class Torchao(ModuleType):
+        Int8WeightOnlyConfig = WeightOnly
+
+        def quantize_(self, model: Any, configuration: Any) -> None:
+            quantized.append((model, type(configuration)))
+
+    quantized: list[tuple[Any, type]] = []
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, Torchao(name))
+    model = tiny("llama")
+    monkeypatch.setattr(decode, "load_unquantized", lambda *arguments: (model, ids(1, 80)[0]))
+    for weights, expected in (("unquantized", []), ("int8", [(model, WeightOnly)])):
+        options = options_of("--weights", weights)
+        options.context = [80]
+        assert decode.load(options)[0] is model and quantized == expected
+
+
+def test_a_model_with_int8_weights_decodes() -> None:
+    pytest.importorskip("torchao")
+    model = copy.deepcopy(tiny("llama"))
+    expected = model(ids(1, 40)).logits
+    decode.quantize_weights(model)
+    assert 0 < (model(ids(1, 40)).logits - expected).abs().max() < 0.1 * expected.abs().max()
+    compiled = kvmix_compile.apply(model, budget=16, calibration=ids(1, 80))
+    rows, left_out = decode.measure([Configuration("dynamic", model), Compiled("kvmix", compiled)], ids(1, 40), 1, 2)
+    assert not left_out and [row["cache"] for row in rows] == ["dynamic", "kvmix"]

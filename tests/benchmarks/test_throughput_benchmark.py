@@ -12,7 +12,8 @@ from tests.helpers.toy_llama import ids
 
 throughput = benchmark("throughput")
 
-TOKENS, GENERATED = 300, 7
+TOKENS, ROUNDS, STEPS = 300, 2, 3
+GENERATED = throughput.generated_tokens(ROUNDS, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_each_decodes_as_many_rows_as_fit(prompt) -> None:
     compiled = kvmix_compile.apply(model, budget=2.3)
     contenders = [*throughput.configurations(model, TOKENS + GENERATED, []), Compiled("kvmix", compiled)]
     row = sum(tensor.nbytes for state in prompt.states for tensor in state) * (TOKENS + GENERATED) // TOKENS
-    rows, left_out = throughput.measure(contenders, prompt, 3.5 * row, GENERATED, rounds=2, steps=2)
+    rows, left_out = throughput.measure(contenders, prompt, 3.5 * row, ROUNDS, STEPS)
     found = {row["cache"]: row for row in rows}
     assert not left_out and list(found) == ["dynamic", "static", "kvmix"]
     assert found["dynamic"]["bytes_a_row"] == row and found["static"]["bytes_a_row"] == pytest.approx(row, rel=1e-3)
@@ -50,7 +51,7 @@ def test_every_row_continues_the_prompt(prompt) -> None:
 
 
 def test_one_for_which_a_row_is_too_much_is_left_out_and_says_so(prompt) -> None:
-    rows, left_out = throughput.measure([Configuration("dynamic", tiny("llama"))], prompt, 1000, GENERATED, 1, 1)
+    rows, left_out = throughput.measure([Configuration("dynamic", tiny("llama"))], prompt, 1000, 1, 1)
     assert not rows and "one row takes" in left_out["dynamic"]
 
 

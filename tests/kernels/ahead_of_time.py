@@ -150,12 +150,14 @@ def launch_of(
     dtype: str,
     tokens: int = 1,
     from_codes: bool = True,
+    rows: int = 1,
+    capacity: int = 32768,
 ) -> triton_attend.Launch:
-    """Of a row of many tokens."""
+    """Of a call with so many new tokens in rows that hold so many."""
     itemsize, storage = DTYPES[dtype].itemsize, Storage(key, value, STATE["RECENT"])
     has_codes = from_codes and triton_attend.has_codes(storage, key_dim, value_dim, DTYPES[dtype])
     return triton_attend.Launch.choose(
-        SHARED * tokens, HEADS, 32768, max(key_dim, value_dim), itemsize, MULTIPROCESSORS[chip], has_codes
+        SHARED * tokens, rows * HEADS, capacity, max(key_dim, value_dim), itemsize, MULTIPROCESSORS[chip], has_codes
     )
 
 

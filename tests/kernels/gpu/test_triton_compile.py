@@ -4,7 +4,6 @@ Decode kernels must not spill registers, no kernel may want more shared memory t
 on the tensor cores. `pytest -s` shows the table.
 """
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -23,10 +22,10 @@ from tests.kernels.ahead_of_time import (  # noqa: E402
     check_decoding,
     compile_append,
     compile_attend,
-    inspected,
     launch_of,
     show,
 )
+from tests.kernels.gpu.instructions import first_loop  # noqa: E402
 
 # (key bits, value bits, scale bits, key_dim, value_dim, dtype): every width, dimension and dtype at least once.
 CONFIGURATIONS = [
@@ -120,25 +119,9 @@ def test_the_loop_over_packed_blocks_is_short(
     compiled = compile_attend(chip, key, value, dim, dim, dtype)
     launch = launch_of(chip, key, value, dim, dim, dtype)
     elements = 2 * launch.blocks * BLOCK_TOKENS * dim / (triton_attend.WARP * launch.warps)
-    count = instructions_of_first_loop(compiled.cubin) / elements
+    count = len(first_loop(compiled.cubin)) / elements
     show(chip, f"attend {key.tiers}/{value_bits} bits, dim {dim}, {count:.1f} instructions an element", compiled)
     assert count < most and compiled.stack_bytes == 0
-
-
-def instructions_of_first_loop(cubin: bytes) -> int:
-    """Machine instructions between the first branch backwards and where it leads: the loop over packed blocks."""
-    listing = inspected(cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
-    labels: dict[str, int] = {}
-    place = 0
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = place
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            place += 1
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if target and target[1] in labels:
-                return place - labels[target[1]]
-    raise AssertionError("there is no loop in this kernel")
 
 
 @pytest.mark.parametrize("chip", [80, 90])
