@@ -21,3 +21,9 @@ class Chunk(NamedTuple):
     value: Tensor
     lengths: Tensor
     starts: Tensor
+
+    def values_are_keys(self, query: Tensor) -> bool:
+        """Whether a query has value_dim + key_dim channels and scores values too: a token's whole key is then its value,
+        followed by what is stored as its key.
+        """
+        return query.shape[-1] != self.key.shape[-1]
