@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
     starts: Tensor
 
     def values_are_keys(self, query: Tensor) -> bool:
-        """Whether a query has value_dim + key_dim channels and scores values too: a token's whole key is then its value,
-        followed by what is stored as its key.
+        """Whether a query of value_dim + key_dim channels scores values too: a token's whole key is its value then,
+        and what is stored as its key behind it.
         """
         return query.shape[-1] != self.key.shape[-1]

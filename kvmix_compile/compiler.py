@@ -35,6 +35,7 @@ from kvmix_compile.passes.measure.importance import (
 )
 from kvmix_compile.passes.measure.one_path import capture_to_measure
 from kvmix_compile.passes.rewrite import original
+from kvmix_compile.passes.rewrite.absorb import absorb
 from kvmix_compile.passes.rewrite.rewrite import rewrite
 from kvmix_compile.passes.rewrite.verify import verify as verify_rewrite
 from kvmix_compile.passes.untouched.untouched import untouched
@@ -227,6 +228,9 @@ def find_in(captured: Captured, report: Report) -> Found:
     name = captured.name
     with report.timed("find sites"):
         sites = find_sites(captured)
+        absorbed, latents = absorb(captured, sites.matched)
+        if absorbed is not captured:
+            captured, sites = absorbed, find_sites(absorbed)
     report.sites = tuple(
         SiteReport(
             layer=site.layer,
@@ -238,7 +242,7 @@ def find_in(captured: Captured, report: Report) -> Found:
         for site in sites.matched
     )
     report.refused = sites.refused
-    report.passes = (*captured.passes, sites.record)
+    report.passes = (*captured.passes, latents, sites.record)
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
     if not sites.matched:
