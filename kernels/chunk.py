@@ -21,3 +21,9 @@ class Chunk(NamedTuple):
     value: Tensor
     lengths: Tensor
     starts: Tensor
+
+    def values_are_keys(self, query: Tensor) -> bool:
+        """Whether a query of value_dim + key_dim channels scores values too: a token's whole key is its value then,
+        and what is stored as its key behind it.
+        """
+        return query.shape[-1] != self.key.shape[-1]

@@ -1,7 +1,8 @@
 """append and attend in plain PyTorch: the specification every other kernel is held to, and the CPU's way of running.
 
 Shapes: those of Chunk (chunk.py) and of SiteState (format/state.py), for B rows, H heads of keys and values and M new
-tokens; a query is [B, Hq, M, key_dim] with any strides, Hq a multiple of H.
+tokens; a query is [B, Hq, M, key_dim] with any strides, Hq a multiple of H. Where it has value_dim channels more,
+values are keys too: the whole key of a token is its value, followed by what is stored as its key.
 No gradient flows through either operation.
 Rows never see each other. Neighbouring rows of one length and start are worked on together.
 """
@@ -105,7 +106,11 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
         if queries.shape[2]:
             all_keys = _history(keys.of(group), first, group.length)
             all_values = _history(values.of(group), first, group.length)
+            if chunk.values_are_keys(query):
+                # Equally wide, which PyTorch's attention is faster with than with fewer values.
+                all_keys = all_values = torch.cat([all_values, all_keys], dim=-1)
             attended = _causal_attention(queries, all_keys, all_values, first, its_weighting)
+            attended = attended[..., : chunk.value.shape[-1]]
         else:
             attended = queries.new_empty(*queries.shape[:-1], chunk.value.shape[-1])
         outputs.append(F.pad(attended, (0, 0, group.start, 0)) if group.start else attended)

@@ -4,8 +4,10 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from kvmix_compile.calibration import Calibration, build_calibration
@@ -13,7 +15,7 @@ from kvmix_compile.config import Config, RecentWindow
 from kvmix_compile.errors import UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
-from kvmix_compile.passes.allocate.outlook import left_unquantized
+from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.captured import Captured
@@ -32,6 +34,8 @@ from kvmix_compile.passes.measure.importance import (
     usual_context,
 )
 from kvmix_compile.passes.measure.one_path import capture_to_measure
+from kvmix_compile.passes.rewrite import original
+from kvmix_compile.passes.rewrite.absorb import absorb
 from kvmix_compile.passes.rewrite.rewrite import rewrite
 from kvmix_compile.passes.rewrite.verify import verify as verify_rewrite
 from kvmix_compile.passes.untouched.untouched import untouched
@@ -57,6 +61,18 @@ class Found:
 
     captured: Captured
     sites: tuple[AttentionSite, ...]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each site's keys and values as the graph computes them."""
+        return tuple(site.key.meta["val"].dtype for site in self.sites)
+
+    @cached_property
+    def own_cache_bytes(self) -> float | None:
+        """What the model's own cache holds of a token; None where it keeps none."""
+        model = self.captured.model
+        with untouched(model):
+            return original.cache_bytes(model, self.captured.random_ids(1, original.LONGER_TEXT))
 
 
 @as_captured()
@@ -212,6 +228,9 @@ def find_in(captured: Captured, report: Report) -> Found:
     name = captured.name
     with report.timed("find sites"):
         sites = find_sites(captured)
+        absorbed, latents = absorb(captured, sites.matched)
+        if absorbed is not captured:
+            captured, sites = absorbed, find_sites(absorbed)
     report.sites = tuple(
         SiteReport(
             layer=site.layer,
@@ -223,7 +242,7 @@ def find_in(captured: Captured, report: Report) -> Found:
         for site in sites.matched
     )
     report.refused = sites.refused
-    report.passes = (*captured.passes, sites.record)
+    report.passes = (*captured.passes, latents, sites.record)
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
     if not sites.matched:
@@ -302,6 +321,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
     plan = plan.with_windows([site.window for site in found.sites])
     parameter = found.captured.parameter
+    _compare_sizes(found, plan, report)
     with report.timed("rewrite"):
         rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
     report.notes += tuple(described(plan))
@@ -310,7 +330,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         rewritten=rewritten,
         plan=plan,
         report=report,
-        dtypes=tuple(site.key.meta["val"].dtype for site in found.sites),
+        dtypes=found.dtypes,
         parameter_dtype=parameter.dtype,
         weights=weights_fingerprint(model),
         device=parameter.device,
@@ -330,6 +350,15 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     if not takes_padding(rewritten, program.numbering):
         report.notes += ("rows cannot be padded: the model counts its positions itself, so pass rows of equal length",)
     return twin  # type: ignore[return-value]
+
+
+def _compare_sizes(found: Found, plan: Plan, report: Report) -> None:
+    """Note what a token takes by the plan and in the model's own cache. Raises BudgetError where that holds less."""
+    with report.timed("own cache"):
+        own = report.own_cache_bytes = found.own_cache_bytes
+    report.token_bytes = plan.token_bytes(found.dtypes)
+    if own is not None:
+        report.notes += tuple(wider_than(own, original.LONGER_TEXT, plan, found.dtypes, found.captured.name))
 
 
 def _numbering(captured: Captured, twin: CompiledModel) -> Numbering:

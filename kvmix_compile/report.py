@@ -28,6 +28,8 @@ class Report:
     verified: largest difference between the rewritten graph's logits and the captured graph's, as a share of the
         logits' standard deviation; None where it was not checked.
     calibration: what the importance was measured on; None where a plan was given.
+    own_cache_bytes: bytes that the model's own cache holds of each token, where it keeps one. token_bytes: bytes that
+        the compressed one holds of a token that is packed, once there is a plan.
     notes: what is kept otherwise than usual, and why.
     passes: what each pass over the graph matched and what it left, in their order.
     seconds: how long each stage took.
@@ -39,6 +41,8 @@ class Report:
     verified: float | None = None
     calibration: str | None = None
     problem: str | None = None
+    own_cache_bytes: float | None = None
+    token_bytes: float | None = None
     notes: tuple[str, ...] = ()
     passes: tuple[PassRecord, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,6 +68,7 @@ class Report:
             lines.append(f"verified: logits agree to {self.verified:.1e} of their standard deviation")
         if self.calibration is not None:
             lines.append(f"calibrated on {self.calibration}")
+        lines += self._sizes()
         lines += self.notes
         lines += [f"pass {record.name}: {record}" for record in self.passes]
         if self.problem is not None:
@@ -71,3 +76,10 @@ class Report:
         if self.seconds:
             lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         return "\n".join(lines)
+
+    def _sizes(self) -> list[str]:
+        """What a token takes in this cache and in the model's own, as far as it is known."""
+        if self.token_bytes is None:
+            return []
+        own = f", in the model's own cache {self.own_cache_bytes:.0f}" if self.own_cache_bytes is not None else ""
+        return [f"bytes a token: {self.token_bytes:.0f} once it is packed{own}"]

@@ -98,6 +98,19 @@ SPECIAL: Mapping[str, Settings] = {
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": MAX_POSITIONS},
     "falcon_alibi": {"alibi": True, "ffn_hidden_size": 256, "bias": True},
 }
+# Keys and values of all heads are made of one narrow row a token, which is what transformers caches.
+LATENT: Mapping[str, Settings] = {
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
 # What a compiler of causal attention has to decline, or to take special care of.
 OTHERS: Mapping[str, Settings] = {
     "bert": {"intermediate_size": 256},
@@ -113,15 +126,17 @@ OTHERS: Mapping[str, Settings] = {
 MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "falcon_alibi": "falcon"}
 AUTO_CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
-RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **OTHERS}
+RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **LATENT, **OTHERS}
 
 TINY: tuple[str, ...] = tuple(DECODERS)
 TINY_SPECIAL: tuple[str, ...] = tuple(SPECIAL)
+TINY_LATENT: tuple[str, ...] = tuple(LATENT)
 TINY_OTHERS: tuple[str, ...] = tuple(OTHERS)
 
 
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of the architecture `name`, one of TINY (causal decoders), TINY_SPECIAL or TINY_OTHERS.
+    """A random model of the architecture `name`, one of TINY (causal decoders), TINY_SPECIAL, TINY_LATENT or
+    TINY_OTHERS.
 
     `overrides` are settings of its transformers config, `attn_implementation` included. The same arguments give the
     same weights, and the global random state stays as it is. Raises KeyError for an unknown name.

@@ -68,6 +68,7 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
         head_stride=head_stride,
         token_stride=token_stride,
         shared=query_heads // chunk.key.shape[1],
+        values_are_keys=chunk.values_are_keys(query),
         output=output.data_ptr(),
         scale=weighting.scale,
         softcap=weighting.softcap,

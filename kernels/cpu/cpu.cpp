@@ -64,7 +64,7 @@ struct Job {
     static void work(void* job) {
         static thread_local Scratch scratch;
         Job& self = *static_cast<Job*>(job);
-        scratch.reserve(self.arguments.key, self.arguments.value);
+        scratch.reserve(self.arguments);
         int64_t tasks = self.item_count * self.most_stretches;
         for (int64_t i; (i = self.next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
             self.run(self.items[i / self.most_stretches], i % self.most_stretches, scratch);

@@ -48,6 +48,7 @@ struct Threads {
 struct Attention {
     const void* query;
     int64_t row_stride, head_stride, token_stride, shared;
+    int64_t values_are_keys;  // queries have channels for the values too, which come first
     float* output;  // [rows, heads * shared, tokens, value.dim]
     double scale, softcap;
     int64_t sliding_window, attention_chunk;
@@ -77,7 +78,7 @@ extern "C" const Extent* kvmix_extents() {
         MEMBER(Shape, recent),
         STRUCTURE(Threads), MEMBER(Threads, count), MEMBER(Threads, parallel),
         STRUCTURE(Attention), MEMBER(Attention, query), MEMBER(Attention, row_stride), MEMBER(Attention, head_stride),
-        MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, output), MEMBER(Attention, scale),
+        MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, values_are_keys), MEMBER(Attention, output), MEMBER(Attention, scale),
         MEMBER(Attention, softcap), MEMBER(Attention, sliding_window), MEMBER(Attention, attention_chunk),
         MEMBER(Attention, sink_logits), MEMBER(Attention, slopes),
         {nullptr, 0, 0},

@@ -98,6 +98,7 @@ class Attention(ctypes.Structure):
         ("head_stride", c_int64),
         ("token_stride", c_int64),
         ("shared", c_int64),
+        ("values_are_keys", c_int64),
         ("output", c_void_p),
         ("scale", c_double),
         ("softcap", c_double),

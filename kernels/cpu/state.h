@@ -12,6 +12,9 @@ struct AttendArguments : Attention {
     const Shape& shape;
     const Side &key, &value;
     const BlockFormat &key_format, &value_format;
+
+    // Channels of the values that queries score.
+    int64_t scored_values() const { return values_are_keys ? value.dim : 0; }
 };
 
 // Of a row that holds so many tokens.

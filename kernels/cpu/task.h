@@ -21,16 +21,18 @@ constexpr int64_t STRETCH_TILES = 8;
 
 // Where everything that a thread needs for 32 tokens lies.
 struct Scratch {
-    float *keys, *values, *rows;         // [key dim][32], [32][value stride], [32][key stride]
+    float *keys, *values, *rows;         // [query dim][32], [32][value stride], [32][key stride]
     float *scales, *zero_points;         // one for each group
-    float *q, *folded, *offsets;         // [queries][key stride]; for each group [queries][folded stride], [queries]
+    float *q, *folded, *offsets;         // [queries][query stride]; for each group [queries][folded stride], [queries]
     float *weights, *folded_weights;     // [queries][32]
     float *attended, *zero_sums, *sums;  // [queries][value stride], [queries][groups][LANES], [queries][LANES]
     float *highest, *correction;         // [queries]
     uint8_t *codes, *high, *turned;      // what packing.h asks for
 
-    void reserve(const Side& key, const Side& value) {
+    void reserve(const AttendArguments& arguments) {
+        const Side &key = arguments.key, &value = arguments.value;
         int64_t key_stride = round_up(key.dim, LANES), value_stride = round_up(value.dim, LANES);
+        int64_t query_stride = round_up(arguments.scored_values() + key.dim, LANES);
         int64_t widest = key_stride > value_stride ? key_stride : value_stride;
         int64_t groups = BLOCK * widest + LANES;
         int64_t folded_count = BLOCK / LANES * FOLDED_QUERIES;
@@ -38,12 +40,12 @@ struct Scratch {
             float** place;
             int64_t count;
         } parts[] = {
-            {&keys, BLOCK * key_stride},
+            {&keys, BLOCK * (query_stride + LANES)},
             {&values, BLOCK * value_stride},
             {&rows, BLOCK * key_stride},
             {&scales, groups},
             {&zero_points, groups},
-            {&q, TASK_QUERIES * key_stride},
+            {&q, TASK_QUERIES * query_stride},
             {&folded, folded_count * (key_stride + LANES)},
             {&offsets, folded_count},
             {&weights, TASK_QUERIES * BLOCK},
@@ -82,6 +84,7 @@ class Task {
     Row row;
     Reader<Element> reader;
     int64_t row_index, head, first_query, queries, key_stride, value_stride;
+    int64_t scored_values, query_dim, query_stride;  // values that are keys too come before these
     int64_t folded_stride;  // room behind the channels for the end of a vector that begins anywhere
     static constexpr float NOTHING[TASK_QUERIES] = {};
 
@@ -92,7 +95,8 @@ class Task {
           row(arguments.shape, row_index), reader{arguments.shape, row, row_index, head}, row_index(row_index),
           head(head),
           first_query(first_query), key_stride(round_up(key.dim, LANES)), value_stride(round_up(value.dim, LANES)),
-          folded_stride(key_stride + LANES) {
+          scored_values(arguments.scored_values()), query_dim(scored_values + key.dim),
+          query_stride(round_up(query_dim, LANES)), folded_stride(key_stride + LANES) {
         int64_t left = (arguments.shape.tokens - row.start) * arguments.shared - first_query;
         queries = left < TASK_QUERIES ? left : TASK_QUERIES;
     }
@@ -145,9 +149,9 @@ class Task {
             int64_t token = row.start + (first_query + query) / arguments.shared;
             const Element* from = static_cast<const Element*>(arguments.query) + row_index * arguments.row_stride +
                                   query_head(query) * arguments.head_stride + token * arguments.token_stride;
-            float* to = scratch.q + query * key_stride;
-            for (int64_t channel = 0; channel < key.dim; channel += LANES)
-                store(to + channel, load_first(from + channel, key.dim - channel) * factor);
+            float* to = scratch.q + query * query_stride;
+            for (int64_t channel = 0; channel < query_dim; channel += LANES)
+                store(to + channel, load_first(from + channel, query_dim - channel) * factor);
             scratch.highest[query] = -INFINITY;
         }
         memset(scratch.sums, 0, queries * LANES * sizeof(float));
@@ -160,17 +164,21 @@ class Task {
     }
 
     bool is_folded(const BlockFormat& format) const {
-        return format.bits < 16 && queries <= FOLDED_QUERIES && format.group % LANES == 0;
+        return format.bits < 16 && queries <= FOLDED_QUERIES && format.group % LANES == 0 && !scored_values;
     }
 
     void score_tile(int64_t tile) {
         int64_t block = row.block(tile);
+        if (scored_values) {
+            read_values(tile);
+            turn_rows(scratch.values, value_stride, scratch.keys);
+        }
         if (block < 0 || key_format.bits == 16)
             read_keys(tile);
         else
             unpack_block(reader.block(key, key_format, block));
         if (block < 0 || !is_folded(key_format)) {
-            score_queries(scratch.keys, key.dim, scratch.q, key_stride, queries, BLOCK, NOTHING, scratch.weights);
+            score_queries(scratch.keys, query_dim, scratch.q, query_stride, queries, BLOCK, NOTHING, scratch.weights);
             return;
         }
         for (int64_t group = 0, token = 0; token < BLOCK; group++, token += key_format.group)
@@ -181,10 +189,14 @@ class Task {
 
     void read_keys(int64_t tile) {
         reader.rows(key, key_format, tile, scratch.rows, key_stride);
+        turn_rows(scratch.rows, key_stride, scratch.keys + scored_values * BLOCK);
+    }
+
+    // [32][stride] to [stride][32].
+    static void turn_rows(const float* rows, int64_t stride, float* to) {
         for (int token = 0; token < BLOCK; token += LANES)
-            for (int64_t channel = 0; channel < key_stride; channel += LANES)
-                transpose<Floats, LANES>(scratch.rows + token * key_stride + channel, key_stride,
-                                         scratch.keys + channel * BLOCK + token, BLOCK);
+            for (int64_t channel = 0; channel < stride; channel += LANES)
+                transpose<Floats, LANES>(rows + token * stride + channel, stride, to + channel * BLOCK + token, BLOCK);
     }
 
     void unpack_block(const uint8_t* packed) {
@@ -209,14 +221,14 @@ class Task {
         for (int64_t channel = 0; channel < dim; channel++) {
             int64_t place = (first + channel) * BLOCK + group * key_format.group;
             dequantize(scratch.codes + place, key_format.group, scales[channel], zero_points[channel],
-                       scratch.keys + place);
+                       scratch.keys + scored_values * BLOCK + place);
         }
     }
 
     // q . (code * scale + zero point) = (q * scale) . code + q . zero point, for a group of tokens.
     void fold(const float* scales, const float* zero_points, int64_t group, int64_t first, int64_t dim) {
         for (int64_t query = 0; query < queries; query++) {
-            const float* q = scratch.q + query * key_stride + first;
+            const float* q = scratch.q + query * query_stride + first;
             float* folded = scratch.folded + (group * FOLDED_QUERIES + query) * folded_stride + first;
             float* total = scratch.offsets + group * FOLDED_QUERIES + query;
             Floats offset = {};
@@ -296,24 +308,33 @@ class Task {
         for (Floats& score : scores) score = limit - 2 * limit / (exp2(2 * clamp(score, 30)) + 1);
     }
 
-    void weigh_tile(int64_t tile) {
+    // Values of a tile in float32.
+    void read_values(int64_t tile) {
         int64_t block = row.block(tile);
-        if (block < 0 || value_format.bits == 16) {
+        if (block < 0 || value_format.bits == 16)
             reader.rows(value, value_format, tile, scratch.values, value_stride);
-        } else {
-            const uint8_t* packed = reader.block(value, value_format, block);
-            int64_t groups = value.dim / value_format.group;
-            ValueLayout layout =
-                unpack_values(packed, value_format.bits, value.dim, scratch.codes, scratch.high, scratch.turned);
-            read_turned_metadata(packed + code_bytes(value.dim, value_format.bits), groups, value_format.scale_bits,
-                                 scratch.turned, scratch.scales, scratch.zero_points);
-            if (is_folded(value_format)) {
-                weigh_folded(groups, layout);
-                return;
-            }
-            dequantize_values(layout);
+        else
+            dequantize_values(unpack_values_of(block));
+    }
+
+    // Their codes, scales and zero points.
+    ValueLayout unpack_values_of(int64_t block) {
+        const uint8_t* packed = reader.block(value, value_format, block);
+        ValueLayout layout =
+            unpack_values(packed, value_format.bits, value.dim, scratch.codes, scratch.high, scratch.turned);
+        read_turned_metadata(packed + code_bytes(value.dim, value_format.bits), value.dim / value_format.group,
+                             value_format.scale_bits, scratch.turned, scratch.scales, scratch.zero_points);
+        return layout;
+    }
+
+    void weigh_tile(int64_t tile) {
+        bool folded = is_folded(value_format);
+        if (folded && row.block(tile) >= 0) {
+            weigh_folded(value.dim / value_format.group, unpack_values_of(row.block(tile)));
+            return;
         }
-        if (is_folded(value_format)) rescale_zero_sums();
+        if (!scored_values) read_values(tile);
+        if (folded) rescale_zero_sums();
         weigh_queries(scratch.values, ValueLayout{value_stride, value_stride, 0}, 0, value_stride, scratch.weights,
                       queries, scratch.correction, scratch.attended, value_stride);
     }

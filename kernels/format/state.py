@@ -157,10 +157,15 @@ class StateLayout(Shaped):
     def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
         """What a state of this many rows and blocks occupies."""
         unpacked = (self.sinks + self.recent_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
-        packed = self.key.block_bytes(self.key_dim, dtype.itemsize) + self.value.block_bytes(
-            self.value_dim, dtype.itemsize
+        return batch * self.kv_heads * (unpacked + blocks * self.packed_bytes(dtype))
+
+    def packed_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a packed block of one head, keys and values."""
+        key, value = (
+            self.key.block_bytes(self.key_dim, dtype.itemsize),
+            self.value.block_bytes(self.value_dim, dtype.itemsize),
         )
-        return batch * self.kv_heads * (unpacked + blocks * packed)
+        return key + value
 
 
 @dataclass

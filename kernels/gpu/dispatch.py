@@ -41,7 +41,7 @@ def attend_on_cuda(query: Tensor, chunk: Chunk, state: SiteState, storage: Stora
     same_dim = chunk.key.shape[3] == chunk.value.shape[3]
     flash = weighting.is_softmax and not weighting.is_limited and same_dim
     is_prompt = flash and query.shape[2] >= PROMPT_TOKENS and not bool(chunk.lengths.any())
-    if is_prompt or not _triton_serves(chunk):
+    if is_prompt or not _triton_serves(chunk) or chunk.values_are_keys(query):
         return reference.attend(query, chunk, state, storage, weighting)
     from kvmix_compile.kernels.gpu import attend as triton_attend
 

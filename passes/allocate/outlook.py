@@ -1,10 +1,15 @@
-"""Outlook: what a plan is predicted to lose, and what it leaves unquantized since it would lose too much."""
+"""Outlook: what a plan is predicted to lose, what it leaves unquantized since it would lose too much, and whether it
+saves anything.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
 
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.passes.allocate.plan import Plan
-from kvmix_compile.passes.allocate.policies import UNQUANTIZED, SiteImportance
+from kvmix_compile.passes.allocate.policies import UNQUANTIZED, BudgetError, SiteImportance
 
 # Nats a token that are worth a word: at the default budget all layers of SmolLM2-135M together lose 0.004.
 TELLING_LOSS = 0.05
@@ -30,6 +35,29 @@ def ruined(sites: Sequence[SiteImportance], plan: Plan) -> list[str]:
         f"{layer}: its {what} at {precision.mean_bits:g} bits are predicted to lose {loss:.2g} nats a token"
         for loss, layer, what, precision in sorted(sides, key=lambda side: -side[0])
         if loss >= RUINOUS_LOSS
+    ]
+
+
+def wider_than(own: float, tokens: int, plan: Plan, dtypes: Sequence[torch.dtype], name: str) -> list[str]:
+    """A sentence where a plan is for more numbers a token than the model's own cache holds; else none.
+
+    own: bytes that the model's own cache takes for a token of a text of `tokens`. dtypes: of each site in the model.
+
+    Raises BudgetError where the plan takes more bytes than that.
+    """
+    unquantized = replace(plan, sites=tuple(site.unquantized() for site in plan.sites))
+    planned, numbers = (each.token_bytes(dtypes, tokens) for each in (plan, unquantized))
+    if planned > own:
+        raise BudgetError(
+            f"{name} keeps {own:.0f} bytes a token in its own cache, in which there are fewer numbers than its "
+            f"attention has keys and values, and this plan {planned:.0f}: use the model as it is, or a budget that "
+            f"needs less (storage_budget below {plan.storage_bits * own / planned:.2g})"
+        )
+    if numbers <= own:
+        return []
+    return [
+        f"its own cache holds {own:.0f} bytes a token: the keys and values that are quantized here are "
+        f"{numbers / own:.2g} times as many numbers, and only {own / planned:.2g} times fewer bytes are left"
     ]
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from kvmix_compile.kernels.errors import KVMixError
-from kvmix_compile.kernels.format.precision import TIERS, UNQUANTIZED_BITS, Precision
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, TIERS, UNQUANTIZED_BITS, Precision
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
 from kvmix_compile.kernels.format.state import StateLayout, held_blocks, is_packed, unpacked_tokens
 from kvmix_compile.passes.files import replacing
@@ -207,6 +207,17 @@ class Plan:
         counters = torch.int64.itemsize * batch
         layouts = self.layouts(rollback)
         return counters + sum(layout.bytes(batch, layout.capacity_blocks(tokens), dtype) for layout in layouts)
+
+    def token_bytes(self, dtypes: Sequence[torch.dtype], tokens: int = 0) -> float:
+        """Bytes of a token's keys and values once they are packed, at the sites that attend to more than `tokens`.
+
+        dtypes: of each site's keys and values in the model.
+        """
+        return sum(
+            layout.kv_heads * layout.packed_bytes(dtype) / BLOCK_TOKENS
+            for layout, dtype in zip(self.layouts(), dtypes, strict=True)
+            if not 0 < layout.window <= tokens
+        )
 
     def with_windows(self, windows: Sequence[int]) -> Plan:
         """The same plan for a model whose sites attend to so many tokens (0: to all). Those of which nothing is ever

@@ -18,6 +18,7 @@ from kvmix_compile.passes.capture.randomness import refuse_randomness
 from kvmix_compile.passes.capture.regions import inline_regions
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.errors import CaptureError
+from kvmix_compile.passes.graph.buffers import assemble_at_once
 from kvmix_compile.passes.graph.edit import clean_up
 from kvmix_compile.passes.graph.products import take_out_additions
 from kvmix_compile.passes.graph.record import recorded
@@ -175,7 +176,9 @@ def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, writ
         recorded("products", module, lambda: take_out_additions(module.graph))[0],
         recorded("writes", module, lambda: write_to_copies(module))[0],
         recorded("clean up", module, lambda: clean_up(module))[0],
+        recorded("buffers", module, lambda: assemble_at_once(module.graph))[0],
     ]
+    module.recompile()
     if "logits_to_keep" not in wrapper.parameters_taken:
         passes.append(recorded("logits", module, lambda: select_early(module.graph))[0])
         module.recompile()

@@ -51,3 +51,9 @@ class Dataflow:
         if inputs is None:
             inputs = [node for node in self.edges if node.op == "placeholder" and node.name == "input_ids"]
         return frozenset(inputs).union(*(networkx.descendants(by_value, node) for node in inputs))
+
+    @cached_property
+    def input_dependent(self) -> frozenset[fx.Node]:
+        """The nodes whose values depend on any input of the graph, be it on its size alone."""
+        inputs = [node for node in self.edges if node.op == "placeholder"]
+        return frozenset(inputs).union(*(networkx.descendants(self.edges, node) for node in inputs))

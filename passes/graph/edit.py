@@ -34,6 +34,13 @@ def clean_up(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of the graph, and what each of its nodes became in it."""
+    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.output(copied.graph_copy(graph, nodes))
+    return copied, nodes
+
+
 def accept_any_strides(graph: fx.Graph) -> None:
     """Let views copy where they must. In place.
 

@@ -109,6 +109,7 @@ class AttentionSite(Shaped):
 
     `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have
     `query_heads`. `sink_logits`: as many numbers as there are query heads, of any shape (sink_logits.py).
+    `values_are_keys`: a token's whole key is its value followed by `key`, and a query has channels for both.
     """
 
     layer: str
@@ -120,6 +121,7 @@ class AttentionSite(Shaped):
     shape: SiteShape
     score_function: ScoreFunction
     sink_logits: fx.Node | None = None
+    values_are_keys: bool = False
 
     @property
     def mask(self) -> Mask:
@@ -139,7 +141,8 @@ class AttentionSite(Shaped):
     @property
     def attention(self) -> str:
         """What attends to what, and how, in a few words."""
-        return f"{self.score_function}{', sink logits' if self.sink_logits is not None else ''}"
+        others = ["sink logits"] * (self.sink_logits is not None) + ["values are keys"] * self.values_are_keys
+        return ", ".join([str(self.score_function), *others])
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,13 @@ def _score_function(attention: Attention, probe: Probe) -> ScoreFunction:
 def _site(attention: Attention, score_function: ScoreFunction, captured: Captured) -> AttentionSite:
     layer = attention.layer
     query, output = _before_flattening(attention.query, captured), _after_flattening(attention.output, captured)
-    query_heads, key_dim = _heads_and_dim(query, captured, f"{layer}: its queries")
+    query_heads, _ = _heads_and_dim(query, captured, f"{layer}: its queries")
     _heads_and_dim(output, captured, f"{layer}: what its attention gives")
     key = _before_repeat(attention.key, query_heads, captured)
     value = _before_repeat(attention.value, query_heads, captured)
-    kv_heads, _ = _heads_and_dim(key, captured, f"{layer}: its keys")
+    beside = _beside_value(key, value)
+    key = beside or key
+    kv_heads, key_dim = _heads_and_dim(key, captured, f"{layer}: its keys")
     value_heads, value_dim = _heads_and_dim(value, captured, f"{layer}: its values")
     if kv_heads != value_heads or query_heads % kv_heads:
         raise unequal_heads(layer, query_heads, kv_heads, value_heads)
@@ -256,7 +261,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
             f"{layer}: the bias on its attention scores is for {len(score_function.slopes)} of {query_heads} heads"
         )
     if attention.sink is not None:
-        attention.sink.check(captured.module, _few_tokens(captured), query_heads, layer)
+        attention.sink.check(captured.module, few_tokens(captured), query_heads, layer)
     return AttentionSite(
         layer=layer,
         query=query,
@@ -267,6 +272,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         shape=SiteShape(kv_heads, key_dim, value_dim, window=score_function.mask.size),
         score_function=score_function,
         sink_logits=attention.sink.logits if attention.sink is not None else None,
+        values_are_keys=beside is not None,
     )
 
 
@@ -376,6 +382,13 @@ def _before_repeat(node: fx.Node, query_heads: int, captured: Captured) -> fx.No
     return best
 
 
+def _beside_value(key: fx.Node, value: fx.Node) -> fx.Node | None:
+    """What follows the value in a key that is these two, side by side; None for any other key."""
+    if operation(key) != "cat" or argument(key, 1, "dim", 0) not in (-1, 3) or len(parts := list(key.args[0])) != 2:  # type: ignore[arg-type]
+        return None
+    return as_node(parts[1]) if parts[0] is value else None
+
+
 def _before_flattening(node: fx.Node, captured: Captured) -> fx.Node:
     """The `[batch, heads, tokens, dim]` that `node` `[batch * heads, tokens, dim]` is a view of, if it is one."""
     if len(_shape(node)) == 3:
@@ -400,10 +413,10 @@ def _repeats(source: fx.Node, repeated: fx.Node, query_heads: int, captured: Cap
         return False
     batch, tokens = FEW
     numbers = distinct_numbers(batch, heads, tokens, dim, device=source.meta["val"].device)
-    return is_repeat(captured.module, repeated, numbers, query_heads, _few_tokens(captured) | {source: numbers})
+    return is_repeat(captured.module, repeated, numbers, query_heads, few_tokens(captured) | {source: numbers})
 
 
-def _few_tokens(captured: Captured) -> dict[fx.Node, Tensor]:
+def few_tokens(captured: Captured) -> dict[fx.Node, Tensor]:
     """Values for the graph's inputs, for what depends on their shapes alone: FEW rows and tokens."""
     inputs = graph_inputs(captured.graph)
     return {node: torch.zeros(FEW, dtype=torch.int64, device=node.meta["val"].device) for node in inputs}

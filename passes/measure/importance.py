@@ -34,7 +34,7 @@ from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
-from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
+from kvmix_compile.passes.measure.stored_reads import JointReads, RowAttention, StoredReads, stored_reads
 from kvmix_compile.passes.rewrite.rotation import back, there
 
 # A budget holds in texts of so many tokens and of more. In shorter ones a model with sliding windows takes more bits
@@ -202,7 +202,7 @@ def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -
         key_gradient_norm=key.gradient_norm / rows,
         value_gradient_norm=value.gradient_norm / rows,
         key_sensitivity=key.where_saturated(key_losses, rows),
-        value_sensitivity=value.losses(rows),
+        value_sensitivity=value.where_saturated(value.losses(rows), rows),
         channel_tiers=channel_tiers,
         key_exponents=key.exponents(),
         value_exponents=value.exponents(),
@@ -215,6 +215,20 @@ def _state_in(tokens: int, sinks: int, recent: int) -> tuple[int, int]:
     """
     shortened = max(1.0, 2 * (sinks + recent) / tokens)
     return int(sinks / shortened), int(recent / shortened)
+
+
+def _how_read(
+    site: AttentionSite, row: RowAttention
+) -> tuple[tuple[StoredReads, KeyReaders], tuple[StoredReads | JointReads, KeyReaders | None]]:
+    """How what a site stores is read, keys and values, which are rotated; and who reads again what is scored."""
+    scored, weighed = stored_reads(row)
+    # Of the dtype that values are stored in: float16's rotation divides by another power of two.
+    inverse = back(site.value_dim, row.value).float()
+    if not site.values_are_keys:
+        return (scored, KeyReaders.of(row)), (weighed.of_turned(inverse), None)
+    first, others = slice(0, site.value_dim), slice(site.value_dim, None)
+    both = JointReads((scored.of_channels(first), weighed)).of_turned(inverse)
+    return (scored.of_channels(others), KeyReaders.of(row, others)), (both, KeyReaders.of(row, first, inverse))
 
 
 class _Recorder(fx.Interpreter):
@@ -269,15 +283,15 @@ class _Recorder(fx.Interpreter):
             queries, site_keys, site_values = (
                 self.values[node].detach()[0] for node in (site.query, site.key, site.value)
             )
-            slope = gradients[site.output][0]
+            slope, predictions = gradients[site.output][0], tokens - sinks - recent
             logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-            attention = RowAttention(queries, site_keys, site_values, slope, site.score_function, sinks, recent, logits)
-            key_reads, value_reads = stored_reads(attention)
-            key.add(site_keys, key_reads, sinks, tokens - sinks - recent, KeyReaders.of(attention))
+            scored = torch.cat([site_values, site_keys], dim=-1) if site.values_are_keys else site_keys
+            attention = RowAttention(queries, scored, site_values, slope, site.score_function, sinks, recent, logits)
+            of_keys, of_values = _how_read(site, attention)
+            key.add(site_keys, of_keys[0], sinks, predictions, of_keys[1])
             # As they are stored, which is rotated.
             rotated = site_values @ there(site.value_dim, site_values)
-            turned = value_reads.of_turned(back(site.value_dim, value_reads.vectors))
-            value.add(rotated, turned, sinks, tokens - sinks - recent)
+            value.add(rotated, of_values[0], sinks, predictions, of_values[1])
         self.values.clear()
         return loss.item()
 

@@ -26,25 +26,28 @@ class KeyReaders:
 
     row: the row that they are of.
     readers: their numbers in it, int64 `[readers]`.
+    channels: those of a key that have errors; None: all. turned: what an error is multiplied by to be one of these.
     """
 
     row: RowAttention
     readers: Tensor
+    channels: slice | None = None
+    turned: Tensor | None = None
 
     @classmethod
-    def of(cls, row: RowAttention) -> KeyReaders:
+    def of(cls, row: RowAttention, channels: slice | None = None, turned: Tensor | None = None) -> KeyReaders:
         """READERS of them at most, evenly spread."""
         tokens = row.key.shape[1]
         first = min(row.sinks + row.recent, tokens - 1)
         readers = torch.linspace(first, tokens - 1, min(READERS, tokens - first), device=row.key.device)
-        return cls(row, readers.round().long())
+        return cls(row, readers.round().long(), channels, turned)
 
     def loss(self, error: Tensor, tokens: slice) -> float:
         """Half the mean over the readers of the squared change of the loss, to first order in what attention gives,
-        where these tokens' keys have an error `[kv_heads, n, key_dim]`.
+        where these tokens' keys have an error `[kv_heads, n, channels]`.
         """
         wrong = torch.zeros_like(self.row.key, dtype=torch.float32)
-        wrong[:, tokens] = error
+        wrong[:, tokens, self.channels or slice(None)] = error if self.turned is None else error @ self.turned
         attends, stored = self._what_is_read
         scores, weights, gains = self._without_errors
         changed = torch.where(stored, scores + self._scores(wrong), scores)

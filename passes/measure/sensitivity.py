@@ -12,7 +12,7 @@ from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPL
 from kvmix_compile.passes.allocate.policies import PUBLISHED_GROUP
 from kvmix_compile.passes.measure.exponents import check_finite, exponents_of, largest_of
 from kvmix_compile.passes.measure.read_again import KeyReaders
-from kvmix_compile.passes.measure.stored_reads import StoredReads
+from kvmix_compile.passes.measure.stored_reads import JointReads, StoredReads
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 
 # What fisher chooses from. 4-bit scales cost SmolLM2-135M 0.1 of perplexity and save 0.7 bits an element.
@@ -52,10 +52,15 @@ class Tally:
     read_again: dict[int, float] = field(default_factory=dict)
 
     def add(
-        self, values: Tensor, reads: StoredReads, sinks: int, predictions: int, readers: KeyReaders | None = None
+        self,
+        values: Tensor,
+        reads: StoredReads | JointReads,
+        sinks: int,
+        predictions: int,
+        readers: KeyReaders | None = None,
     ) -> None:
         """Add one row: `values` `[kv_heads, tokens, dim]`, of which the first `sinks` tokens are not quantized, and how
-        what is stored of them is read; the loss is the sum of so many `predictions`. readers: of keys.
+        what is stored of them is read; the loss is the sum of so many `predictions`. readers: of what is scored.
         """
         heads, tokens, dim = values.shape
         blocks = max(1, (tokens - sinks) // BLOCK_TOKENS)

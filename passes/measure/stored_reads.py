@@ -44,6 +44,35 @@ class StoredReads:
         """The same where what is stored, times `matrix`, is what was stored."""
         return StoredReads(self.weights, self.vectors @ matrix.T)
 
+    def of_channels(self, channels: slice) -> StoredReads:
+        """The same of these channels alone."""
+        return StoredReads(self.weights, self.vectors[..., channels])
+
+
+@dataclass(frozen=True)
+class JointReads:
+    """How what is read in several ways at once, such as values that are keys too, changes the loss: the changes add
+    up.
+    """
+
+    ways: tuple[StoredReads, ...]
+
+    @property
+    def vectors(self) -> Tensor:
+        """Of the first way."""
+        return self.ways[0].vectors
+
+    def changes(self, error: Tensor, tokens: slice) -> Tensor:
+        """As of StoredReads."""
+        first, *others = (way.changes(error, tokens) for way in self.ways)
+        for other in others:
+            first += other
+        return first
+
+    def of_turned(self, matrix: Tensor) -> JointReads:
+        """As of StoredReads."""
+        return JointReads(tuple(way.of_turned(matrix) for way in self.ways))
+
 
 @dataclass(frozen=True)
 class RowAttention:
@@ -51,7 +80,7 @@ class RowAttention:
     least `recent` tokens behind it, the first `sinks` tokens never.
 
     query: `[query heads, tokens, key_dim]`.
-    key: `[kv_heads, tokens, key_dim]`.
+    key: `[kv_heads, tokens, key_dim]`, whole: where values are keys too, with these in front.
     value: `[kv_heads, tokens, value_dim]`.
     gradient: that of the loss with respect to attention's output, `[query heads, tokens, value_dim]`.
     sink_logits: scores without values, `[query heads]`.

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.graph.edit import with_constant
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.rewrite.queries import Change, with_changed_queries
 
 
 def powers_of_two(exponents: Sequence[int], sign: int, like: Tensor) -> Tensor:
@@ -25,15 +26,22 @@ def with_divided_inputs(module: fx.GraphModule, site: AttentionSite, index: int,
     """The site with its keys and values divided, and its queries multiplied. `index`: the site's number."""
     keys, values = stored.key_exponents, stored.value_exponents
     shared = site.query_heads // site.kv_heads
+
+    def multiply(name: str, exponents: Sequence[int]) -> Change | None:
+        of_queries = [exponent for exponent in exponents for _ in range(shared)]
+        return (lambda node: _times(module, node, site.output, name, of_queries, 1)) if exponents else None
+
+    divided = with_changed_queries(
+        module.graph,
+        site,
+        of_keys=multiply(f"query_powers_{index}", keys),
+        of_values=multiply(f"query_value_powers_{index}", values),
+    )
     if keys:
-        key = _times(module, site.key, site.output, f"key_powers_{index}", keys, -1)
-        queries = [exponent for exponent in keys for _ in range(shared)]
-        site = replace(
-            site, key=key, query=_times(module, site.query, site.output, f"query_powers_{index}", queries, 1)
-        )
+        divided = replace(divided, key=_times(module, site.key, site.output, f"key_powers_{index}", keys, -1))
     if values:
-        site = replace(site, value=_times(module, site.value, site.output, f"value_powers_{index}", values, -1))
-    return site
+        divided = replace(divided, value=_times(module, site.value, site.output, f"value_powers_{index}", values, -1))
+    return divided
 
 
 def multiply_output(

@@ -19,13 +19,14 @@ from kvmix_compile.kernels.weighting import Weighting
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
-from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up, copy_of
 from kvmix_compile.passes.graph.record import PassRecord, recorded
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.lengths import check_lengths
 from kvmix_compile.passes.rewrite.positions import shift_positions
 from kvmix_compile.passes.rewrite.powers import multiply_output, with_divided_inputs
+from kvmix_compile.passes.rewrite.queries import with_changed_queries
 from kvmix_compile.passes.rewrite.rotation import turn_back, with_rotated_values
 
 # The six tensors of kernels.format.state.SiteState, in its order.
@@ -58,7 +59,7 @@ def rewrite(
 
     Raises UnsupportedModelError where what is left of the graph computes with the number of rows or tokens.
     """
-    graph, copies = _copy(captured.graph)
+    graph, copies = copy_of(captured.graph)
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
 
@@ -83,14 +84,8 @@ def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:
     root.add_module(MODEL, model)
     for name, buffer in rewritten.module.named_buffers(recurse=False):
         root.register_buffer(name, buffer, persistent=False)
-    graph, _ = _copy(rewritten.module.graph)
+    graph, _ = copy_of(rewritten.module.graph)
     return replace(rewritten, module=bind(root, graph))
-
-
-def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    copied.output(copied.graph_copy(graph, nodes))
-    return copied, nodes
 
 
 def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
@@ -138,12 +133,14 @@ def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> 
     """
     with graph.inserting_before(site.output):
         constant = graph.get_attr(order)
-        query, key = (
-            graph.call_function(torch.ops.kvmix.order_channels.default, (node, constant))
-            for node in (site.query, site.key)
-        )
-    query.meta, key.meta = dict(site.query.meta), dict(site.key.meta)
-    return replace(site, query=query, key=key)
+
+    def ordered(node: fx.Node) -> fx.Node:
+        with graph.inserting_before(site.output):
+            found = graph.call_function(torch.ops.kvmix.order_channels.default, (node, constant))
+        found.meta = dict(node.meta)
+        return found
+
+    return replace(with_changed_queries(graph, site, of_keys=ordered), key=ordered(site.key))
 
 
 def _attend_and_append(

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from kvmix_compile.passes.graph.edit import with_constant
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.rewrite.queries import with_changed_queries
 
 
 def block_of(channels: int) -> int:
@@ -47,7 +48,16 @@ def _hadamard(channels: int, like: Tensor) -> Tensor:
 
 
 def with_rotated_values(module: fx.GraphModule, site: AttentionSite, index: int) -> AttentionSite:
-    """The site with its values rotated. `index`: the site's number."""
+    """The site with its values rotated, and its queries where they score these. `index`: the site's number."""
+
+    def against(channels: int, like: Tensor) -> Tensor:
+        # Products of what is turned with values that are rotated are those of both as they were.
+        return back(channels, like).T.contiguous()
+
+    def turn(part: fx.Node) -> fx.Node:
+        return _turned(module, part, site.output, index, site.value_dim, against)
+
+    site = with_changed_queries(module.graph, site, of_values=turn)
     return replace(site, value=_turned(module, site.value, site.output, index, site.value_dim, there))
 
 

@@ -34,7 +34,14 @@ class Case:
 
     @classmethod
     def random(
-        cls, layout: StateLayout, shared: int, lengths: list[int], starts: list[int], tokens: int, dtype: torch.dtype
+        cls,
+        layout: StateLayout,
+        shared: int,
+        lengths: list[int],
+        starts: list[int],
+        tokens: int,
+        dtype: torch.dtype,
+        values_are_keys: bool = False,
     ) -> "Case":
         def draw(heads: int, count: int, dim: int) -> Tensor:
             return torch.randn(len(lengths), count, heads, dim).to(dtype).transpose(1, 2)
@@ -45,7 +52,8 @@ class Case:
         padding = torch.tensor([longest - length for length in lengths])
         past = Chunk(key=k, value=v, lengths=torch.zeros_like(padding), starts=padding)
         reference.append(past, state, layout.storage)
-        chunk = draw(heads * shared, tokens, layout.key_dim), draw(heads, tokens, layout.key_dim)
+        query_dim = layout.key_dim + (layout.value_dim if values_are_keys else 0)
+        chunk = draw(heads * shared, tokens, query_dim), draw(heads, tokens, layout.key_dim)
         return cls(
             layout, state, *chunk, draw(heads, tokens, layout.value_dim), torch.tensor(lengths), torch.tensor(starts)
         )
@@ -56,7 +64,7 @@ class Case:
 
     def arguments(self, weighting: Weighting | None = None) -> tuple[Tensor, Chunk, SiteState, Storage, Weighting]:
         """Of attend; plain attention unless said otherwise."""
-        weighting = weighting or Weighting(self.layout.key_dim**-0.5)
+        weighting = weighting or Weighting(self.q.shape[-1] ** -0.5)
         return self.q, self.chunk, self.state, self.layout.storage, weighting
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
@@ -127,12 +135,12 @@ def weightings(draw: st.DrawFn, scale: float, query_heads: int) -> Weighting:
 def weighted(draw: st.DrawFn, cases: st.SearchStrategy[Case]) -> tuple[Case, Weighting]:
     """Cases with a weighting each; where it sees a window, the state may keep no more."""
     case = draw(cases)
-    weighting = draw(weightings(case.layout.key_dim**-0.5, case.q.shape[1]))
+    weighting = draw(weightings(case.q.shape[-1] ** -0.5, case.q.shape[1]))
     return (case.in_window(weighting.window) if weighting.window and draw(st.booleans()) else case), weighting
 
 
 @st.composite
-def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,)) -> Case:
+def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,), values_are_keys: tuple[bool, ...] = (False,)) -> Case:
     precision = st.builds(Precision, BITS, st.sampled_from([8, 16, 32]), st.sampled_from([4, 16]))
     value_dim = draw(st.sampled_from([16, 24, 64]))
     value_group = st.sampled_from([group for group in value_groups if value_dim % group == 0])
@@ -152,4 +160,5 @@ def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,)) -> Case:
     tokens = draw(st.sampled_from([1, 1, 1, 2, 9, 33]))
     starts = [draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in lengths]
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    return Case.random(layout, draw(st.sampled_from([1, 2, 3])), lengths, starts, tokens, dtype)
+    shared, both = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(values_are_keys))
+    return Case.random(layout, shared, lengths, starts, tokens, dtype, both)

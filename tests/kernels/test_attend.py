@@ -79,6 +79,8 @@ def expected(case: Case, weighting: Weighting) -> Tensor:
             if keys_of_row is None:
                 continue
             values_of_row = torch.stack([*values, *case.v[row, head, start:]]).double()
+            if case.q.shape[-1] > case.layout.key_dim:
+                keys_of_row = torch.cat([values_of_row, keys_of_row], dim=-1)
             for query_head in range(head * shared, (head + 1) * shared):
                 for place in range(start, tokens):
                     t = length + place - start
@@ -110,7 +112,8 @@ def cases(draw: st.DrawFn) -> Case:
     tokens = draw(st.sampled_from([1, 1, 2, 9, 34]))
     lengths = draw(st.lists(past, min_size=batch, max_size=batch))
     starts = draw(st.lists(st.sampled_from([0, 0, tokens // 2, tokens]), min_size=batch, max_size=batch))
-    return Case.random(layout, draw(st.sampled_from([1, 2, 3])), lengths, starts, tokens, torch.float32)
+    shared, values_are_keys = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([False, False, True]))
+    return Case.random(layout, shared, lengths, starts, tokens, torch.float32, values_are_keys)
 
 
 @settings(max_examples=200)

@@ -12,8 +12,10 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.gpu import dispatch
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.attend_cases import Case
 
 LAYOUT = StateLayout(SiteShape(2, 16, 24), key=Precision(3, 32, 4), value=Precision(2, 8, 16), sinks=3, recent=32)
 IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
@@ -135,3 +137,11 @@ def test_no_gradient_enters_the_state() -> None:
     torch.ops.kvmix.append.default(*stored, *options)
     torch.ops.kvmix.attend.default(q, *stored, *options, 0.25, 0.0, 0)
     assert not any(tensor.requires_grad for tensor in state.tensors())
+
+
+def test_queries_of_values_that_are_keys_run_the_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Triton kernel knows of them."""
+    monkeypatch.setattr(dispatch, "_triton_serves", lambda chunk: True)
+    layout = StateLayout(SiteShape(1, 8, 16), key=Precision(16), value=Precision(2, 16, 4), sinks=3, recent=32)
+    case = Case.random(layout, 4, [100, 7], [0, 0], 1, torch.float32, values_are_keys=True)
+    assert torch.equal(dispatch.attend_on_cuda(*case.arguments()), attend(*case.arguments()))

@@ -26,7 +26,7 @@ from tests.kernels.layouts import IMPORTANT_BITS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
 
-CASES = weighted(cases(value_groups=(8, 16, 32, 64)))
+CASES = weighted(cases(value_groups=(8, 16, 32, 64), values_are_keys=(False, False, True)))
 # What a stretch of one query has: STRETCH_TILES in cpu.cpp.
 STRETCH = 8 * 32
 
@@ -76,6 +76,16 @@ def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
     for shared, dtype in ((1, torch.float32), (4, torch.bfloat16), (11, torch.float32)):
         check(Case.random(layout, shared, [131], [0], 1, dtype))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
+def test_values_that_are_keys_too(bits: int) -> None:
+    """A latent and a rotary key, in the sizes of a real model and in others that no vector divides."""
+    for key_dim, value_dim in ((64, 512), (24, 40)):
+        key, value = Precision(bits, 32, 4), Precision(bits, 8, 4)
+        layout = StateLayout(SiteShape(1, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
+        for query_heads, dtype in ((1, torch.float32), (4, torch.bfloat16), (70, torch.float32)):
+            check(Case.random(layout, query_heads, [131, 3], [0, 1], 2, dtype, values_are_keys=True))
 
 
 @pytest.mark.parametrize(("important_bits", "bits"), IMPORTANT_BITS)

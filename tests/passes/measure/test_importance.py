@@ -321,9 +321,15 @@ def test_keys_written_in_place_are_measured_like_others(capture_toy) -> None:
         assert site.key_sensitivity[Precision(2, 32, 4)] > 0
 
 
-def test_the_models_dtype_does_not_stop_it() -> None:
-    importance = measured(capture(tiny("llama").to(torch.bfloat16)))
-    assert all(0 < site.key_gradient_norm < float("inf") for site in importance.sites)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_as_many_bits_in_the_model_measure_the_same(dtype: torch.dtype) -> None:
+    """float16's values are rotated with another power of two, which must not count."""
+    model = tiny("llama", num_hidden_layers=1).to(dtype)
+    narrow, wide = (measured(capture(each)).sites[0] for each in (model, copy.deepcopy(model).float()))
+    assert narrow.key_gradient_norm == pytest.approx(wide.key_gradient_norm, rel=0.05)
+    for precision in (Precision(2, 32, 4), Precision(4, 32, 4)):
+        assert narrow.value_sensitivity[precision] == pytest.approx(wide.value_sensitivity[precision], rel=0.1)
+        assert narrow.key_sensitivity[precision] == pytest.approx(wide.key_sensitivity[precision], rel=0.1)
 
 
 def test_what_a_chunk_reads_from_storage_counts_wherever_the_row_ends() -> None:

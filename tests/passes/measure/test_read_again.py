@@ -83,6 +83,16 @@ def first_order(attention: tuple, error: Tensor) -> float:
     return 0.5 * reads.changes(error, slice(None)).sum(-1).square().sum().item() / (TOKENS - SINKS - RECENT)
 
 
+def test_errors_of_some_channels_are_errors_of_a_whole_key() -> None:
+    torch.manual_seed(0)
+    q, k, v, slope = (torch.randn(2, 40, dim) for dim in (8, 8, 5, 5))
+    row, matrix, error = RowAttention(q, k, v, slope, CAUSAL, SINKS, RECENT), torch.randn(3, 3), torch.randn(2, 32, 3)
+    whole = torch.zeros(2, 32, 8)
+    whole[..., :3] = error @ matrix
+    found = KeyReaders.of(row, slice(0, 3), matrix).loss(error, slice(2, 34))
+    assert found == pytest.approx(KeyReaders.of(row).loss(whole, slice(2, 34))) and found > 0
+
+
 def test_small_errors_lose_what_the_first_order_says() -> None:
     torch.manual_seed(0)
     attention = (random(4, 8), random(2, 8), random(2, 5), random(4, 5), CAUSAL, SINKS, RECENT)

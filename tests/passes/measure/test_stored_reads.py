@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.passes.match.masks import Mask, ScoreFunction
-from kvmix_compile.passes.measure.stored_reads import RowAttention, stored_reads
+from kvmix_compile.passes.measure.stored_reads import JointReads, RowAttention, stored_reads
 
 TOKENS, SINKS, RECENT = 20, 3, 6
 CAUSAL = ScoreFunction(0.3, 0.0, Mask("causal"))
@@ -84,6 +84,19 @@ def test_they_are_autograds(
         error = torch.randn(expected.shape)
         changes = reads.changes(error, slice(None))
         torch.testing.assert_close(changes.sum((1, 2)), (error * expected).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_of_values_that_are_keys_too_both_reads_add_up() -> None:
+    torch.manual_seed(0)
+    value, beside, slope = random(2, 5), random(2, 8), random(6, 5)
+    row = RowAttention(random(6, 13), torch.cat([value, beside], dim=-1), value, slope, CAUSAL, SINKS, RECENT)
+    of_keys, of_values = by_autograd(row.query, row.key, value, slope, CAUSAL, SINKS, RECENT)
+    scored, weighed = stored_reads(row)
+    matrix, error = torch.randn(5, 5), torch.randn(2, TOKENS, 5)
+    reads = JointReads((scored.of_channels(slice(0, 5)), weighed)).of_turned(matrix)
+    changes = reads.changes(error, slice(None)).sum((1, 2))
+    expected = (error @ matrix * (of_keys[..., :5] + of_values)).sum(1)
+    torch.testing.assert_close(changes.sum(-1), expected.sum(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
