@@ -25,7 +25,7 @@ import triton.language as tl
 from kvmix_compile.kernels.format.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS
 from kvmix_compile.kernels.gpu.code_rows import OCTET, QUAD, WARP
 from kvmix_compile.kernels.gpu.tiles import multiply
-from kvmix_compile.kernels.gpu.unpack import load_once, once, small_to_float
+from kvmix_compile.kernels.gpu.unpack import load_once, once, small_to_float, to_float32, to_integers
 
 # bfloat16's mantissa, and 128.0 in both halves of a word: a field at bit f of the mantissa makes 128 + field * 2**f.
 MANTISSA_BITS = 7
@@ -227,11 +227,12 @@ def _load_words_of_keys(first, row_bytes, group, ROWS: tl.constexpr, GROUP: tl.c
     """[tokens, threads along channels, words]"""
     UNIT: tl.constexpr = _unit(_bytes_of_keys(ROWS))
     WORDS: tl.constexpr = _words_of_keys(ROWS)
-    token = group * GROUP + tl.arange(0, GROUP)[:, None, None]
-    word = tl.arange(0, _QUAD)[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-    pointers = _words_at(first, UNIT) + token * (row_bytes // UNIT) + word
-    # The hint keeps the words of other threads from being loaded with a thread's own.
-    return tl.load(tl.max_contiguous(pointers, [1, 1, WORDS]))
+    token = group * GROUP + tl.arange(0, GROUP)[None, :, None]
+    pointers = _words_at(first, UNIT) + token * (row_bytes // UNIT) + tl.arange(0, _QUAD * WORDS)[None, None, :]
+    # No more is said of how they are aligned, so that a thread loads no words of others with its own; and the first
+    # dimension keeps them apart from scales of the same shape, which would be laid out together with them.
+    words = tl.load(tl.multiple_of(pointers, [UNIT, UNIT, UNIT * WORDS]))
+    return words.reshape(GROUP, _QUAD, WORDS)
 
 
 @triton.jit
@@ -258,11 +259,11 @@ def _load_once(pointers, mask):
 def _scale_and_zero_point(first, second, ROWS: tl.constexpr):
     """float32, of what _load_metadata gave."""
     if ROWS.scale_bits == 4:
-        nibbles = second.to(tl.int32)
+        nibbles = to_integers(second)
         scale = tl.exp2(_from_nibble(first, nibbles & 15))
         return once(scale), once(_from_nibble(first >> 32, nibbles >> 4))
     else:
-        return once(first.to(tl.float32)), once(second.to(tl.float32))
+        return once(to_float32(first)), once(to_float32(second))
 
 
 @triton.jit
@@ -470,9 +471,11 @@ def _load_words_of_values(first, row_bytes: tl.constexpr, ROWS: tl.constexpr):
     UNIT: tl.constexpr = _unit(_bytes_of_values(ROWS))
     token = tl.arange(0, _TOKENS // 8)[:, None, None] * 8 + tl.arange(0, _QUAD)[None, None, :] * 2
     pointers = _words_at(first, UNIT) + token * (row_bytes // UNIT) + tl.arange(0, _OCTET)[None, :, None]
-    # As in _load_words_of_keys: the order in which threads lie must not be that of the bytes.
-    even = tl.load(tl.max_contiguous(pointers, [1, 1, 1]))
-    return even, tl.load(tl.max_contiguous(pointers + row_bytes // UNIT, [1, 1, 1]))
+    # Threads are laid out by what is contiguous: along the last dimension first, though it is not. As what is said of
+    # alignment leaves one word for each thread, nothing else comes of it.
+    even = tl.multiple_of(tl.max_contiguous(pointers, [1, 2, 4]), [UNIT, UNIT, UNIT])
+    odd = tl.multiple_of(tl.max_contiguous(pointers + row_bytes // UNIT, [1, 2, 4]), [UNIT, UNIT, UNIT])
+    return tl.load(even), tl.load(odd)
 
 
 @triton.jit

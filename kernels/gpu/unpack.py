@@ -418,7 +418,7 @@ def once(x):
     The compiler, to save moving a small tensor between threads, would rather have every thread work out all that it
     needs of it: for the scales and zero points more than half of the loop's instructions. Triton 3.7 does not repeat
     what has side effects. Triton 3.6 does, but not across a load of many bytes, unless on the way it finds one
-    conversion to a larger type where it can move these bytes instead: _to_integers and _to_float32 hide it.
+    conversion to a larger type where it can move these bytes instead: to_integers and to_float32 hide it.
     And it looks back from a product to the bytes that the operands were made of, to hold them in the order in which
     bytes are multiplied, which takes another move for each element; it does not look past side effects either.
     """
@@ -443,10 +443,10 @@ def load_metadata(
     mask = is_block & is_channel
     if FORMAT.scale_bits == 16:
         GROUPS: tl.constexpr = _TOKENS * FORMAT.channels // FORMAT.group
-        scale = _to_float32(load_once(halves + index, mask, THREADS))
-        zero_point = _to_float32(load_once(halves + GROUPS + index, mask, THREADS))
+        scale = to_float32(load_once(halves + index, mask, THREADS))
+        zero_point = to_float32(load_once(halves + GROUPS + index, mask, THREADS))
     else:
-        nibbles = _to_integers(load_once(metadata + _EXTREMES_BYTES + index, mask, THREADS))
+        nibbles = to_integers(load_once(metadata + _EXTREMES_BYTES + index, mask, THREADS))
         log2_scale = _from_nibble(halves, nibbles & 15, is_block, EXACT)
         scale = exact_exp2(log2_scale) if EXACT else tl.exp2(log2_scale)
         zero_point = _from_nibble(halves + 2, nibbles >> 4, is_block, EXACT)
@@ -477,7 +477,7 @@ def load_once(pointers, mask, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _to_integers(bytes):
+def to_integers(bytes):
     """Of uint8, int32."""
     if not _HAS_PTX:
         return bytes.to(tl.int32)
@@ -498,7 +498,7 @@ def _to_integers(bytes):
 
 
 @triton.jit
-def _to_float32(halves):
+def to_float32(halves):
     if not _HAS_PTX:
         return halves.to(tl.float32)
     else:

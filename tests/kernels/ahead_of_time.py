@@ -187,7 +187,8 @@ def show(chip: int, what: str, compiled: Compiled) -> None:
     )
 
 
-def check_decoding(chip: int, compiled: Compiled, most_stack_bytes: int = 0) -> None:
+def check_decoding(chip: int, compiled: Compiled, most_stack_bytes: int = 16) -> None:
+    """most_stack_bytes: Triton 3.6 keeps two numbers of a program there, which are needed once a block."""
     assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled.ptx)
     assert compiled.stack_bytes <= most_stack_bytes
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]
