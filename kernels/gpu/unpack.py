@@ -499,6 +499,7 @@ def to_integers(bytes):
 
 @triton.jit
 def to_float32(halves):
+    """float16 as float32 by an instruction that Triton does not carry out twice."""
     if not _HAS_PTX:
         return halves.to(tl.float32)
     else:
