@@ -5,7 +5,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-MEASURED = ("sites", "masks", "difference when rewritten", "padded", "16 bits", "2.3 bits", "backend")
+MEASURED = ("sites", "masks", "difference when rewritten", "padded", "16 bits", "2.3 bits", "bytes a token", "backend")
 REASONS = {
     "Refused by `apply`": "refusal",
     "Refused by the backend": "backend_refusal",
@@ -26,6 +26,9 @@ generate text from ids:
 - **{either}** work in one of the two ways. `apply` refuses {refused}, the backend {backend_refused}, each before
   anything is changed and with the reason given below; {no_static} do not run compiled with a `StaticCache` themselves;
 - **{failed}** failed otherwise.
+
+Bytes a token: what one takes at 2.3 bits once it is packed, of what it takes in the model's own cache, which here is in
+float32. Toys have small heads, so that scales and zero points are more of it than elsewhere.
 """
 
 
@@ -81,8 +84,16 @@ def _measured(row: Row) -> list[str]:
     difference = "" if row["verified"] is None else f"{row['verified']:.0e}"
     return [
         str(row["sites"] or ""), ", ".join(row["masks"]), difference,
-        *(_answer(row[name]) for name in ("padded", "text", "quantized", "backend")),
+        *(_answer(row[name]) for name in ("padded", "text", "quantized")), _bytes(row), _answer(row["backend"]),
     ]  # fmt: skip
+
+
+def _bytes(row: Row) -> str:
+    """What a token takes, and of what; empty where that was not asked."""
+    packed, own = row.get("token_bytes"), row.get("own_cache_bytes")
+    if packed is None:
+        return ""
+    return f"{packed:.0f}" if own is None else f"{packed:.0f} of {own:.0f}"
 
 
 def _answer(value: bool | None) -> str:

@@ -37,6 +37,7 @@ class Trial:
     padded: whether what follows was tried on a batch one row of which is padded on the left.
     text: whether greedy text with a plan of 16 bits is the original's. quantized: whether it has the right length, and
         finite logits, at 2.3 bits.
+    token_bytes: what a packed token takes at 2.3 bits; own_cache_bytes: in the model's own cache, where it keeps one.
     refusal: why `apply` declined. backend: as `text`, of torch.compile(backend="kvmix") with a StaticCache;
         backend_refusal: why it declined.
     static_cache: why the original itself does not generate with torch.compile and a StaticCache.
@@ -52,6 +53,8 @@ class Trial:
     padded: bool | None = None
     text: bool | None = None
     quantized: bool | None = None
+    token_bytes: float | None = None
+    own_cache_bytes: float | None = None
     refusal: str | None = None
     backend: bool | None = None
     backend_refusal: str | None = None
@@ -120,6 +123,8 @@ def _try_apply(trial: Trial, model: PreTrainedModel, prompt: dict[str, Tensor], 
         trial.sites, trial.verified = len(report.sites), report.verified
         trial.masks = tuple(dict.fromkeys(site.attention for site in report.sites))
         trial.text = torch.equal(generate(lossless, prompt).sequences, expected)
+        report = quantized.kvmix_report
+        trial.token_bytes, trial.own_cache_bytes = report.token_bytes, report.own_cache_bytes
         output = generate(quantized, prompt)
         is_finite = all(bool(logits.isfinite().all()) for logits in output.logits)
         trial.quantized = is_finite and output.sequences.shape == expected.shape

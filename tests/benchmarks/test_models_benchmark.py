@@ -35,6 +35,7 @@ def test_a_decoder_works_in_both_ways(sample: dict[str, dict[str, Any]]) -> None
     row = sample["olmo2"]
     assert (row["sites"], row["text"], row["quantized"], row["backend"]) == (2, True, True, True)
     assert row["verified"] < 1e-4 and row["padded"]
+    assert 0 < row["token_bytes"] < row["own_cache_bytes"] / 5
     assert not (row["refusal"] or row["backend_refusal"] or row["failures"])
 
 
