@@ -81,6 +81,8 @@ def find_latents(site: AttentionSite, captured: Captured) -> Latents | None:
     cut = narrowest_cut(site, captured)
     if cut is None or cut.numbers >= site.key_elements + site.value_elements:
         return None
+    if site.readers:
+        raise UnsupportedModelError("several attentions read them")
     if site.query_heads != site.kv_heads:
         raise UnsupportedModelError("its query heads share keys")
     scores = None if operation(site.output) == ATTENTION else _scores(site)

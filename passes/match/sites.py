@@ -8,7 +8,7 @@ grouped queries.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
@@ -109,7 +109,8 @@ class AttentionSite(Shaped):
 
     `key` and `value` are `[batch, kv_heads, tokens, dim]`, before their heads are repeated; `query` and `output` have
     `query_heads`. `sink_logits`: as many numbers as there are query heads, of any shape (sink_logits.py).
-    `values_are_keys`: a token's whole key is its value followed by `key`, and a query has channels for both.
+    `values_are_keys`: a token's whole key is its value followed by `key`, and a query has channels for both. `readers`:
+    later attentions that read the same keys and values, which are stored once; each is as a site by itself would be.
     """
 
     layer: str
@@ -122,10 +123,16 @@ class AttentionSite(Shaped):
     score_function: ScoreFunction
     sink_logits: fx.Node | None = None
     values_are_keys: bool = False
+    readers: tuple[Self, ...] = ()
 
     @property
     def mask(self) -> Mask:
         return self.score_function.mask
+
+    @property
+    def attentions(self) -> tuple[Self, ...]:
+        """All that read what the site stores, in the graph's order."""
+        return (self, *self.readers)
 
     def mapped(self, nodes: Mapping[fx.Node, fx.Node]) -> Self:
         """The same site in a copy of its graph, where `nodes` says what each node became."""
@@ -136,12 +143,14 @@ class AttentionSite(Shaped):
             value=nodes[self.value],
             output=nodes[self.output],
             sink_logits=None if self.sink_logits is None else nodes[self.sink_logits],
+            readers=tuple(reader.mapped(nodes) for reader in self.readers),
         )
 
     @property
     def attention(self) -> str:
         """What attends to what, and how, in a few words."""
         others = ["sink logits"] * (self.sink_logits is not None) + ["values are keys"] * self.values_are_keys
+        others += [f"read by {len(self.readers)} more"] * bool(self.readers)
         return ", ".join([str(self.score_function), *others])
 
 
@@ -182,7 +191,22 @@ def find_sites(captured: Captured) -> Sites:
             matched.append(_site(attention, _score_function(attention, probe), captured))
         except UnsupportedModelError as error:
             refused.append(Refusal(layer, str(error).removeprefix(f"{layer}: ")))
-    return Sites(tuple(matched), tuple(refused))
+    return Sites(stored_once(matched), tuple(refused))
+
+
+def stored_once(attentions: Iterable[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """Of attentions in the graph's order those that store keys and values, the others among their `readers`.
+
+    Layers that are given the keys and values of an earlier one read what that stores, if their masks are the same: of
+    other windows other tokens are kept.
+    """
+    sites: dict[Hashable, AttentionSite] = {}
+    for attention in attentions:
+        stores = attention.key, attention.value, attention.values_are_keys
+        read = *stores, attention.score_function.mask, attention.query_heads
+        first = sites.get(read)
+        sites[read] = attention if first is None else replace(first, readers=(*first.readers, attention))
+    return tuple(sites.values())
 
 
 def _candidates(captured: Captured, dataflow: Dataflow) -> Iterable[fx.Node]:

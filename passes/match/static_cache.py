@@ -12,7 +12,7 @@ The last three belong to sliding-window layers, whose buffer holds a window and 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -46,6 +46,7 @@ from kvmix_compile.passes.match.sites import (
     is_repeat,
     module_path,
     named,
+    stored_once,
     unequal_heads,
     unmasked,
 )
@@ -111,7 +112,20 @@ def find_cached_sites(lowered: Lowered) -> tuple[CachedSite, ...]:
     Raises UnsupportedModelError, naming the layer, for attention over a cache that cannot be replaced, and where the
     cache is one that grows by concatenation.
     """
-    return tuple(_Finder(lowered).sites())
+    return tuple(_stored_once(list(_Finder(lowered).sites())))
+
+
+def _stored_once(cached: list[CachedSite]) -> Iterator[CachedSite]:
+    """Those of the sites that store keys and values, in their order, with those that read the same by the same mask
+    among their readers.
+    """
+    by_mask: dict[frozenset[fx.Node], list[AttentionSite]] = {}
+    for one in cached:
+        by_mask.setdefault(one.sides, []).append(one.site)
+    storing = {site.output: site for attentions in by_mask.values() for site in stored_once(attentions)}
+    for one in cached:
+        if (site := storing.get(one.site.output)) is not None:
+            yield replace(one, site=site)
 
 
 class _Finder:
@@ -351,7 +365,8 @@ def _window(tensor: fx.Node, written: fx.Node, source: fx.Node) -> Iterator[Buff
         rolled, index, new = cast(Any, put.args[:3])
         one_slot = isinstance(index, list | tuple) and len(index) == 3 and list(index[:2]) == [None, None]
         if one_slot and operation(rolled) == "roll" and rolled.args in [(tensor, [-1], [axis]) for axis in _TOKENS]:
-            yield Buffer(tensor, written, new, written, "rolled", slot=index[2], holds_all=False)
+            for new in _of_every_row(new, tensor):
+                yield Buffer(tensor, written, new, written, "rolled", slot=index[2], holds_all=False)
         return
     full: Any = source.args[0] if operation(source) == "slice" and source.args[1] in _TOKENS else source
     if operation(full) == "cat" and full.args[1:] and full.args[1] in _TOKENS:
@@ -361,6 +376,18 @@ def _window(tensor: fx.Node, written: fx.Node, source: fx.Node) -> Iterator[Buff
             yield Buffer(tensor, written, new, full, "joined", holds_all=held is tensor or held.args[2] == 0)
     elif full is not tensor:
         yield Buffer(tensor, written, full, full, "fresh")
+
+
+def _of_every_row(new: fx.Node, tensor: fx.Node) -> Iterator[fx.Node]:
+    """The `[batch, kv_heads, 1, dim]` of a buffer that is written to a slot of it: of a single row PyTorch writes it
+    without its batch.
+    """
+    _, heads, _, dim = tensor.meta["val"].shape
+    for source in behind_layout(new, {"view", "reshape", "squeeze"}):
+        value = tensor_of(source)
+        if value is not None and value.dim() == 4 and value.shape[1:] == (heads, 1, dim):
+            yield source
+            return
 
 
 def _writes_of_a_slot(node: fx.Node) -> list[fx.Node]:

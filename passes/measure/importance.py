@@ -186,7 +186,11 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
     The same for every set of weights.
     """
     parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.model.named_parameters()]
-    parts += [f"{site.layer}{(site.query_heads, site.kv_heads, site.key_dim, site.value_dim)}" for site in sites]
+    parts += [
+        f"{attention.layer}{(site.query_heads, site.kv_heads, site.key_dim, site.value_dim)}"
+        for site in sites
+        for attention in site.attentions
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -243,10 +247,12 @@ class _Recorder(fx.Interpreter):
             for site in sites
         ]
         found = [projection for pair in self.projections for projection in pair if projection is not None]
-        self.differentiated = {site.output for site in sites} | {projection.output for projection in found}
+        attentions = [attention for site in sites for attention in site.attentions]
+        self.differentiated = {attention.output for attention in attentions}
+        self.differentiated |= {projection.output for projection in found}
         self.watched = self.differentiated | {projection.input for projection in found}
-        self.watched |= {node for site in sites for node in (site.query, site.key, site.value)}
-        self.watched |= {site.sink_logits for site in sites if site.sink_logits is not None}
+        self.watched |= {node for it in attentions for node in (it.query, it.key, it.value)}
+        self.watched |= {it.sink_logits for it in attentions if it.sink_logits is not None}
         self.values: dict[fx.Node, Tensor] = {}
         self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
 
@@ -280,20 +286,28 @@ class _Recorder(fx.Interpreter):
                 for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
                     tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
         for site, key, value in zip(self.sites, keys, values, strict=True):
-            queries, site_keys, site_values = (
-                self.values[node].detach()[0] for node in (site.query, site.key, site.value)
-            )
-            slope, predictions = gradients[site.output][0], tokens - sinks - recent
-            logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-            scored = torch.cat([site_values, site_keys], dim=-1) if site.values_are_keys else site_keys
-            attention = RowAttention(queries, scored, site_values, slope, site.score_function, sinks, recent, logits)
-            of_keys, of_values = _how_read(site, attention)
-            key.add(site_keys, of_keys[0], sinks, predictions, of_keys[1])
-            # As they are stored, which is rotated.
-            rotated = site_values @ there(site.value_dim, site_values)
-            value.add(rotated, of_values[0], sinks, predictions, of_values[1])
+            # What is stored once is lost by each attention that reads it, in another layer's outcome.
+            for attention in site.attentions:
+                self._add_reads(attention, gradients[attention.output][0], key, value, sinks, recent)
         self.values.clear()
         return loss.item()
+
+    def _add_reads(
+        self, site: AttentionSite, gradient: Tensor, key: Tally, value: Tally, sinks: int, recent: int
+    ) -> None:
+        """Add what one attention reads of the row to the tallies of its keys and values. `gradient`: of the loss with
+        respect to what it gives.
+        """
+        queries, keys, values = (self.values[node].detach()[0] for node in (site.query, site.key, site.value))
+        logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
+        scored = torch.cat([values, keys], dim=-1) if site.values_are_keys else keys
+        row = RowAttention(queries, scored, values, gradient, site.score_function, sinks, recent, logits)
+        predictions = keys.shape[1] - sinks - recent
+        of_keys, of_values = _how_read(site, row)
+        key.add(keys, of_keys[0], sinks, predictions, of_keys[1])
+        # As they are stored, which is rotated.
+        rotated = values @ there(site.value_dim, values)
+        value.add(rotated, of_values[0], sinks, predictions, of_values[1])
 
     def _loss(self, row: Tensor) -> Tensor:
         logits = self.run(*self.captured.inputs(row))

@@ -104,11 +104,26 @@ def rewrite_site(
     counts: tuple[fx.Node, fx.Node],
     stored: StoredSite,
 ) -> None:
-    """Put the operators in the place of `site.output`, and the site's state behind the inputs of the module's graph.
+    """Put the operators in the place of the `output` of each of the site's attentions, and its state behind the inputs
+    of the module's graph.
 
     `index`: the site's number. `counts`: the inputs lengths and starts.
     """
-    state = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS])
+    state, given = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS]), site
+    for number, attention in enumerate(site.attentions):
+        changed = _as_stored(module, attention, index, stored)
+        # All read what the first of them is given, as it is stored.
+        given = replace(changed, key=given.key, value=given.value) if number else changed
+        attended = _attend_and_append(
+            module, given, index, counts, state, stored, number=number, is_last=number == len(site.readers)
+        )
+        multiply_output(module, given, attended, index, stored)
+        if stored.values_rotated:
+            turn_back(module, given, attended, index)
+
+
+def _as_stored(module: fx.GraphModule, site: AttentionSite, index: int, stored: StoredSite) -> AttentionSite:
+    """The site with its keys and values as they are stored, and queries that go with them."""
     if stored.channel_order is not None:
         name = f"channel_order_{index}"
         constant = torch.tensor(stored.channel_order, device=site.key.meta["val"].device)
@@ -116,15 +131,7 @@ def rewrite_site(
         site = _with_ordered_channels(module.graph, site, name)
     # Divided first: what is rotated fits then, and so does what is turned back.
     site = with_divided_inputs(module, site, index, stored)
-    if stored.values_rotated:
-        site = with_rotated_values(module, site, index)
-    if site.score_function.slopes:
-        slopes = torch.tensor(site.score_function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
-        module.register_buffer(f"slopes_{index}", slopes.contiguous(), persistent=False)
-    attended = _attend_and_append(module.graph, site, index, counts, state, stored)
-    multiply_output(module, site, attended, index, stored)
-    if stored.values_rotated:
-        turn_back(module, site, attended, index)
+    return with_rotated_values(module, site, index) if stored.values_rotated else site
 
 
 def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> AttentionSite:
@@ -144,28 +151,36 @@ def _with_ordered_channels(graph: fx.Graph, site: AttentionSite, order: str) -> 
 
 
 def _attend_and_append(
-    graph: fx.Graph,
+    module: fx.GraphModule,
     site: AttentionSite,
     index: int,
     counts: tuple[fx.Node, fx.Node],
     state: Sequence[fx.Node],
     kept: StoredSite,
+    *,
+    number: int,
+    is_last: bool,
 ) -> fx.Node:
     """Put the operators in the place of `site.output`, which is erased; returns the node that gives its values.
-    `counts`: lengths and starts; `state`: the six tensors of the site's state.
+    `counts`: lengths and starts; `state`: the six tensors of the site's state. `number`: which of those it is that read
+    the state; the last of them stores what is new.
     """
-    output, (lengths, starts) = site.output, counts
+    output, (lengths, starts), graph = site.output, counts, module.graph
+    if kept.exact_chunks and not is_last:
+        # What is new is stored on the way, and the next is to find none of it.
+        with graph.inserting_before(output):
+            state = [graph.call_function(torch.ops.aten.clone.default, (tensor,)) for tensor in state]
     # In what the operators are given, nodes stand for tensors.
     new: dict[str, Any] = {"key": site.key, "value": site.value, "lengths": lengths, "starts": starts}
     chunk, stored, storage = Chunk(**new), SiteState(*cast(Any, state)), kept.layout.storage
     with graph.inserting_before(output):
-        weighting = _weighting(graph, site, index)
+        weighting = _weighting(module, site, f"slopes_{index}_{number}" if number else f"slopes_{index}")
         given, extras = attend_arguments(cast(Any, site.query), chunk, stored, storage, weighting)
         operators = torch.ops.kvmix
         operator = operators.attend_stepwise if kept.exact_chunks else operators.attend
         attended = graph.call_function(operator.default, given, extras)
         attended.meta = dict(output.meta)
-        if not kept.exact_chunks:
+        if is_last and not kept.exact_chunks:
             # Tokens attend to the past as stored and to each other in full precision: what is new is stored afterwards.
             graph.call_function(operators.append.default, append_arguments(chunk, stored, storage))
     output.replace_all_uses_with(attended)
@@ -173,13 +188,15 @@ def _attend_and_append(
     return attended
 
 
-def _weighting(graph: fx.Graph, site: AttentionSite, index: int) -> Weighting:
-    """How the site's scores are weighted, with nodes in the place of tensors."""
-    function, sink_logits, slopes = site.score_function, None, None
+def _weighting(module: fx.GraphModule, site: AttentionSite, name: str) -> Weighting:
+    """How the site's scores are weighted, with nodes in the place of tensors. `name`: of a new constant for slopes."""
+    graph, function, sink_logits, slopes = module.graph, site.score_function, None, None
     if site.sink_logits is not None:
         sink_logits = graph.call_function(torch.ops.aten.reshape.default, (site.sink_logits, [-1]))
     if function.slopes:
-        slopes = graph.get_attr(f"slopes_{index}")
+        of_heads = torch.tensor(function.slopes, device=site.key.meta["val"].device).expand(site.query_heads)
+        module.register_buffer(name, of_heads.contiguous(), persistent=False)
+        slopes = graph.get_attr(name)
     return Weighting(
         scale=function.scale,
         softcap=function.softcap,

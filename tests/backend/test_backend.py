@@ -69,6 +69,13 @@ def test_at_16_bits_the_logits_are_the_originals(name: str) -> None:
     assert close(found, original(name)(text, use_cache=False).logits)
 
 
+def test_a_single_row_beyond_its_window() -> None:
+    """PyTorch writes it to a window's slot without its batch."""
+    text = ids(40, rows=1)
+    found = logits(compiled("mistral"), static_cache("mistral"), text, 30)
+    assert close(found, original("mistral")(text, use_cache=False).logits)
+
+
 def test_the_same_plan_gives_the_logits_and_the_bytes_of_apply() -> None:
     name = "gemma3"
     text, past = ids(150), static_cache(name)

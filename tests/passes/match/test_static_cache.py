@@ -239,6 +239,33 @@ def test_attention_to_something_else_is_left_alone() -> None:
     assert operations(graph).count("scaled_dot_product_attention") == 1
 
 
+def test_what_two_attentions_read_is_stored_once() -> None:
+    def attend(query, key, value, layer):
+        length = layer.cumulative_length.clone()
+        mask = torch.arange(SLOTS) <= (torch.arange(query.shape[2]) + length)[:, None]
+        keys, values = layer.update(key, value)
+        first = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        return F.scaled_dot_product_attention(query + first, keys, values, attn_mask=mask)
+
+    graph = toy_graph(attend)
+    (cached,) = find_cached_sites(graph)
+    assert len(cached.site.readers) == 1
+    rewritten(graph, (cached,))
+    assert [name for name in operations(graph) if name in ("attend", "append")] == ["attend", "attend", "append"]
+
+
+def test_by_another_mask_it_is_stored_again() -> None:
+    def attend(query, key, value, layer):
+        length = layer.cumulative_length.clone()
+        position = (torch.arange(query.shape[2]) + length)[:, None]
+        keys, values = layer.update(key, value)
+        first = F.scaled_dot_product_attention(query, keys, values, attn_mask=torch.arange(SLOTS) <= position)
+        other = torch.arange(SLOTS) < position + 1
+        return F.scaled_dot_product_attention(query + first, keys, values, attn_mask=other)
+
+    assert [cached.site.readers for cached in find_cached_sites(toy_graph(attend))] == [(), ()]
+
+
 def without_mask(query, key, value, layer):
     return F.scaled_dot_product_attention(query, *layer.update(key, value))
 
