@@ -5,6 +5,7 @@ live model through `get_attr` nodes, so that nothing is copied and `model.to(dev
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,8 @@ from kvmix_compile.passes.capture.logits import select_early
 from kvmix_compile.passes.capture.randomness import refuse_randomness
 from kvmix_compile.passes.capture.regions import inline_regions
 from kvmix_compile.passes.capture.signature import parameters_of
+from kvmix_compile.passes.capture.single_nodes import StatefulModule, give_modules, noted
+from kvmix_compile.passes.capture.stateful import find_stateful
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.buffers import assemble_at_once
 from kvmix_compile.passes.graph.edit import clean_up
@@ -82,13 +85,14 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     check_capturable(model)
+    stateful = find_stateful(model)
     before = names_held(model)
     with untouched(model) as written:
         wrapper = _LogitsOnly(model).eval()
-        with recorded_reads(model, written) as reads:
+        with noted(model, stateful), recorded_reads(model, written) as reads:
             program = _export(model, wrapper)
         added = added_since(before)
-    captured = _captured(program, wrapper, reads, written)
+    captured = _captured(program, wrapper, stateful, reads, written)
     make_real(model, added, lambda tokens: wrapper(*_example(model, 1, tokens, tokens)))
     return captured
 
@@ -167,11 +171,18 @@ def first_line(error: Exception) -> str:
     return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
-def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, written: Written) -> Captured:
+def _captured(
+    program: ExportedProgram,
+    wrapper: _LogitsOnly,
+    stateful: Sequence[StatefulModule],
+    reads: Reads,
+    written: Written,
+) -> Captured:
     exported = program.graph_module
     passes = [recorded("regions", exported, lambda: inline_regions(exported))[0]]
     refuse_randomness(exported.graph)
     module = _of_inputs_alone(program, wrapper.model)
+    give_modules(module, wrapper.model, stateful)
     passes += [
         recorded("products", module, lambda: take_out_additions(module.graph))[0],
         recorded("writes", module, lambda: write_to_copies(module))[0],
