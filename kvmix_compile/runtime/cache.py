@@ -113,9 +113,9 @@ class KVMixCache(Cache):
         """Raise CacheError for what would take tokens back."""
         if self.format.carried:
             raise CacheError(
-                f"{asked} takes tokens back, and {self.format.carrying_layers} carries a state from token to "
-                "token, which cannot be taken back: keep a copy.deepcopy of the cache to return to, or read the text again into a "
-                "new one"
+                f"{asked} takes tokens back, and {self.format.carrying_layers} carries a state from token to token, "
+                "which cannot be taken back: keep a copy.deepcopy of the cache to return to, or read the text again "
+                "into a new one"
             )
 
     def check_batch(self, batch: int) -> None:

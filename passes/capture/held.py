@@ -88,7 +88,7 @@ def _beside(owner: Any, ways: Sequence[Way]) -> Iterator[Any]:
 
 
 def _values(owner: Any, way: Way, within: set[int]) -> Iterator[tuple[Way, Any]]:
-    if isinstance(owner, Tensor | _SIMPLE):
+    if isinstance(owner, (Tensor, *_SIMPLE)):
         yield way, owner
         return
     if isinstance(owner, nn.Module | type) or id(owner) in within:
