@@ -196,8 +196,8 @@ def noted(model: nn.Module, stateful: Sequence[StatefulModule]) -> Iterator[None
 
 
 def _note(stateful: StatefulModule, *arguments: Any, **named: Any) -> Any:
-    call = (arguments, named)
-    tensors = tensors_held(call)
+    # Some models make a cache whether they are asked to or not.
+    tensors = tensors_held(with_held((arguments, named), {stateful.cache: None}))
     if set(tensors) != set(stateful.ways):
         raise CaptureError(
             f"{stateful.path} ({stateful.kind}) is given other tensors without a cache than with one: its state cannot "
