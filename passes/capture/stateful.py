@@ -25,6 +25,8 @@ from kvmix_compile.passes.untouched.untouched import untouched
 # Rows and tokens of the two texts that a model is run on. All differ, so that each size is known for what it is.
 SIZES = ((2, 11), (3, 14))
 PADDING = 3
+# No vocabulary is smaller.
+FEWEST_IDS = 23
 
 OTHER_WAY = (
     "torch.compile(model, backend='kvmix') with a StaticCache leaves such layers as they are, and may do for this model"
@@ -79,7 +81,7 @@ def _cache_after(model: nn.Module, rows: int, tokens: int, padding: int = 0) -> 
     """The model's own cache after a text, of which the first row begins with padding; None where it does not run so."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # Ids that differ: states of equal tokens would not show whether they are carried on.
-    ids = (torch.arange(rows * tokens, device=device).reshape(rows, tokens) * 7 + 3) % 97 % _vocabulary(model)
+    ids = (torch.arange(rows * tokens, device=device).reshape(rows, tokens) * 7 + 3) % FEWEST_IDS
     options: dict[str, Any] = {"use_cache": True}
     if padding:
         options["attention_mask"] = torch.ones_like(ids)
@@ -90,12 +92,6 @@ def _cache_after(model: nn.Module, rows: int, tokens: int, padding: int = 0) -> 
         raise
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):  # what the model cannot do is seen later
         return None
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", None) or 97)
 
 
 def _takes_mask(model: nn.Module) -> bool:
