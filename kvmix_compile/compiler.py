@@ -248,6 +248,11 @@ def find_in(captured: Captured, report: Report) -> Found:
     report.passes = (*captured.passes, latents, sites.record)
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
+    if not sites.matched and captured.stateful:
+        raise UnsupportedModelError(
+            f"no attention was found in {name}, whose layers carry states of fixed size from token to token "
+            f"({captured.stateful[0].path}), so there is no KV cache to compress"
+        )
     if not sites.matched:
         raise UnsupportedModelError(
             f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "

@@ -101,7 +101,7 @@ class KVMixCache(Cache):
             states = iter(after)
             self.carried = tuple(tuple(islice(states, len(one.tensors))) for one in self.format.carried)
         self.advance(tokens, starts)
-        return given  # type: ignore[no-any-return]
+        return given
 
     def _carried_in(self) -> list[Any]:
         """What is carried, as the graph takes it: None for each tensor before the first call."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_compile.kernels.ambient import as_captured
-from kvmix_compile.passes.capture.held import Mould, Way, held_at, item, tensors_held, with_held
+from kvmix_compile.passes.capture.held import Mould, Way, held_at, item, tensors_held, values_held, with_held
 from kvmix_compile.passes.capture.signature import cache_in, cache_name, parameters_of
 from kvmix_compile.passes.capture.single_nodes import Sizes, StatefulModule
 from kvmix_compile.passes.capture.state_trials import goes_on_by
@@ -194,10 +194,12 @@ def _stateful(
     sizes = [_sizes(path, tensor, others[way]) for way, tensor in given.items()]
     empty = dict.fromkeys(given)
     mask, mask_dtype = _mask_in(path, given.keys(), padded)
-    cache = deepcopy(fresh)
-    arguments, named = with_held(call.arguments, {call.cache: cache})
-    module.forward(*arguments, **named)
-    ways = tuple(way for way in tensors_held(cache) if way not in tensors_held(fresh))
+    held = [{**vars(one)} for one in module.modules()]
+    cache, ways = _filled(module, call, fresh)
+    if _simple_values(cache) != _simple_values(_filled(module, other, fresh)[0]):
+        raise _error(path, "keeps what is no tensor beside it, otherwise for other texts")
+    if any(_differ(before, vars(one)) for before, one in zip(held, module.modules(), strict=True)):
+        raise _error(path, "keeps more in attributes of its own")
     states = tuple(_state_sizes(path, held_at(cache, way)) for way in ways)
     found = StatefulModule(
         path=path,
@@ -222,6 +224,23 @@ def _stateful(
     if by is None:
         raise _error(path, "does not go on from its state as if it had read the text in one go")
     return replace(found, stepwise=by == "tokens")
+
+
+def _filled(module: nn.Module, call: _Call, fresh: Any) -> tuple[Any, tuple[Way, ...]]:
+    """The cache after this call alone, and the tensors that it wrote there."""
+    cache = deepcopy(fresh)
+    before = _seen(cache)
+    arguments, named = with_held(call.arguments, {call.cache: cache})
+    module.forward(*arguments, **named)
+    return cache, tuple(way for way, seen in _seen(cache).items() if before.get(way) != seen)
+
+
+def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return before.keys() != after.keys() or any(after[name] is not value for name, value in before.items())
+
+
+def _simple_values(cache: Any) -> dict[Way, Any]:
+    return {way: value for way, value in values_held(cache).items() if not isinstance(value, Tensor)}
 
 
 def _tensors_given(call: _Call) -> dict[Way, Tensor]:

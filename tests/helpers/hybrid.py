@@ -1,4 +1,4 @@
-"""A hybrid written by hand, with a cache of its own: a recurrence, attention, and ways for the recurrence to go wrong."""
+"""A hybrid written by hand, with a cache of its own: a recurrence and attention, and ways for that to go wrong."""
 
 from types import SimpleNamespace
 from typing import Literal
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH = 64, 32
+VOCABULARY, WIDTH = 128, 32
 
-# Right for any number of tokens; forgets its state where several come at once; forgets it always; counts its calls in
-# the cache; has keys and values of its own.
-Kind = Literal["right", "forgets several", "forgets", "is called twice", "keeps keys"]
+# Right for any number of tokens; forgets its state where several come at once; forgets it always; is called twice for
+# each token; has keys and values of its own; counts tokens in the cache; remembers what it was given.
+Kind = Literal["right", "forgets several", "forgets", "is called twice", "keeps keys", "counts", "remembers"]
 
 
 class Held:
@@ -19,6 +19,7 @@ class Held:
 
     def __init__(self) -> None:
         self.state: Tensor | None = None
+        self.seen = 0
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keys_and_values(self, key: Tensor, value: Tensor, name: str = "") -> tuple[Tensor, Tensor]:
@@ -38,12 +39,16 @@ class Recurrence(nn.Module):
         forgets = self.kind == "forgets" or (self.kind == "forgets several" and several)
         if cache is not None and cache.state is not None and not forgets:
             state = cache.state
+        if self.kind == "remembers":
+            self.last = hidden
         outputs = []
         for token in self.taken(hidden).unbind(dim=1):
             state = state * torch.sigmoid(self.decay) + token
             outputs.append(state)
         if cache is not None:
             cache.state = state
+            if self.kind == "counts":
+                cache.seen += hidden.shape[1]
             if self.kind == "keeps keys":
                 cache.keys_and_values(hidden, hidden, "of the recurrence")
         return torch.stack(outputs, dim=1)

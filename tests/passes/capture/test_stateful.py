@@ -42,6 +42,8 @@ def test_what_forgets_its_state_is_fed_by_single_tokens() -> None:
         ("forgets", "recurrence carries a state.*as if it had read the text in one go"),
         ("is called twice", "recurrence carries a state.*called 2 times"),
         ("keeps keys", "recurrence carries a state.*beside its state"),
+        ("counts", "recurrence carries a state.*what is no tensor"),
+        ("remembers", "recurrence carries a state.*attributes of its own"),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(kind: Kind, said: str) -> None:
