@@ -90,7 +90,7 @@ def capture(model: nn.Module) -> Captured:
     with untouched(model) as written:
         wrapper = _LogitsOnly(model).eval()
         with noted(model, stateful), recorded_reads(model, written) as reads:
-            program = _export(model, wrapper)
+            program = _export(model, wrapper, stateful)
         added = added_since(before)
     captured = _captured(program, wrapper, stateful, reads, written)
     make_real(model, added, lambda tokens: wrapper(*_example(model, 1, tokens, tokens)))
@@ -107,7 +107,7 @@ def _example(model: nn.Module, batch: int, tokens: int, logits: int) -> tuple[Te
     )
 
 
-def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
+def _export(model: nn.Module, wrapper: "_LogitsOnly", stateful: Sequence[StatefulModule]) -> ExportedProgram:
     example = _example(model, EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS)
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
@@ -122,16 +122,19 @@ def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model)}"
+            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model, stateful)}"
         ) from error
 
 
-def _advice(model: nn.Module) -> str:
-    """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it."""
+def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
+    """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it,
+    which is not one of a stateful module.
+    """
+    not_traced = tuple(f"{one.path}." for one in stateful)
     mixing = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.RNNBase)
+        if isinstance(module, nn.Conv1d | nn.RNNBase) and not name.startswith(not_traced)
     ]
     if mixing:
         more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from kvmix_compile.passes.untouched.untouched import untouched
 
 # Rows and tokens of the two texts that a model is run on. All differ, so that each size is known for what it is.
 SIZES = ((2, 11), (3, 14))
+# And of two on which a cache shows what grows with tokens: no longer than the shortest of windows.
+SHORT = ((2, 3), (2, 5))
 PADDING = 3
 # No vocabulary is smaller.
 FEWEST_IDS = 23
@@ -64,11 +67,13 @@ def find_stateful(model: nn.Module) -> tuple[StatefulModule, ...]:
     if cache_name(model.forward) not in parameters_of(model.forward):
         return ()
     with untouched(model):
-        cache = _cache_after(model, *SIZES[0])
-        if not _states(cache, *SIZES[0]):
+        caches = [_cache_after(model, *sizes) for sizes in SHORT]
+        states = _states(*caches)
+        if not states:
             return ()
-        first, second = (_watched(model, type(cache), *sizes) for sizes in SIZES)
-        padded = _watched(model, type(cache), *SIZES[0], PADDING) if _takes_mask(model) else None
+        watched = partial(_watched, model, type(caches[0]), states)
+        first, second = (watched(*sizes) for sizes in SIZES)
+        padded = watched(*SIZES[0], PADDING) if _takes_mask(model) else None
         found = [
             _stateful(model, path, call, _same_call(path, second), first.fresh, padded)
             for path, calls in first.calls.items()
@@ -98,25 +103,28 @@ def _takes_mask(model: nn.Module) -> bool:
     return "attention_mask" in parameters_of(model.forward)
 
 
-def _states(cache: Any, rows: int, tokens: int) -> set[Way]:
-    """What a cache holds of rows and not of tokens."""
+def _states(cache: Any, longer: Any) -> set[Way]:
+    """What the caches of two texts of as many rows hold of rows and not of tokens."""
+    others = tensors_held(longer)
     return {
         way
         for way, tensor in tensors_held(cache).items()
-        if tensor.dim() > 1 and tensor.shape[0] == rows and tokens not in tensor.shape
+        if tensor.dim() > 1 and tensor.shape[0] == SHORT[0][0] and way in others and others[way].shape == tensor.shape
     }
 
 
-def _watched(model: nn.Module, kind: type, rows: int, tokens: int, padding: int = 0) -> _Run:
+def _watched(model: nn.Module, kind: type, states: set[Way], rows: int, tokens: int, padding: int = 0) -> _Run:
     run = _Run()
-    with _watching(model, kind, run, rows, tokens):
+    with _watching(model, kind, states, run):
         _cache_after(model, rows, tokens, padding)
     return run
 
 
 @contextmanager
-def _watching(model: nn.Module, kind: type, run: _Run, rows: int, tokens: int) -> Iterator[None]:
-    """Around a run of the model: each call of a module that is given a cache of this kind goes into `run`."""
+def _watching(model: nn.Module, kind: type, states: set[Way], run: _Run) -> Iterator[None]:
+    """Around a run of the model: each call of a module that is given a cache of this kind, in which these are states,
+    goes into `run`.
+    """
     pending: list[_Call] = []
 
     def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -135,7 +143,7 @@ def _watching(model: nn.Module, kind: type, run: _Run, rows: int, tokens: int) -
         if way is None:
             return
         call, cache = pending.pop(), held_at((arguments, named), way)
-        now, states = _seen(cache), _states(cache, rows, tokens)
+        now = _seen(cache)
         call.output = output
         call.wrote = {way for way, seen in now.items() if call.before.get(way) != seen and way in states}
         if pending:

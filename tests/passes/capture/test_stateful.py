@@ -31,6 +31,10 @@ def test_a_model_of_attention_alone_has_none() -> None:
     assert find_stateful(zoo("llama")) == ()
 
 
+def test_a_short_window_of_keys_is_no_state() -> None:
+    assert find_stateful(tiny("mistral", num_hidden_layers=1, sliding_window=6)) == ()
+
+
 def test_what_forgets_its_state_is_fed_by_single_tokens() -> None:
     (found,) = find_stateful(hybrid("forgets several"))
     assert found.stepwise
