@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvmix_compile.calibration import Calibration, build_calibration
 from kvmix_compile.config import Config, RecentWindow
-from kvmix_compile.errors import UnsupportedModelError
+from kvmix_compile.errors import CompilationError, UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
 from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
@@ -144,6 +144,8 @@ def apply(
     report, given = Report(type(model).__name__), config.given_plan
     text = None if given else _given_calibration(model, report, config)
     found = find(model, report)
+    if compile:
+        check_carries_nothing(found.captured)
     if given:
         given = _checked_plan(found, given)
     else:
@@ -242,9 +244,15 @@ def find_in(captured: Captured, report: Report) -> Found:
         for site in sites.matched
     )
     report.refused = sites.refused
+    report.carried = tuple(one.carried for one in captured.stateful)
     report.passes = (*captured.passes, latents, sites.record)
     if sites.refused:
         raise UnsupportedModelError(f"{name} cannot be given a compressed cache: {_reasons(sites.refused)}")
+    if not sites.matched and captured.stateful:
+        raise UnsupportedModelError(
+            f"no attention was found in {name}, whose layers carry states of fixed size from token to token "
+            f"({captured.stateful[0].path}), so there is no KV cache to compress"
+        )
     if not sites.matched:
         raise UnsupportedModelError(
             f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
@@ -348,8 +356,21 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         if "token_type_ids" in parameters_of(model.forward):
             program.zero_token_types = ignores_zeros(found.captured, "token_type_ids")
     if not takes_padding(rewritten, program.numbering):
-        report.notes += ("rows cannot be padded: the model counts its positions itself, so pass rows of equal length",)
+        reason = (
+            "layers carry states into which it goes" if rewritten.carried else "the model counts its positions itself"
+        )
+        report.notes += (f"rows cannot be padded: {reason}, so pass rows of equal length",)
     return twin  # type: ignore[return-value]
+
+
+def check_carries_nothing(captured: Captured) -> None:
+    """Raise CompilationError where a graph calls modules of the model, which Inductor does not look into."""
+    if captured.stateful:
+        one = captured.stateful[0]
+        raise CompilationError(
+            f"{one.path} ({one.kind}) carries a state from token to token and is called as it is, which Inductor does "
+            "not compile: call kvmix_compile.apply without compile=True"
+        )
 
 
 def _compare_sizes(found: Found, plan: Plan, report: Report) -> None:

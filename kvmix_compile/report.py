@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from kvmix_compile.kernels.format.shape import Shaped, SiteShape
+from kvmix_compile.passes.capture.single_nodes import CarriedState
 from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.match.sites import Refusal
 
@@ -30,6 +31,7 @@ class Report:
     calibration: what the importance was measured on; None where a plan was given.
     own_cache_bytes: bytes that the model's own cache holds of each token, where it keeps one. token_bytes: bytes that
         the compressed one holds of a token that is packed, once there is a plan.
+    carried: what layers carry from token to token besides keys and values, at the model's precision.
     notes: what is kept otherwise than usual, and why.
     passes: what each pass over the graph matched and what it left, in their order.
     seconds: how long each stage took.
@@ -38,6 +40,7 @@ class Report:
     model: str
     sites: tuple[SiteReport, ...] = ()
     refused: tuple[Refusal, ...] = ()
+    carried: tuple[CarriedState, ...] = ()
     verified: float | None = None
     calibration: str | None = None
     problem: str | None = None
@@ -62,6 +65,10 @@ class Report:
             f"  {site.layer}: {site.query_heads} query heads, {site.kv_heads} KV heads, head_dim "
             f"{site.key_dim}/{site.value_dim}, {site.attention}"
             for site in self.sites
+        ]
+        lines += [
+            f"  {one.layer}: carries a state of {one.row_bytes} bytes a row, at the model's precision"
+            for one in self.carried
         ]
         lines += [f"  {refusal.layer}: REFUSED: {refusal.reason}" for refusal in self.refused]
         if self.verified is not None:

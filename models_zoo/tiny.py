@@ -111,32 +111,53 @@ LATENT: Mapping[str, Settings] = {
         "v_head_dim": 32,
     },
 }
+# Attention in some layers, and in the rest a recurrence or a convolution.
+HYBRID: Mapping[str, Settings] = {
+    "lfm2": {"intermediate_size": 256, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        **GROUPED,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "bamba": {
+        "intermediate_size": 256,
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+        "mamba_chunk_size": 32,
+    },
+}
 # What a compiler of causal attention has to decline, or to take special care of.
 OTHERS: Mapping[str, Settings] = {
     "bert": {"intermediate_size": 256},
     "t5": {"d_kv": 32, "d_ff": 256, "num_decoder_layers": 2},
     "mamba": {},
-    "lfm2": {
-        "intermediate_size": 256,
-        "num_key_value_heads": 2,
-        "layer_types": ["conv", "full_attention"],
-    },
 }
 # Where transformers registers the decoder under another name.
 MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "falcon_alibi": "falcon"}
 AUTO_CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
-RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **LATENT, **OTHERS}
+RECIPES: Mapping[str, Settings] = {**DECODERS, **SPECIAL, **LATENT, **HYBRID, **OTHERS}
 
 TINY: tuple[str, ...] = tuple(DECODERS)
 TINY_SPECIAL: tuple[str, ...] = tuple(SPECIAL)
 TINY_LATENT: tuple[str, ...] = tuple(LATENT)
+TINY_HYBRID: tuple[str, ...] = tuple(HYBRID)
 TINY_OTHERS: tuple[str, ...] = tuple(OTHERS)
 
 
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of the architecture `name`, one of TINY (causal decoders), TINY_SPECIAL, TINY_LATENT or
-    TINY_OTHERS.
+    """A random model of the architecture `name`, one of TINY (causal decoders), TINY_SPECIAL, TINY_LATENT,
+    TINY_HYBRID or TINY_OTHERS.
 
     `overrides` are settings of its transformers config, `attn_implementation` included. The same arguments give the
     same weights, and the global random state stays as it is. Raises KeyError for an unknown name.

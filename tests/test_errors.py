@@ -27,6 +27,7 @@ from kvmix_compile.errors import (
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.measure.importance import Importance
+from tests.helpers.hybrid import hybrid
 from tests.helpers.one_capture import analyzed, applied, zoo
 from tests.helpers.toy_llama import ids, original, quantized
 
@@ -43,8 +44,12 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
     "an encoder": (lambda: tiny("bert", num_hidden_layers=1), UnsupportedModelError, r"encoder"),
     "an encoder-decoder": (lambda: tiny("t5"), CaptureError, r"encoder-decoder.*decoder-only"),
-    "a recurrence": (lambda: tiny("mamba", num_hidden_layers=1), CaptureError, r"layers\.0\.mixer\.conv1d \(Conv1d\)"),
-    "a hybrid": (lambda: tiny("lfm2"), VerifyError, r"conv1d in model\.layers\.0\.conv"),
+    "a recurrence": (
+        lambda: tiny("mamba", num_hidden_layers=1),
+        UnsupportedModelError,
+        r"layers\.0\.mixer.*no KV cache",
+    ),
+    "a state that is lost": (lambda: hybrid("forgets"), CaptureError, r"recurrence carries a state.*backend='kvmix'"),
     "a convolution": (plain.convolution, VerifyError, r"conv1d in layers\.0\.convolution"),
     "a bias on scores": (lambda: Biased().eval(), UnsupportedModelError, r"bias.*not linear in the distance"),
     "no attention": (lambda: TokenByToken().eval(), UnsupportedModelError, r"no attention"),

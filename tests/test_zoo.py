@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvmix_compile.models_zoo import plain
 from kvmix_compile.models_zoo import smollm2 as zoo_smollm2
-from kvmix_compile.models_zoo.tiny import TINY, TINY_OTHERS, TINY_SPECIAL, VOCABULARY, WINDOW, tiny
+from kvmix_compile.models_zoo.tiny import TINY, TINY_HYBRID, TINY_OTHERS, TINY_SPECIAL, VOCABULARY, WINDOW, tiny
 from tests.helpers.one_capture import captured_once, zoo
 
 PLAIN: tuple[Callable[..., nn.Module], ...] = (plain.hand_written, plain.fused_arange, plain.convolution)
@@ -80,7 +80,7 @@ def test_tiny_models_export_with_any_batch_and_length(name: str) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted({*TINY, *TINY_SPECIAL, *TINY_OTHERS} - set(EXPORTABLE)))
+@pytest.mark.parametrize("name", sorted({*TINY, *TINY_SPECIAL, *TINY_HYBRID, *TINY_OTHERS} - set(EXPORTABLE)))
 def test_the_other_tiny_models_run(name: str) -> None:
     ids = example_ids()
     extra = {"decoder_input_ids": ids} if name == "t5" else {}

@@ -12,7 +12,7 @@ from kvmix_compile.errors import KVMixError
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.plain import convolution, fused_arange, hand_written
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.models_zoo.tiny import TINY, TINY_OTHERS, TINY_SPECIAL, tiny
+from kvmix_compile.models_zoo.tiny import TINY, TINY_HYBRID, TINY_OTHERS, TINY_SPECIAL, tiny
 
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "hand_written": hand_written,
@@ -20,7 +20,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "convolution": convolution,
 }
 TINY_PREFIX = "tiny:"
-NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in (*TINY, *TINY_SPECIAL, *TINY_OTHERS)), *PLAIN)
+NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in (*TINY, *TINY_SPECIAL, *TINY_HYBRID, *TINY_OTHERS)), *PLAIN)
 
 
 class LoadError(KVMixError):

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from itertools import islice
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,6 @@ from kvmix_compile.passes.allocate.plan import Plan, PlanError
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
 from kvmix_compile.runtime.cache_format import CacheFormat, format_of
-
-T = TypeVar("T")
 
 
 class KVMixCache(Cache):
@@ -38,8 +37,13 @@ class KVMixCache(Cache):
         self.format = model if isinstance(model, CacheFormat) else format_of(model)
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
             raise CacheError(f"rollback is a number of tokens, 0 or more, not {rollback!r}")
+        if rollback:
+            self._check_nothing_carried(f"rollback={rollback}")
         self._lay_out(rollback)
         self.states: list[SiteState] = []
+        # Of each layer that carries a state besides keys and values, its tensors, rows first; empty before the first
+        # call. They are never written to, but give way to others.
+        self.carried: tuple[tuple[Tensor, ...], ...] = ()
         self.lengths = torch.zeros(0, dtype=torch.int64, device=self.format.device)
         self.seen = 0
         self._furthest = 0
@@ -84,14 +88,35 @@ class KVMixCache(Cache):
             if state.blocks < needed:
                 state.grow(needed)
 
-    def run(self, graph: Callable[..., T], inputs: Sequence[Any], starts: Tensor, tokens: int, logits: int = 0) -> T:
-        """What a rewritten graph gives for `inputs` and this cache, which then holds `tokens` more in each row, without
-        the padding that leads them: `starts`, int64 `[batch]`. `logits`: as of `begin`.
+    def run(
+        self, graph: Callable[..., Any], inputs: Sequence[Any], starts: Tensor, tokens: int, logits: int = 0
+    ) -> Tensor:
+        """The logits that a rewritten graph gives for `inputs` and this cache, which then holds `tokens` more in each
+        row, without the padding that leads them: `starts`, int64 `[batch]`. `logits`: as of `begin`.
         """
         self.begin(len(starts), tokens, starts.device, logits)
-        outputs = graph(*inputs, self.lengths, starts, *self.tensors())
+        given = graph(*inputs, self.lengths, starts, *self.tensors(), *self._carried_in())
+        if self.format.carried:
+            given, *after = given
+            states = iter(after)
+            self.carried = tuple(tuple(islice(states, len(one.tensors))) for one in self.format.carried)
         self.advance(tokens, starts)
-        return outputs
+        return given
+
+    def _carried_in(self) -> list[Any]:
+        """What is carried, as the graph takes it: None for each tensor before the first call."""
+        if not self.carried:
+            return [None for one in self.format.carried for _ in one.tensors]
+        return [tensor for layer in self.carried for tensor in layer]
+
+    def _check_nothing_carried(self, asked: str) -> None:
+        """Raise CacheError for what would take tokens back."""
+        if self.format.carried:
+            raise CacheError(
+                f"{asked} takes tokens back, and {self.format.carrying_layers} carries a state from token to token, "
+                "which cannot be taken back: keep a copy.deepcopy of the cache to return to, or read the text again "
+                "into a new one"
+            )
 
     def check_batch(self, batch: int) -> None:
         """Raise CacheError for another number of rows than are held."""
@@ -184,13 +209,25 @@ class KVMixCache(Cache):
 
     def _named_tensors(self) -> dict[str, Tensor]:
         held = {f"{site}.{name}": kept for site, state in enumerate(self.states) for name, kept in vars(state).items()}
+        held |= {
+            f"carried.{layer}.{index}": kept
+            for layer, tensors in enumerate(self.carried)
+            for index, kept in enumerate(tensors)
+        }
         return held | {"lengths": self.lengths}
 
     def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
             blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
-            self._allocate(len(tensors["lengths"]), blocks, self.format.device)
+            rows, device = len(tensors["lengths"]), self.format.device
+            self._allocate(rows, blocks, device)
+            self.carried = tuple(
+                tuple(torch.empty(sizes.of(rows, 0), dtype=sizes.dtype, device=device) for sizes in one.tensors)
+                for one in self.format.carried
+            )
+        if unknown := sorted(tensors.keys() - self._named_tensors().keys()):
+            raise ValueError(f"it holds {unknown[0]}, which this model's caches do not")
         for name, kept in self._named_tensors().items():
             saved = tensors[name]
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
@@ -220,16 +257,25 @@ class KVMixCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the cache's tensors occupy, room to grow into included."""
+        return self._keys_and_values_nbytes + self.carried_nbytes
+
+    @property
+    def carried_nbytes(self) -> int:
+        """Bytes of what layers carry from token to token besides keys and values."""
+        return sum(tensor.nbytes for layer in self.carried for tensor in layer)
+
+    @property
+    def _keys_and_values_nbytes(self) -> int:
         return sum(state.nbytes for state in self.states) + self.lengths.nbytes
 
     @property
     def bits_per_element(self) -> float:
         """Bits occupied for each key or value element of each token that is still attended to: sinks, recent tokens,
-        scales and spare room included.
+        scales and spare room included, and what layers carry besides left out.
         """
         lengths = self.lengths.tolist()
         elements = sum(site.visible_elements(tokens) for site in self.plan.sites for tokens in lengths)
-        return 8 * self.nbytes / elements if elements else 0.0
+        return 8 * self._keys_and_values_nbytes / elements if elements else 0.0
 
     # transformers' interface
 
@@ -298,8 +344,9 @@ class KVMixCache(Cache):
 
     def activate_past_recording(self) -> None:
         """From now on, keep unquantized all tokens whose logits were asked for since `crop` was last called, so that
-        it can take them back. `rollback` grows as needed.
+        it can take them back. `rollback` grows as needed. Raises CacheError where layers carry a state besides.
         """
+        self._check_nothing_carried("activate_past_recording")
         self.records_past = True
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -316,7 +363,7 @@ class KVMixCache(Cache):
     @ordinary_tensors()
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        self.states, self.seen, self._furthest, self._unsettled = [], 0, 0, 0
+        self.states, self.carried, self.seen, self._furthest, self._unsettled = [], (), 0, 0, 0
         self.every_row_goes_on = self.padded = False
         self.lengths = self.lengths.new_zeros(0)
 
@@ -332,6 +379,7 @@ class KVMixCache(Cache):
         indices = indices.to(self.lengths.device)
         for state in self.states:
             state.select_rows(indices)
+        self.carried = tuple(tuple(tensor.index_select(0, indices) for tensor in layer) for layer in self.carried)
         self.lengths = self.lengths[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -345,13 +393,14 @@ class KVMixCache(Cache):
         older transformers call it).
 
         Raises CacheError where tokens would have to be restored that exist only in quantized form; `rollback`
-        prevents that, or `activate_past_recording`.
+        prevents that, or `activate_past_recording`. Where layers carry a state besides keys and values, for any.
         """
         self._unsettled = 0
         tokens_to_remove = int(tokens_to_remove)  # a tensor, by older transformers
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if removed == 0 or not self.states:
             return
+        self._check_nothing_carried(f"crop({tokens_to_remove})")
         before, after = self.lengths.tolist(), (self.lengths - removed).clamp(min=0).tolist()
         # Tokens since taken back overwrote older ones, too.
         taken_back = self._furthest - self.seen

@@ -6,6 +6,7 @@ import torch
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.capture.single_nodes import CarriedState
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,21 @@ class CacheFormat:
     """What a cache is made for.
 
     plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
-    of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with.
+    of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with. carried:
+    what layers carry from token to token besides.
     """
 
     plan: Plan
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     weights: str = ""
+    carried: tuple[CarriedState, ...] = ()
+
+    @property
+    def carrying_layers(self) -> str:
+        """Who carries, for a message."""
+        more = f" and {len(self.carried) - 1} more" if len(self.carried) > 1 else ""
+        return f"{self.carried[0].layer}{more}" if self.carried else ""
 
 
 def format_of(model: object) -> CacheFormat:

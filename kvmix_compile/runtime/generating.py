@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.runtime.cache import KVMixCache
+from kvmix_compile.runtime.cache_format import CacheFormat
 
 # How many tokens a cache for assisted generation can take back from the beginning; it grows where more are proposed.
 ASSISTED_ROLLBACK = 64
@@ -73,9 +74,14 @@ class Request:
             )
         return ids
 
-    def check(self) -> None:
-        """Raise InputError for a way of decoding that a compiled model has not."""
+    def check(self, held: CacheFormat) -> None:
+        """Raise InputError for a way of decoding that a compiled model has not. `held`: what its caches hold."""
         self._check_cache_implementation()
+        if held.carried and (self.is_assisted or self.is_assistant):
+            raise InputError(
+                f"assisted generation takes tokens back, and {held.carrying_layers} carries a state from token to "
+                "token, which cannot be taken back: generate without assistant_model and prompt_lookup_num_tokens"
+            )
         if self.setting("assistant_early_exit") is not None:
             raise InputError(
                 "assistant_early_exit drafts with the first layers alone, and the graph of this model runs them all: "

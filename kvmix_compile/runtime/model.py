@@ -169,7 +169,7 @@ class CompiledModel(nn.Module):
         """
         given = one_of({name: kwargs.pop(name, None) for name in CACHE_NAMES})
         request = Request(inputs, kwargs, generation_config, getattr(self, "generation_config", None))
-        request.check()
+        request.check(self.kvmix_program.format)
         generator: Any = super() if isinstance(self, GenerationMixin) else _PlainGenerator(self)
         if given is None and not request.caches:
             return generator.generate(inputs, generation_config=generation_config, **kwargs)
@@ -197,7 +197,8 @@ class CompiledModel(nn.Module):
         batch, tokens = input_ids.shape
         padding = read_padding(attention_mask, cache, batch, tokens, input_ids.device)
         if padding.comes or padding.is_enclosed:
-            check_padding(padding, program.rewritten, numbering, isinstance(logits_to_keep, int) and logits_to_keep > 0)
+            ends_are_kept = isinstance(logits_to_keep, int) and logits_to_keep > 0
+            check_padding(padding, program.rewritten, numbering, cache.seen, ends_are_kept)
         if position_ids is None:
             position_ids = default_positions(numbering, padding, cache, tokens)
         elif numbering.is_input:

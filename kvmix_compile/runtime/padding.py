@@ -129,11 +129,14 @@ def _read(valid: Tensor, lengths: Tensor, tokens: int) -> Padding:
     return Padding(starts, order, bool(comes), bool(some), bool(inside), bool(ends_a_text), bool(ends_a_row))
 
 
-def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, ends_are_kept: bool) -> None:
+def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, seen: int, ends_are_kept: bool) -> None:
     """Raise InputError for padding of which the model makes something that the operators do not.
 
-    `ends_are_kept`: whether the logits of the last slot of each row are asked for, and not all.
+    `seen`: slots of earlier calls. `ends_are_kept`: whether the logits of the last slot of each row are asked for, and
+    not all.
     """
+    if rewritten.carried:
+        _check_carried(padding, rewritten, numbering, seen)
     moved = padding.order is not None or padding.is_enclosed
     if not takes_padding(rewritten, numbering) or (rewritten.equal_rows and moved):
         left = "" if numbering.is_input or numbering.padded is None else "pad on the left, or "
@@ -155,11 +158,31 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
         )
 
 
+def _check_carried(padding: Padding, rewritten: Rewritten, numbering: Numbering, seen: int) -> None:
+    """Raise InputError for padding that would go into the states of layers."""
+    layer = rewritten.carried[0].layer
+    if not takes_padding(rewritten, numbering):
+        raise InputError(
+            f"{layer} carries a state from token to token, into which padding goes otherwise than in the original: "
+            "pass rows of equal length, one at a time if need be"
+        )
+    if seen and padding.comes:
+        raise InputError(
+            f"attention_mask has padding behind what the cache holds, and {layer} carries a state from token to token, "
+            "into which it would go: pad on the left, in the first call alone"
+        )
+    if padding.order is not None or padding.is_enclosed:
+        raise InputError(
+            f"attention_mask has padding between or behind the tokens of a row, and {layer} carries a state from token "
+            f"to token, into which it would go: {ADVICE}"
+        )
+
+
 def takes_padding(rewritten: Rewritten, numbering: Numbering) -> bool:
     """Whether rows may begin with padding, as batches of prompts of several lengths do."""
-    if numbering.is_input:
+    if numbering.is_input and not rewritten.carried:
         return not rewritten.equal_rows
-    return numbering.padded is not None
+    return numbering.has_mask and numbering.padded is not None
 
 
 def _leading(padding: Tensor) -> Tensor:

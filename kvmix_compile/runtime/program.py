@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,11 @@ class Program:
     @property
     def format(self) -> CacheFormat:
         """What its caches are made for."""
-        return CacheFormat(self.plan, self.dtypes, self.device, self.weights)
+        return CacheFormat(self.plan, self.dtypes, self.device, self.weights, self.rewritten.carried)
 
     @property
-    def graph(self) -> Callable[..., Tensor]:
-        """What is called with the arguments of `rewritten.module`."""
+    def graph(self) -> Callable[..., Any]:
+        """What is called with the arguments of `rewritten.module`, and gives what that gives."""
         return self.inductor or self.rewritten.module
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvmix_compile.passes.capture import limits
+from kvmix_compile.passes.capture.single_nodes import SingleNode, StatefulModule
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
@@ -42,6 +43,11 @@ class Captured:
     @property
     def model(self) -> nn.Module:
         return self.module.get_submodule(MODEL)
+
+    @property
+    def stateful(self) -> tuple[StatefulModule, ...]:
+        """The modules that carry a state besides keys and values, in the order in which they are called."""
+        return tuple(child.stateful for child in self.module.children() if isinstance(child, SingleNode))
 
     @property
     def name(self) -> str:

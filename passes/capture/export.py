@@ -5,6 +5,7 @@ live model through `get_attr` nodes, so that nothing is copied and `model.to(dev
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,8 @@ from kvmix_compile.passes.capture.logits import select_early
 from kvmix_compile.passes.capture.randomness import refuse_randomness
 from kvmix_compile.passes.capture.regions import inline_regions
 from kvmix_compile.passes.capture.signature import parameters_of
+from kvmix_compile.passes.capture.single_nodes import StatefulModule, give_modules, noted
+from kvmix_compile.passes.capture.stateful import find_stateful
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.buffers import assemble_at_once
 from kvmix_compile.passes.graph.edit import clean_up
@@ -82,13 +85,14 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     check_capturable(model)
+    stateful = find_stateful(model)
     before = names_held(model)
     with untouched(model) as written:
         wrapper = _LogitsOnly(model).eval()
-        with recorded_reads(model, written) as reads:
-            program = _export(model, wrapper)
+        with noted(model, stateful), recorded_reads(model, written) as reads:
+            program = _export(model, wrapper, stateful)
         added = added_since(before)
-    captured = _captured(program, wrapper, reads, written)
+    captured = _captured(program, wrapper, stateful, reads, written)
     make_real(model, added, lambda tokens: wrapper(*_example(model, 1, tokens, tokens)))
     return captured
 
@@ -103,7 +107,7 @@ def _example(model: nn.Module, batch: int, tokens: int, logits: int) -> tuple[Te
     )
 
 
-def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
+def _export(model: nn.Module, wrapper: "_LogitsOnly", stateful: Sequence[StatefulModule]) -> ExportedProgram:
     example = _example(model, EXAMPLE_BATCH, EXAMPLE_TOKENS, EXAMPLE_LOGITS)
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
@@ -118,16 +122,19 @@ def _export(model: nn.Module, wrapper: "_LogitsOnly") -> ExportedProgram:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model)}"
+            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model, stateful)}"
         ) from error
 
 
-def _advice(model: nn.Module) -> str:
-    """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it."""
+def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
+    """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it,
+    which is not one of a stateful module.
+    """
+    not_traced = tuple(f"{one.path}." for one in stateful)
     mixing = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.RNNBase)
+        if isinstance(module, nn.Conv1d | nn.RNNBase) and not name.startswith(not_traced)
     ]
     if mixing:
         more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
@@ -167,11 +174,18 @@ def first_line(error: Exception) -> str:
     return lines[0].partition("! For more information")[0].partition(".  ")[0] if lines else type(error).__name__
 
 
-def _captured(program: ExportedProgram, wrapper: _LogitsOnly, reads: Reads, written: Written) -> Captured:
+def _captured(
+    program: ExportedProgram,
+    wrapper: _LogitsOnly,
+    stateful: Sequence[StatefulModule],
+    reads: Reads,
+    written: Written,
+) -> Captured:
     exported = program.graph_module
     passes = [recorded("regions", exported, lambda: inline_regions(exported))[0]]
     refuse_randomness(exported.graph)
     module = _of_inputs_alone(program, wrapper.model)
+    give_modules(module, wrapper.model, stateful)
     passes += [
         recorded("products", module, lambda: take_out_additions(module.graph))[0],
         recorded("writes", module, lambda: write_to_copies(module))[0],

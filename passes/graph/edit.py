@@ -1,11 +1,11 @@
 """Cleanup: what export leaves in a graph and a rewritten graph must not keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvmix_compile.passes.graph.vocabulary import is_active_dropout, operation, tensor_of
+from kvmix_compile.passes.graph.vocabulary import graph_inputs, is_active_dropout, operation, tensor_of
 
 # Checks that hold for the example's shapes; the rewritten graph sees others (a single token), and checks its own
 # inputs.
@@ -39,6 +39,15 @@ def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     copied.output(copied.graph_copy(graph, nodes))
     return copied, nodes
+
+
+def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
+    """New placeholders behind those that the graph has. In place."""
+    added = []
+    for name in names:
+        with graph.inserting_after(graph_inputs(graph)[-1]):
+            added.append(graph.placeholder(name))
+    return added
 
 
 def accept_any_strides(graph: fx.Graph) -> None:

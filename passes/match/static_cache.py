@@ -365,8 +365,8 @@ def _window(tensor: fx.Node, written: fx.Node, source: fx.Node) -> Iterator[Buff
         rolled, index, new = cast(Any, put.args[:3])
         one_slot = isinstance(index, list | tuple) and len(index) == 3 and list(index[:2]) == [None, None]
         if one_slot and operation(rolled) == "roll" and rolled.args in [(tensor, [-1], [axis]) for axis in _TOKENS]:
-            for new in _of_every_row(new, tensor):
-                yield Buffer(tensor, written, new, written, "rolled", slot=index[2], holds_all=False)
+            for whole in _of_every_row(new, tensor):
+                yield Buffer(tensor, written, whole, written, "rolled", slot=index[2], holds_all=False)
         return
     full: Any = source.args[0] if operation(source) == "slice" and source.args[1] in _TOKENS else source
     if operation(full) == "cat" and full.args[1:] and full.args[1] in _TOKENS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.state import SiteState
@@ -19,10 +19,11 @@ from kvmix_compile.kernels.weighting import Weighting
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
-from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up, copy_of
+from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode
+from kvmix_compile.passes.graph.edit import accept_any_strides, add_inputs, clean_up, copy_of
 from kvmix_compile.passes.graph.record import PassRecord, recorded
-from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.rewrite.carried import carry_states
 from kvmix_compile.passes.rewrite.lengths import check_lengths
 from kvmix_compile.passes.rewrite.positions import shift_positions
 from kvmix_compile.passes.rewrite.powers import multiply_output, with_divided_inputs
@@ -37,9 +38,11 @@ STATE_TENSORS = ("sink_key", "sink_value", "packed_key", "packed_value", "recent
 class Rewritten:
     """The graph with its cache as inputs.
 
-    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state)` where `lengths` and `starts`
-    are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call) and `state` the six
-    tensors of each site in turn, which it updates in place. `equal_rows`: the model counts positions itself, the same
+    `module` takes `(input_ids, position_ids, logit_positions, lengths, starts, *state, *carried)` where `lengths` and
+    `starts` are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call), `state` the six
+    tensors of each site in turn, which it updates in place, and `carried` those of each stateful module, or None for
+    each of them where nothing is held yet. It gives logits, or a tuple of logits and what `carried` is afterwards.
+    `carried`: what the latter are. `equal_rows`: the model counts positions itself, the same
     for all rows: on from the first of `position_ids` where it takes none, else from the first of `lengths`.
     `passes`: what was done.
     """
@@ -48,6 +51,15 @@ class Rewritten:
     sites: tuple[AttentionSite, ...]
     equal_rows: bool
     passes: tuple[PassRecord, ...] = ()
+    carried: tuple[CarriedState, ...] = ()
+
+    def nothing_carried(self) -> list[Any]:
+        """What `carried` is before the first token."""
+        return [None for one in self.carried for _ in one.tensors]
+
+    def apart(self, given: Any) -> tuple[Tensor, list[Tensor]]:
+        """What `module` gave, as logits and what is carried on."""
+        return (given[0], list(given[1:])) if self.carried else (given, [])
 
 
 def rewrite(
@@ -71,30 +83,26 @@ def rewrite(
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
     counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
     sites_done, _ = recorded("rewrite", module, rewrite_sites)
+    states_done, carried = recorded("carried", module, lambda: carry_states(module, starts))
     positions_done, shifted = recorded("positions", module, lambda: shift_positions(graph, counts, captured.tokens))
     accept_any_strides(graph)
     clean_up_done, _ = recorded("clean up", module, lambda: clean_up(module))
     check_lengths(graph, captured)
-    return Rewritten(module, tuple(sites), shifted, (sites_done, positions_done, clean_up_done))
+    passes = (sites_done, *([states_done] if carried else []), positions_done, clean_up_done)
+    return Rewritten(module, tuple(sites), shifted, passes, carried)
 
 
 def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:
     """The same graph over the weights of `model`, which must be a copy of the model that it was made from."""
     root = nn.Module()
     root.add_module(MODEL, model)
+    for name, child in rewritten.module.named_children():
+        if isinstance(child, SingleNode):
+            root.add_module(name, child.over(model))
     for name, buffer in rewritten.module.named_buffers(recurse=False):
         root.register_buffer(name, buffer, persistent=False)
     graph, _ = copy_of(rewritten.module.graph)
     return replace(rewritten, module=bind(root, graph))
-
-
-def add_inputs(graph: fx.Graph, names: Sequence[str]) -> list[fx.Node]:
-    """New placeholders behind those that the graph has."""
-    added = []
-    for name in names:
-        with graph.inserting_after(graph_inputs(graph)[-1]):
-            added.append(graph.placeholder(name))
-    return added
 
 
 def rewrite_site(

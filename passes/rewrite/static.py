@@ -11,11 +11,11 @@ from torch import fx
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.errors import UnsupportedModelError
-from kvmix_compile.passes.graph.edit import accept_any_strides, clean_up
+from kvmix_compile.passes.graph.edit import accept_any_strides, add_inputs, clean_up
 from kvmix_compile.passes.graph.record import recorded
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
-from kvmix_compile.passes.rewrite.rewrite import add_inputs, rewrite_site
+from kvmix_compile.passes.rewrite.rewrite import rewrite_site
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,9 @@ class _Trial:
         """The difference where the text comes in chunks: of one row from the model in chunks, on its own cache if it
         has one, and of one that is padded from the model on the whole row. Raises VerifyError where there is one.
         """
-        padding = 0 if self.rewritten.equal_rows else min(PADDING, chunks[0] - 1)
+        padding = min(PADDING, chunks[0] - 1) if self._leaves_padding_out else 0
         ids, model = self.captured.random_ids(2, sum(chunks)), self.captured.model
-        first, second = original.in_chunks(model, ids[:1], chunks), original.whole(model, ids[1:, padding:])
-        if first is None:
-            first = original.whole(model, ids[:1])
+        first, second = self._of_first_row(ids[:1], chunks), original.whole(model, ids[1:, padding:])
         try:
             actual = self._run(ids, chunks, padding)
         except (RuntimeError, IndexError) as error:  # shapes or positions that no longer go together
@@ -118,6 +116,19 @@ class _Trial:
                 f"differ by {share:.2g} standard deviations from those of the whole text"
             )
         return share
+
+    @property
+    def _leaves_padding_out(self) -> bool:
+        """Whether padding leaves no trace in a row. Of a state it may: see runtime/numbering.py."""
+        return not (self.rewritten.equal_rows or self.rewritten.carried)
+
+    def _of_first_row(self, ids: Tensor, chunks: Sequence[int]) -> Tensor:
+        """What the first row is held against: the model in chunks; whole, where it keeps no cache, or goes on rightly
+        from a state by single tokens alone.
+        """
+        model, of_single_tokens = self.captured.model, any(one.stepwise for one in self.captured.stateful)
+        in_chunks = None if of_single_tokens else original.in_chunks(model, ids, chunks)
+        return original.whole(model, ids) if in_chunks is None else in_chunks
 
     def _share_of_caches(
         self, actual: Tensor, first: Tensor, ids: Tensor, chunks: Sequence[int], padding: int
@@ -169,12 +180,15 @@ class _Trial:
         states = [_lossless_state(site, ids) for site in self.rewritten.sites]
         tensors = [tensor for state in states for tensor in state.tensors()]
         lengths, logits = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), []
+        carried = self.rewritten.nothing_carried()
         starts = torch.zeros_like(lengths)
         starts[-1] = padding
         for part in ids.split(list(chunks), dim=1):
             every = torch.arange(part.shape[1], device=ids.device)
             positions = ((lengths - starts)[:, None] + every).clamp(min=0)
-            logits.append(self.rewritten.module(part, positions, every, lengths, starts, *tensors).float())
+            found = self.rewritten.module(part, positions, every, lengths, starts, *tensors, *carried)
+            found, carried = self.rewritten.apart(found)
+            logits.append(found.float())
             lengths, starts = lengths + part.shape[1] - starts, torch.zeros_like(starts)
         return torch.cat(logits, dim=1)
 
