@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_compile.errors import InputError
+from kvmix_compile.passes.untouched.assigned import assigned_names
 from kvmix_compile.passes.untouched.reach import MISSING, attributes
 from kvmix_compile.passes.untouched.reads import Reads, configs_of
 from kvmix_compile.passes.untouched.untouched import Written
@@ -68,6 +69,7 @@ class Steering:
             for name, value in holder.held.items()
             if any(written.by_owner(container) for container in _containers(value))
         }
+        own |= _state(model, holders)
         return cls({holder.path: _read(holder, reads) for holder in holders if not holder.kind}, frozenset(own))
 
 
@@ -147,6 +149,18 @@ def _read(holder: _Holder, reads: Reads) -> frozenset[str]:
         children = (name for kind in ("_modules", *_TENSORS) for name in holder.held[kind])
         read = (read - _STANDARD).difference(children) | _OF_MODULES
     return frozenset(read)
+
+
+def _state(model: nn.Module, holders: list[_Holder]) -> set[str]:
+    """Paths of the plain attributes of modules that hold a tensor, or yet none, and that the model's own code writes."""
+    assigned = assigned_names(model)
+    return {
+        holder.of(name)
+        for holder in holders
+        if isinstance(holder.owner, nn.Module) and not holder.kind
+        for name in assigned & holder.held.keys()
+        if holder.held[name] is None or isinstance(holder.held[name], Tensor)
+    }
 
 
 def _containers(value: object) -> Iterator[object]:

@@ -1,0 +1,119 @@
+"""Taken: what of a call the graph takes, and what is left to the model's own forward.
+
+A graph takes token ids, masks of padding and one position for each token. Some arguments mean nothing for some calls:
+token types of zero, or what described the images of a prompt and goes along with every token that is generated. Whether
+they do is tried on the model itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvmix_compile.passes.capture.export import logits_of
+from kvmix_compile.passes.capture.signature import cache_in
+from kvmix_compile.runtime.padding import looks_at_masks
+from kvmix_compile.runtime.program import Program
+
+Forward = Callable[..., Any]
+
+# Tokens that are read before the one by which an argument is tried, and the values of one that types each token.
+BEFORE = 5
+TYPES = (0, 1, 2)
+
+# The rows of positions in three dimensions, and with a row for the text in front of these.
+ROWS = (3, 4)
+
+
+def asks(value: object) -> bool:
+    """Whether an argument asks for anything. transformers' generate gives models of images and text an empty dictionary
+    where there is text alone.
+    """
+    return value is not None and value is not False and not (isinstance(value, Mapping) and not value)
+
+
+def means_nothing(program: Program, forward: Forward, name: str, value: Any, ids: Tensor, seen: int) -> bool:
+    """Whether an argument changes nothing of a call that reads `ids`, int64 `[batch, tokens]`, behind `seen` others."""
+    if name in program.zero_token_types and isinstance(value, Tensor):
+        if not looks_at_masks(value.shape[-1], seen, value.device) or not bool(value.any()):
+            return True
+    if seen == 0 or ids.shape[1] > 1:
+        return False
+    types_tokens = isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
+    known = program.ignored_in_steps.get(name)
+    if known is True or (known is value and not types_tokens):
+        return True
+    values = [torch.full_like(value, kind) for kind in TYPES] if types_tokens else [value]
+    if not _ignored_in_steps(program, forward, name, values, len(ids)):
+        return False
+    program.ignored_in_steps[name] = True if types_tokens else value
+    return True
+
+
+def in_one_row(program: Program, forward: Forward, position_ids: Tensor, ids: Tensor, seen: int) -> Tensor | None:
+    """Positions `[3 or 4, batch, tokens]` as `[batch, tokens]`, where they say no more than that, otherwise None; those
+    of a model that takes no such rows as they are.
+
+    On a GPU the positions of a token that is decoded are looked at once in 32 steps, as masks are.
+    """
+    rows = len(position_ids)
+    if rows not in ROWS or position_ids.shape[-1] != ids.shape[1] or not _takes_rows(program, forward, rows):
+        return position_ids
+    if looks_at_masks(ids.shape[1], seen, position_ids.device):
+        first, others = position_ids[0], position_ids[-3:]
+        distance = first - others[0]
+        if not bool((others == others[:1]).all()) or not bool((distance == distance[:, :1]).all()):
+            return None
+    return position_ids[-1]
+
+
+def _takes_rows(program: Program, forward: Forward, rows: int) -> bool:
+    """Whether the model takes so many equal rows of positions for one."""
+    if rows not in program.takes_rows:
+        ids, positions = _text(program, 1)
+        plain = logits_of(forward(input_ids=ids, position_ids=positions, use_cache=False))
+        of_rows = _logits(forward, input_ids=ids, position_ids=positions.expand(rows, -1, -1), use_cache=False)
+        program.takes_rows[rows] = of_rows is not None and torch.equal(plain, of_rows)
+    return program.takes_rows[rows]
+
+
+def _ignored_in_steps(program: Program, forward: Forward, name: str, values: list[Any], batch: int) -> bool:
+    """Whether the model gives the same logits for a token behind others with each of these values and without."""
+    ids, positions = _text(program, batch)
+
+    def step(**options: Any) -> Tensor | None:
+        before, last = (dict(_positioned(program, part, where)) for part, where in _parts(ids, positions))
+        held = cache_in(forward(**before, use_cache=True))
+        return _logits(forward, **last, use_cache=True, **{program.cache_name: held}, **options)
+
+    plain = step()
+    found = [step(**{name: value}) for value in values]
+    return plain is not None and all(logits is not None and torch.equal(logits, plain) for logits in found)
+
+
+def _text(program: Program, batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(program.vocabulary, (batch, BEFORE + 1), generator=generator).to(program.device)
+    return ids, torch.arange(BEFORE + 1, device=ids.device).expand(batch, -1).contiguous()
+
+
+def _parts(ids: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield ids[:, :BEFORE], positions[:, :BEFORE]
+    yield ids[:, BEFORE:], positions[:, BEFORE:]
+
+
+def _positioned(program: Program, ids: Tensor, positions: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "input_ids", ids
+    if program.numbering.is_input:
+        yield "position_ids", positions
+
+
+def _logits(forward: Forward, **arguments: Any) -> Tensor | None:
+    """What the model gives; None where it does not take this."""
+    try:
+        return logits_of(forward(**arguments))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None
