@@ -124,6 +124,8 @@ class Changes:
     def _check_added(self, holder: _Holder) -> None:
         known = {name for other, _, name, *_ in self.values if other is holder}
         for name in holder.held.keys() - known:
+            if holder.kind in _HOOKS and _is_librarys(holder.held[name]):
+                continue
             is_read = holder.kind not in _TENSORS or name in self.steering.read[holder.path]
             if is_read and holder.of(name) not in self.steering.own:
                 raise _error(_described(holder, name, holder.held[name], MISSING), id(holder) in self.twins)
@@ -152,7 +154,7 @@ def _read(holder: _Holder, reads: Reads) -> frozenset[str]:
 
 
 def _state(model: nn.Module, holders: list[_Holder]) -> set[str]:
-    """Paths of the plain attributes of modules that hold a tensor, or yet none, and that the model's own code writes."""
+    """Paths of the attributes of modules that hold a tensor, or yet none, and that the model's own code writes."""
     assigned = assigned_names(model)
     return {
         holder.of(name)
@@ -168,6 +170,11 @@ def _containers(value: object) -> Iterator[object]:
         yield value
         for item in value.values() if isinstance(value, dict) else value:
             yield from _containers(item)
+
+
+def _is_librarys(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers notes what layers give, on any that ever ran by itself."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _frozen(value: Any) -> Any:

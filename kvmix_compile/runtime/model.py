@@ -17,7 +17,7 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.captured import MODEL
-from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
+from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, caching, parameters_of
 from kvmix_compile.passes.rewrite.rewrite import rebind
 from kvmix_compile.report import Report
 from kvmix_compile.runtime import own_forward
@@ -211,8 +211,8 @@ class CompiledModel(nn.Module):
             check_padding(padding, program.rewritten, numbering, isinstance(logits_to_keep, int) and logits_to_keep > 0)
         if position_ids is None and not cache.counts_on:
             raise InputError(
-                "behind images or sound this model does not number the tokens of a text by counting: pass position_ids, "
-                "as generate does"
+                "behind images or sound this model does not number the tokens of a text by counting: pass "
+                "position_ids, as generate does"
             )
         if position_ids is None:
             position_ids = default_positions(numbering, padding, cache, tokens)
@@ -298,7 +298,7 @@ class CompiledModel(nn.Module):
         program, forward = self.kvmix_program, super().forward
         taken = parameters_of(forward)
         unknown = sorted(left.difference(taken))
-        if unknown or not {program.cache_name, "use_cache"} <= set(taken):
+        if unknown or program.cache_name not in taken:
             name = (unknown or sorted(left))[0]
             raise InputError(f"{name} is not available from a compiled model: call the original model for it")
         keep = arguments["logits_to_keep"]
@@ -312,7 +312,7 @@ class CompiledModel(nn.Module):
                 held = KVMixCache(self) if given is None else given
                 output = own_forward.read(self, forward, held, arguments, logits)
             else:
-                output = forward(**arguments, use_cache=False, return_dict=True)
+                output = forward(**arguments, **caching(forward, False), return_dict=True)
         output["logits"] = program.under_autocast(output["logits"])
         return output.to_tuple() if return_dict is False else output
 

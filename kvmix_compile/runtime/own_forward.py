@@ -21,6 +21,7 @@ from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.kernels.reference import stored as stored_past
+from kvmix_compile.passes.capture.signature import caching
 from kvmix_compile.passes.graph.rounding import TOLERANCE
 from kvmix_compile.passes.rewrite.stored_form import from_stored_form, in_stored_form
 from kvmix_compile.runtime.cache import KVMixCache
@@ -108,8 +109,8 @@ class _Filling(_StandIn):
             self._refuse()
         if key_states.shape[2] != self.tokens:
             raise InputError(
-                f"the model makes {key_states.shape[2]} tokens of the {self.tokens} that it was given, and a KVMixCache "
-                "holds a text slot by slot: call the original model for it"
+                f"the model makes {key_states.shape[2]} tokens of the {self.tokens} that it was given, and a "
+                "KVMixCache holds a text slot by slot: call the original model for it"
             )
         self.filled.add(layer_idx)
         if not self.seen:  # nothing is held that what is written now could take the place of
@@ -160,6 +161,8 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
             "go: apply(exact_chunks=False), or call the original model for it"
         )
     given = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
+    if given is not arguments.get("inputs_embeds", given):
+        raise InputError("input_ids and inputs_embeds are both given: pass the ones or the others")
     if not isinstance(given, Tensor) or given.dim() not in (2, 3) or given.numel() == 0:
         raise InputError("neither input_ids nor inputs_embeds are given: pass [batch, tokens] with one token at least")
     batch, tokens = given.shape[:2]
@@ -181,7 +184,8 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
         if not cache.seen:
             cache.begin(batch, tokens, given.device, logits)
         with _noted_positions(model) as noted:
-            output = forward(**arguments, use_cache=True, return_dict=True, **{program.cache_name: filling})
+            own = {program.cache_name: filling, **caching(forward, True)}
+            output = forward(**arguments, return_dict=True, **own)
         counts_on = _counts_on(arguments.get("position_ids"), noted, program, padding, cache, tokens)
         filling.finish(logits)
     except BaseException:
@@ -202,7 +206,7 @@ def find_places(model: Any, forward: Forward) -> Places:
     ids = torch.randint(program.vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(program.device)
     positions = {"position_ids": torch.arange(length, device=ids.device)[None]} if program.numbering.is_input else {}
     recording, held = _Recording(), KVMixCache(model)
-    forward(input_ids=ids, use_cache=True, **{program.cache_name: recording}, **positions)
+    forward(input_ids=ids, **{program.cache_name: recording}, **caching(forward, True), **positions)
     model.read_ids(ids, held, **positions)
     places: dict[int, list[Place]] = {layer: [] for layer in recording.layers_seen}
     for site, state in enumerate(held.states):
@@ -295,9 +299,7 @@ def _counts_on(
     """
     if isinstance(given, Tensor) and given.dim() == 2:
         return True
-    return len(noted) == 1 and (
-        noted[0] is None or count_on(noted[0], program.numbering, padding, cache, tokens)
-    )
+    return len(noted) == 1 and (noted[0] is None or count_on(noted[0], program.numbering, padding, cache, tokens))
 
 
 def _with_cache(output: Any, filling: _Filling, cache: KVMixCache) -> Any:

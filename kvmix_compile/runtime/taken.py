@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.passes.capture.export import logits_of
-from kvmix_compile.passes.capture.signature import cache_in
+from kvmix_compile.passes.capture.signature import cache_in, caching
 from kvmix_compile.runtime.padding import looks_at_masks
 from kvmix_compile.runtime.program import Program
 
@@ -35,9 +35,8 @@ def asks(value: object) -> bool:
 
 def means_nothing(program: Program, forward: Forward, name: str, value: Any, ids: Tensor, seen: int) -> bool:
     """Whether an argument changes nothing of a call that reads `ids`, int64 `[batch, tokens]`, behind `seen` others."""
-    if name in program.zero_token_types and isinstance(value, Tensor):
-        if not looks_at_masks(value.shape[-1], seen, value.device) or not bool(value.any()):
-            return True
+    if name in program.zero_token_types and _are_zeros(value, seen):
+        return True
     if seen == 0 or ids.shape[1] > 1:
         return False
     types_tokens = isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
@@ -49,6 +48,13 @@ def means_nothing(program: Program, forward: Forward, name: str, value: Any, ids
         return False
     program.ignored_in_steps[name] = True if types_tokens else value
     return True
+
+
+def _are_zeros(value: Any, seen: int) -> bool:
+    """On a GPU those of a token that is decoded are looked at once in 32 steps, as masks are."""
+    if not isinstance(value, Tensor):
+        return False
+    return not looks_at_masks(value.shape[-1], seen, value.device) or not bool(value.any())
 
 
 def in_one_row(program: Program, forward: Forward, position_ids: Tensor, ids: Tensor, seen: int) -> Tensor | None:
@@ -72,9 +78,10 @@ def _takes_rows(program: Program, forward: Forward, rows: int) -> bool:
     """Whether the model takes so many equal rows of positions for one."""
     if rows not in program.takes_rows:
         ids, positions = _text(program, 1)
-        plain = logits_of(forward(input_ids=ids, position_ids=positions, use_cache=False))
-        of_rows = _logits(forward, input_ids=ids, position_ids=positions.expand(rows, -1, -1), use_cache=False)
-        program.takes_rows[rows] = of_rows is not None and torch.equal(plain, of_rows)
+        uncached, in_rows = caching(forward, False), positions.expand(rows, -1, -1)
+        plain = _logits(forward, input_ids=ids, position_ids=positions, **uncached)
+        of_rows = _logits(forward, input_ids=ids, position_ids=in_rows, **uncached)
+        program.takes_rows[rows] = _are_equal(plain, of_rows)
     return program.takes_rows[rows]
 
 
@@ -84,12 +91,12 @@ def _ignored_in_steps(program: Program, forward: Forward, name: str, values: lis
 
     def step(**options: Any) -> Tensor | None:
         before, last = (dict(_positioned(program, part, where)) for part, where in _parts(ids, positions))
-        held = cache_in(forward(**before, use_cache=True))
-        return _logits(forward, **last, use_cache=True, **{program.cache_name: held}, **options)
+        held = cache_in(forward(**before, **caching(forward, True)))
+        return _logits(forward, **last, **caching(forward, True), **{program.cache_name: held}, **options)
 
     plain = step()
     found = [step(**{name: value}) for value in values]
-    return plain is not None and all(logits is not None and torch.equal(logits, plain) for logits in found)
+    return all(_are_equal(logits, plain) for logits in found)
 
 
 def _text(program: Program, batch: int) -> tuple[Tensor, Tensor]:
@@ -107,6 +114,10 @@ def _positioned(program: Program, ids: Tensor, positions: Tensor) -> Iterator[tu
     yield "input_ids", ids
     if program.numbering.is_input:
         yield "position_ids", positions
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _logits(forward: Forward, **arguments: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ how far images moved the positions of the text behind them.
 
 import dis
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -17,13 +17,14 @@ from kvmix_compile.passes.untouched.reach import is_anothers
 _SETTING_UP = ("__init__", "__setattr__", "__setstate__", "_init_weights", "post_init")
 _SETTERS = ("set_", "enable_", "disable_", "resize_")
 
+
 def assigned_names(model: nn.Module) -> frozenset[str]:
     """The names of attributes that a method of some module's class assigns, those that set it up left out."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     return frozenset[str]().union(*(_assigned_by(kind) for kind in kinds))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _assigned_by(kind: type) -> frozenset[str]:
     if is_anothers(kind.__module__):
         return frozenset()

@@ -135,7 +135,11 @@ def _text(kind: str, **changed: Any) -> Any:
 def _of_clip(kind: str, **changed: Any) -> Any:
     vision = transformers.CLIPVisionConfig(**VISION)
     return getattr(transformers, kind)(
-        vision_config=vision, text_config=_text("LlamaConfig"), image_token_index=IMAGE, vision_feature_layer=-1, **changed
+        vision_config=vision,
+        text_config=_text("LlamaConfig"),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        **changed,
     )
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kvmix_compile
 from kvmix_compile import KVMixCache
-from kvmix_compile.errors import CaptureError, InputError, KVMixError
+from kvmix_compile.errors import InputError, KVMixError
 from tests.helpers.agreement import assert_states_agree
 from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import RECENT, SINKS, ids, lossless, original, quantized, unquantized
@@ -29,14 +28,18 @@ def model_of(name: str) -> Any:
 @cache
 def small(name: str) -> Any:
     """At 2.3 bits."""
-    text = torch.randint(3, IMAGE, (1, 64), generator=torch.Generator().manual_seed(1))
-    return applied(model_of(name), budget=2.3, calibration=text, sinks=SINKS, recent=RECENT)
+    return applied(model_of(name), budget=2.3, calibration=text_of(1, 64), sinks=SINKS, recent=RECENT)
 
 
 @cache
 def twin_of(name: str) -> Any:
     """With a KVMixCache that quantizes nothing."""
     return applied(model_of(name), plan=unquantized(small(name).kvmix_plan), verify=False)
+
+
+def text_of(rows: int, tokens: int) -> Tensor:
+    """Token ids none of which stands for an image or is special."""
+    return torch.randint(3, IMAGE, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def embeddings(rows: int, tokens: int, seed: int = 1) -> Tensor:
@@ -66,7 +69,7 @@ def test_an_image_or_sound_is_read_and_written_about_as_by_the_original(name: st
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_alone_is_written_on_as_by_the_original(name: str) -> None:
-    text = ids(2, 50) % IMAGE
+    text = text_of(2, 50)
     assert torch.equal(twin_of(name).generate(text, **GREEDY), model_of(name).generate(text, **GREEDY))
 
 
@@ -76,7 +79,7 @@ def test_models_that_were_used_for_images_are_used_again() -> None:
     for seed in (1, 2):
         prompt = FAMILIES["qwen2_5_vl"].prompt(rows=1, seed=seed)
         assert torch.equal(twin.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY))
-    text = ids(1, 20) % IMAGE
+    text = text_of(1, 20)
     assert torch.equal(twin.generate(text, **GREEDY), model.generate(text, **GREEDY))
 
 
@@ -149,7 +152,7 @@ def test_what_is_quantized_of_embeddings_is_what_is_quantized_of_tokens() -> Non
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_an_image_is_read_behind_a_text(name: str) -> None:
     family, model, twin = FAMILIES[name], model_of(name), twin_of(name)
-    prompt, text = family.prompt(rows=2), ids(2, 40) % IMAGE
+    prompt, text = family.prompt(rows=2), text_of(2, 40)
     mask = torch.ones(2, 40 + prompt["input_ids"].shape[1] + 1, dtype=torch.int64)
     logits = []
     for reader in (twin, model):
@@ -167,7 +170,7 @@ def test_positions_behind_an_image_have_to_be_told_where_they_are_not_counted() 
     twin(**prompt, cache=past)
     before = [tensor.clone() for tensor in past.tensors()]
     with pytest.raises(InputError, match="pass position_ids"):
-        twin(ids(1, 1) % IMAGE, cache=past)
+        twin(text_of(1, 1), cache=past)
     assert all(torch.equal(one, other) for one, other in zip(past.tensors(), before, strict=True))
 
 
@@ -178,7 +181,7 @@ def test_a_cache_of_an_image_is_saved_and_loaded(tmp_path: Path) -> None:
     past.save(tmp_path / "cache.safetensors")
     again = KVMixCache.load(tmp_path / "cache.safetensors", twin)
     positions = torch.tensor([[11]])
-    following = ids(1, 1) % IMAGE
+    following = text_of(1, 1)
     assert torch.equal(twin(following, position_ids=positions, cache=again).logits,
                        twin(following, position_ids=positions, cache=past).logits)  # fmt: skip
     with pytest.raises(InputError, match="pass position_ids"):
@@ -196,9 +199,9 @@ def test_beams_and_several_answers_are_those_of_the_original() -> None:
 
 def test_a_failed_call_leaves_the_cache_as_it_was() -> None:
     twin, prompt = twin_of("llava"), FAMILIES["llava"].prompt()
-    wrong = prompt | {"input_ids": ids(1, 28) % IMAGE}
+    wrong = prompt | {"input_ids": text_of(1, 28)}
     empty, filled = KVMixCache(twin), KVMixCache(twin)
-    twin(ids(1, 50) % IMAGE, cache=filled)
+    twin(text_of(1, 50), cache=filled)
     before = [tensor.clone() for tensor in filled.tensors()]
     for past in (empty, filled):
         with pytest.raises(ValueError, match="do not match"):  # the original's own
