@@ -280,6 +280,8 @@ class CompiledModel(nn.Module):
         if ids is not None and isinstance(position_ids, Tensor) and position_ids.dim() == 3:
             row = in_one_row(program, forward, position_ids, ids, seen)
             left |= {"position_ids"} if row is None else set()
+        if ids is not None and ids.shape[1] > 1 and program.numbering.together:
+            left.add("input_ids")
         if options:  # as in few steps of decoding
             # What the original takes by name means something to it; what falls into its **kwargs does not.
             named = options.keys() & {_EMBEDDINGS, *parameters_of(forward)}

@@ -202,7 +202,7 @@ def find_places(model: Any, forward: Forward) -> Places:
     Raises InputError where some site caches something else than the model does.
     """
     program: Program = model.kvmix_program
-    length = min(TOKENS, program.longest_context or TOKENS)
+    length = 1 if program.numbering.together else min(TOKENS, program.longest_context or TOKENS)
     ids = torch.randint(program.vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(program.device)
     positions = {"position_ids": torch.arange(length, device=ids.device)[None]} if program.numbering.is_input else {}
     recording, held = _Recording(), KVMixCache(model)

@@ -41,13 +41,15 @@ def means_nothing(program: Program, forward: Forward, name: str, value: Any, ids
         return False
     types_tokens = isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
     known = program.ignored_in_steps.get(name)
-    if known is True or (known is value and not types_tokens):
+    if isinstance(known, bool) and types_tokens:
+        return known
+    if known is value:
         return True
     values = [torch.full_like(value, kind) for kind in TYPES] if types_tokens else [value]
-    if not _ignored_in_steps(program, forward, name, values, len(ids)):
-        return False
-    program.ignored_in_steps[name] = True if types_tokens else value
-    return True
+    is_ignored = _ignored_in_steps(program, forward, name, values, len(ids))
+    if is_ignored or types_tokens:
+        program.ignored_in_steps[name] = is_ignored if types_tokens else value
+    return is_ignored
 
 
 def _are_zeros(value: Any, seen: int) -> bool:
