@@ -30,14 +30,13 @@ from kvmix_compile.runtime.padding import check_padding, put_back, read_padding
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
-from kvmix_compile.runtime.taken import asks, in_one_row, means_nothing
+from kvmix_compile.runtime.taken import asks, left_to_own_forward
 from kvmix_compile.runtime.unavailable import refusals
 
 T = TypeVar("T")
 
 # What transformers' models take in their **kwargs and answer with more outputs.
 _CONFIGURED = ("output_attentions", "output_hidden_states")
-_EMBEDDINGS = "inputs_embeds"
 
 # By what name a cache goes to transformers' generate, and comes back from a forward.
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
@@ -145,7 +144,7 @@ class CompiledModel(nn.Module):
             self.kvmix_changes.check()
         options = self._check_options(kwargs)
         with as_captured():
-            position_ids, left = self._left_to_own_forward(input_ids, position_ids, options, seen)
+            position_ids, left = left_to_own_forward(program, super().forward, input_ids, position_ids, options, seen)
         if left:
             arguments = {
                 "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -270,27 +269,6 @@ class CompiledModel(nn.Module):
             if name in _CONFIGURED:
                 raise InputError(f"{name} is not available from a compiled model: call the original model for it")
         return asked
-
-    def _left_to_own_forward(
-        self, input_ids: object, position_ids: Tensor | None, options: dict[str, Any], seen: int
-    ) -> tuple[Tensor | None, frozenset[str]]:
-        """The positions as the graph takes them, if it does, and the names of what it does not take."""
-        program, forward, left, row = self.kvmix_program, super().forward, set[str](), position_ids
-        ids = input_ids if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else None
-        if ids is not None and isinstance(position_ids, Tensor) and position_ids.dim() == 3:
-            row = in_one_row(program, forward, position_ids, ids, seen)
-            left |= {"position_ids"} if row is None else set()
-        if ids is not None and ids.shape[1] > 1 and program.numbering.together:
-            left.add("input_ids")
-        if options:  # as in few steps of decoding
-            # What the original takes by name means something to it; what falls into its **kwargs does not.
-            named = options.keys() & {_EMBEDDINGS, *parameters_of(forward)}
-            left |= {
-                name
-                for name in named
-                if ids is None or not means_nothing(program, forward, name, options[name], ids, seen)
-            }
-        return (position_ids if left else row), frozenset(left)
 
     def _by_own_forward(
         self, left: frozenset[str], arguments: dict[str, Any], given: KVMixCache | None, caches: bool,

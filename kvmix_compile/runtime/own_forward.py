@@ -9,92 +9,26 @@ the past as any later token does, and what follows is decoded by the graph.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from kvmix_compile.errors import CacheError, InputError
-from kvmix_compile.kernels.chunk import Chunk
-from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.kernels.reference import stored as stored_past
 from kvmix_compile.passes.capture.signature import caching
-from kvmix_compile.passes.graph.rounding import TOLERANCE
-from kvmix_compile.passes.rewrite.stored_form import from_stored_form, in_stored_form
+from kvmix_compile.passes.rewrite.stored_form import from_stored_form
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.padding import Padding, check_padding, read_padding
+from kvmix_compile.runtime.places import find_places
 from kvmix_compile.runtime.positions import count_on
 from kvmix_compile.runtime.program import Program
-
-# Tokens of the text by which is seen which layer of the model caches what: fewer than any state keeps unquantized.
-TOKENS = 12
+from kvmix_compile.runtime.stand_in import Places, StandIn, append_to
 
 Forward = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where what a layer caches goes. `site`: its number. `swapped`: the site's values are what the layer gives as its
-    keys, and the other way round.
-    """
-
-    site: int
-    swapped: bool = False
-
-
-# By the number that a layer gives its cache, everything that is kept of it.
-Places = Mapping[int, tuple[Place, ...]]
-
-
-class _StandIn(Cache):
-    """What the model's own forward is given for its cache. It has no layers of its own."""
-
-    def __init__(self, seen: int) -> None:
-        super().__init__(layers=[])
-        self.seen = seen
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.seen > 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise InputError(
-            "the model keeps more than keys and values of a call like this one, which a KVMixCache has no place for: "
-            "call the original model for it"
-        )
-
-    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse
-    update_indexer = has_previous_state = _refuse
-
-
-class _Recording(_StandIn):
-    """Remembers what each layer would cache."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.layers_seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx in self.layers_seen:
-            self._refuse()
-        self.layers_seen[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-
-class _Filling(_StandIn):
+class _Filling(StandIn):
     """Hands what each layer caches on to a KVMixCache, in which `tokens` more come in each row."""
 
     def __init__(self, program: Program, places: Places, cache: KVMixCache, padding: Padding, tokens: int) -> None:
@@ -106,7 +40,7 @@ class _Filling(_StandIn):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx not in self.places or layer_idx in self.filled:
-            self._refuse()
+            self.refuse()
         if key_states.shape[2] != self.tokens:
             raise InputError(
                 f"the model makes {key_states.shape[2]} tokens of the {self.tokens} that it was given, and a "
@@ -123,7 +57,7 @@ class _Filling(_StandIn):
     def finish(self, logits: int) -> None:
         """Count the tokens, once every layer has handed on what it caches. `logits`: as of KVMixCache.begin."""
         if self.filled != self.places.keys():
-            self._refuse()
+            self.refuse()
         cache = self.cache
         if self.seen:
             cache.begin(len(self.padding.starts), self.tokens, self.padding.starts.device, logits)
@@ -136,7 +70,7 @@ class _Filling(_StandIn):
     def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
         for place in self.places[layer]:
             pair = _arranged(key, self.padding), _arranged(value, self.padding)
-            _append(*(pair[::-1] if place.swapped else pair), self.cache.states[place.site], self.cache.lengths,
+            append_to(*(pair[::-1] if place.swapped else pair), self.cache.states[place.site], self.cache.lengths,
                     self.padding.starts, self.stored[place.site])  # fmt: skip
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -194,65 +128,6 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
         raise
     cache.counts_on = cache.counts_on and counts_on
     return _with_cache(output, filling, cache)
-
-
-def find_places(model: Any, forward: Forward) -> Places:
-    """Where what each layer of the model caches goes, seen on a text that both the model and its graph read.
-
-    Raises InputError where some site caches something else than the model does.
-    """
-    program: Program = model.kvmix_program
-    length = 1 if program.numbering.together else min(TOKENS, program.longest_context or TOKENS)
-    ids = torch.randint(program.vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(program.device)
-    positions = {"position_ids": torch.arange(length, device=ids.device)[None]} if program.numbering.is_input else {}
-    recording, held = _Recording(), KVMixCache(model)
-    forward(input_ids=ids, **{program.cache_name: recording}, **caching(forward, True), **positions)
-    model.read_ids(ids, held, **positions)
-    places: dict[int, list[Place]] = {layer: [] for layer in recording.layers_seen}
-    for site, state in enumerate(held.states):
-        layer, place = _nearest(recording.layers_seen, site, state, held, program)
-        places[layer].append(place)
-    if not all(places.values()):
-        recording._refuse()
-    return {layer: tuple(of_layer) for layer, of_layer in places.items()}
-
-
-def _nearest(
-    cached: Mapping[int, tuple[Tensor, Tensor]], site: int, expected: SiteState, held: KVMixCache, program: Program
-) -> tuple[int, Place]:
-    """The layer that caches what a site does, and how. Raises InputError where none does."""
-    layout, stored = held.layouts[site], program.plan.stored_sites()[site]
-    best, found = TOLERANCE[program.parameter_dtype], None
-    for layer, pair in cached.items():
-        for swapped in (False, True):
-            key, value = pair[::-1] if swapped else pair
-            if key.shape[1:2] + key.shape[3:] + value.shape[3:] != (layout.kv_heads, layout.key_dim, layout.value_dim):
-                continue
-            state = SiteState.allocate(layout, 1, expected.blocks, program.dtypes[site], program.device)
-            none = torch.zeros(1, dtype=torch.int64, device=program.device)
-            _append(key, value, state, none, none, stored)
-            share = _difference(state, expected)
-            if share <= best:
-                best, found = share, (layer, Place(site, swapped))
-    if found is None:
-        raise InputError(
-            f"what the model's own forward caches is not what is cached of {program.plan.sites[site].layer}, so the "
-            "two cannot take turns in reading a text: pass input_ids alone, or call the original model for it"
-        )
-    return found
-
-
-def _difference(state: SiteState, expected: SiteState) -> float:
-    """How far apart the unquantized keys and values of two states are, as a share of their size."""
-    parts = ("sink_k", "recent_k", "sink_v", "recent_v")
-    one, other = (torch.cat([getattr(it, name).float().flatten() for name in parts]) for it in (state, expected))
-    return ((one - other).norm() / other.norm()).item()
-
-
-def _append(key: Tensor, value: Tensor, state: SiteState, lengths: Tensor, starts: Tensor, stored: Any) -> None:
-    key, value = in_stored_form(key, value, stored)
-    chunk = Chunk(key=key, value=value, lengths=lengths, starts=starts)
-    torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))
 
 
 def _arranged(vectors: Tensor, padding: Padding) -> Tensor:

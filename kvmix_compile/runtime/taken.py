@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.passes.capture.export import logits_of
-from kvmix_compile.passes.capture.signature import cache_in, caching
+from kvmix_compile.passes.capture.signature import cache_in, caching, parameters_of
 from kvmix_compile.runtime.padding import looks_at_masks
 from kvmix_compile.runtime.program import Program
 
 Forward = Callable[..., Any]
+
+_EMBEDDINGS = "inputs_embeds"
 
 # Tokens that are read before the one by which an argument is tried, and the values of one that types each token.
 BEFORE = 5
@@ -33,7 +35,34 @@ def asks(value: object) -> bool:
     return value is not None and value is not False and not (isinstance(value, Mapping) and not value)
 
 
-def means_nothing(program: Program, forward: Forward, name: str, value: Any, ids: Tensor, seen: int) -> bool:
+def left_to_own_forward(
+    program: Program,
+    forward: Forward,
+    input_ids: object,
+    position_ids: Tensor | None,
+    options: Mapping[str, Any],
+    seen: int,
+) -> tuple[Tensor | None, frozenset[str]]:
+    """The names of those arguments of a call behind `seen` tokens that the graph does not take; none, where it takes
+    them all, and the positions as it does. `forward`: the original's, on its twin. `options`: those that ask for
+    anything.
+    """
+    left, row = set[str](), position_ids
+    ids = input_ids if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else None
+    if ids is not None and isinstance(position_ids, Tensor) and position_ids.dim() == 3:
+        row = _in_one_row(program, forward, position_ids, ids, seen)
+        left |= {"position_ids"} if row is None else set()
+    if ids is not None and ids.shape[1] > 1 and program.numbering.together:
+        left.add("input_ids")
+    if options:  # as in few steps of decoding
+        # What the original takes by name means something to it; what falls into its **kwargs does not.
+        for name in options.keys() & {_EMBEDDINGS, *parameters_of(forward)}:
+            if ids is None or not _means_nothing(program, forward, name, options[name], ids, seen):
+                left.add(name)
+    return (position_ids if left else row), frozenset(left)
+
+
+def _means_nothing(program: Program, forward: Forward, name: str, value: Any, ids: Tensor, seen: int) -> bool:
     """Whether an argument changes nothing of a call that reads `ids`, int64 `[batch, tokens]`, behind `seen` others."""
     if name in program.zero_token_types and _are_zeros(value, seen):
         return True
@@ -59,7 +88,7 @@ def _are_zeros(value: Any, seen: int) -> bool:
     return not looks_at_masks(value.shape[-1], seen, value.device) or not bool(value.any())
 
 
-def in_one_row(program: Program, forward: Forward, position_ids: Tensor, ids: Tensor, seen: int) -> Tensor | None:
+def _in_one_row(program: Program, forward: Forward, position_ids: Tensor, ids: Tensor, seen: int) -> Tensor | None:
     """Positions `[3 or 4, batch, tokens]` as `[batch, tokens]`, where they say no more than that, otherwise None; those
     of a model that takes no such rows as they are.
 

@@ -124,10 +124,6 @@ def _sound(ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _features(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_features": torch.randn(len(ids), 8, 32)}
-
-
 def _text(kind: str, **changed: Any) -> Any:
     return getattr(transformers, kind)(**TEXT | changed)
 
@@ -148,10 +144,13 @@ def _of_siglip(kind: str, text: Any, **changed: Any) -> Any:
     return getattr(transformers, kind)(vision_config=vision, text_config=text, image_token_index=IMAGE, **changed)
 
 
-def _of_idefics(kind: str) -> Any:
-    vision = {**VISION, "model_type": f"{kind.lower()}_vision"}
-    return getattr(transformers, f"{kind}Config")(
-        vision_config=vision, text_config=_text("LlamaConfig"), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+def _idefics3() -> Any:
+    return transformers.Idefics3Config(
+        vision_config={**VISION, "model_type": "idefics3_vision"},
+        text_config=_text("LlamaConfig"),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=0,
     )
 
 
@@ -201,20 +200,10 @@ def _qwen2_audio() -> Any:
                                          text_config=_text("Qwen2Config"), audio_token_index=IMAGE)  # fmt: skip
 
 
-def _voxtral() -> Any:
-    audio = {"num_mel_bins": 8, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "max_source_positions": 16}  # fmt: skip
-    return transformers.VoxtralConfig(audio_config=audio, text_config=_text("LlamaConfig"), audio_token_id=IMAGE)
-
-
 PATCHES = (SIDE // PATCH) ** 2
 
 FAMILIES: Mapping[str, Family] = {
     "llava": Family("LlavaForConditionalGeneration", lambda: _of_clip("LlavaConfig"), PATCHES, _pixels),
-    "vipllava": Family(
-        "VipLlavaForConditionalGeneration", lambda: _of_clip("VipLlavaConfig", vision_feature_layers=[-1, -2]),
-        PATCHES, _pixels,
-    ),
     "llava_next": Family(
         "LlavaNextForConditionalGeneration",
         lambda: _of_clip("LlavaNextConfig", image_grid_pinpoints=[[SIDE, SIDE]]),
@@ -222,14 +211,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral3": Family("Mistral3ForConditionalGeneration", _mistral3, 4, _sized_pixels),
     "internvl": Family("InternVLForConditionalGeneration", _internvl, 4, _pixels),
-    "idefics3": Family("Idefics3ForConditionalGeneration", lambda: _of_idefics("Idefics3"), 4, _many_pixels),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", lambda: _of_idefics("SmolVLM"), 4, _many_pixels),
+    "idefics3": Family("Idefics3ForConditionalGeneration", _idefics3, 4, _many_pixels),
     "gemma3": Family("Gemma3ForConditionalGeneration", _gemma3, 4, _typed_pixels),
     "paligemma": Family("PaliGemmaForConditionalGeneration", _paligemma, PATCHES, _prefix_pixels),
-    "qwen2_vl": Family(
-        "Qwen2VLForConditionalGeneration",
-        lambda: _of_qwen("Qwen2VL", embed_dim=16, hidden_size=32, mlp_ratio=2), 4, _patches,
-    ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VLForConditionalGeneration",
         lambda: _of_qwen("Qwen2_5_VL", hidden_size=16, out_hidden_size=32, window_size=8,
@@ -242,7 +226,6 @@ FAMILIES: Mapping[str, Family] = {
         4, _patches,
     ),
     "qwen2_audio": Family("Qwen2AudioForConditionalGeneration", _qwen2_audio, 8, _sound),
-    "voxtral": Family("VoxtralForConditionalGeneration", _voxtral, 4, _features),
 }  # fmt: skip
 
 

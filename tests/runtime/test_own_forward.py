@@ -165,7 +165,7 @@ def test_an_image_is_read_behind_a_text(name: str) -> None:
 
 
 def test_positions_behind_an_image_have_to_be_told_where_they_are_not_counted() -> None:
-    prompt, twin = FAMILIES["qwen2_vl"].prompt(), twin_of("qwen2_vl")
+    prompt, twin = FAMILIES["qwen2_5_vl"].prompt(), twin_of("qwen2_5_vl")
     past = KVMixCache(twin)
     twin(**prompt, cache=past)
     before = [tensor.clone() for tensor in past.tensors()]
@@ -175,7 +175,7 @@ def test_positions_behind_an_image_have_to_be_told_where_they_are_not_counted() 
 
 
 def test_a_cache_of_an_image_is_saved_and_loaded(tmp_path: Path) -> None:
-    prompt, twin = FAMILIES["qwen2_vl"].prompt(), small("qwen2_vl")
+    prompt, twin = FAMILIES["qwen2_5_vl"].prompt(), small("qwen2_5_vl")
     past = KVMixCache(twin)
     twin(**prompt, cache=past)
     past.save(tmp_path / "cache.safetensors")
