@@ -170,9 +170,9 @@ def _counts_on(
     given: object, noted: list[Tensor | None], program: Program, padding: Padding, cache: KVMixCache, tokens: int
 ) -> bool:
     """Whether the tokens that follow are numbered by counting the slots, as the model does where it reads text alone:
-    it did so now, or it was told one position for each token.
+    it did so now, it was told one position for each token, or it cannot be told any.
     """
-    if isinstance(given, Tensor) and given.dim() == 2:
+    if not program.numbering.is_input or (isinstance(given, Tensor) and given.dim() == 2):
         return True
     return len(noted) == 1 and (noted[0] is None or count_on(noted[0], program.numbering, padding, cache, tokens))
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
+import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.errors import InputError, KVMixError
+from kvmix_compile.passes.capture.signature import cache_name
 from tests.helpers.agreement import assert_states_agree
 from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import RECENT, SINKS, ids, lossless, original, quantized, unquantized
@@ -81,6 +84,14 @@ def test_models_that_were_used_for_images_are_used_again() -> None:
         assert torch.equal(twin.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY))
     text = text_of(1, 20)
     assert torch.equal(twin.generate(text, **GREEDY), model.generate(text, **GREEDY))
+
+
+def test_the_original_is_as_it_was() -> None:
+    model, family = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"]
+    before = dict(vars(model.model))
+    twin_of("qwen2_5_vl").generate(**family.prompt(seed=3), **GREEDY)
+    assert vars(model.model).keys() == before.keys()
+    assert all(vars(model.model)[name] is value for name, value in before.items())
 
 
 # Embeddings
@@ -195,6 +206,46 @@ def test_beams_and_several_answers_are_those_of_the_original() -> None:
 
 
 # Refused
+
+
+class KeepingMore(LlamaForCausalLM):
+    """Keeps keys and values of an image apart, as models do that attend to images by cross-attention."""
+
+    def forward(self, input_ids=None, pixel_values=None, cache=None, **kwargs):
+        if pixel_values is not None and cache is not None:
+            cache.update(pixel_values, pixel_values, 7)
+        return super().forward(input_ids, **{cache_name(LlamaForCausalLM.forward): cache}, **kwargs)
+
+
+class PuttingInFront(LlamaForCausalLM):
+    """Puts an image's embeddings in front of the text."""
+
+    def forward(self, input_ids=None, pixel_values=None, cache=None, **kwargs):
+        kwargs[cache_name(LlamaForCausalLM.forward)] = cache
+        if pixel_values is None:
+            return super().forward(input_ids, **kwargs)
+        embedded = torch.cat([pixel_values, self.get_input_embeddings()(input_ids)], dim=1)
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kind, given, message",
+    [
+        (KeepingMore, torch.zeros(1, 2, 5, 32), "keeps more than keys and values"),
+        (PuttingInFront, torch.zeros(1, 5, 128), "makes 14 tokens of the 9"),
+    ],
+)
+def test_what_a_cache_has_no_place_for_is_refused(kind: Any, given: Tensor, message: str) -> None:
+    model = kind(original().config).eval()
+    twin = kvmix_compile.apply(model, plan=lossless().kvmix_plan, verify=False)
+    past = KVMixCache(twin)
+    with pytest.raises(InputError, match=message):
+        twin(ids(1, 9), pixel_values=given, cache=past)
+    assert not past.is_initialized and past.get_seq_length() == 0
+    assert_close(twin(ids(1, 9), cache=past).logits, model(ids(1, 9)).logits)
+    # Without a cache there is nothing to keep.
+    found, expected = (reader(ids(1, 9), pixel_values=given, use_cache=False).logits for reader in (twin, model))
+    assert_close(found, expected)
 
 
 def test_a_failed_call_leaves_the_cache_as_it_was() -> None:
