@@ -117,6 +117,27 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).contiguous()
 
 
+@torch.no_grad()
+def stored(state: SiteState, storage: Storage, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The keys [B, H, slots, key_dim] and values [B, H, slots, value_dim] of the past as a later token reads them.
+
+    lengths: int64 [B], the tokens that each row holds, at most `slots`; they lie in a row's last slots. Where there is
+    none, or one that no later token sees, are zeros.
+    """
+    no_keys, no_values = state.recent_k[:, :, :0], state.recent_v[:, :, :0]
+    nothing_new = Chunk(no_keys, no_values, lengths, starts=torch.zeros_like(lengths))
+    read = []
+    for side in _sides(nothing_new, state, storage):
+        dense = side.ring.new_zeros(*side.ring.shape[:2], slots, side.ring.shape[3])
+        for group in _row_groups(nothing_new):
+            first = max(0, group.length - storage.window + 1) if storage.window else 0
+            if group.length > first:
+                held = _history(side.of(group), first, group.length)
+                dense[group.rows, :, slots - held.shape[2] :] = held
+        read.append(dense)
+    return read[0], read[1]
+
+
 def _sides(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[_Side, _Side]:
     keys = _Side(
         chunk=chunk.key,

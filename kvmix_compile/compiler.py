@@ -353,8 +353,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
     twin = attach(model, program)
     with report.timed("numbering"), untouched(model):
         program.numbering = _numbering(found.captured, cast(CompiledModel, twin))
-        if "token_type_ids" in parameters_of(model.forward):
-            program.zero_token_types = ignores_zeros(found.captured, "token_type_ids")
+        typing = [name for name in parameters_of(model.forward) if name.endswith("token_type_ids")]
+        program.zero_token_types = frozenset(name for name in typing if ignores_zeros(found.captured, name))
     if not takes_padding(rewritten, program.numbering):
         reason = (
             "layers carry states into which it goes" if rewritten.carried else "the model counts its positions itself"

@@ -294,7 +294,7 @@ CALLS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "an id outside the vocabulary": (lambda: {"input_ids": torch.full((2, 20), 128)}, "0 to 127"),
     "labels for some logits": (lambda: {"labels": ids(2, 20), "logits_to_keep": 3}, "leave logits_to_keep out"),
     "labels of another length": (lambda: {"labels": ids(2, 19)}, "one label for each token"),
-    "embeddings": (lambda: {"inputs_embeds": torch.zeros(2, 20, 128)}, "inputs_embeds is not available"),
+    "embeddings too": (lambda: {"inputs_embeds": torch.zeros(2, 20, 128)}, "both given"),
     "texts": (lambda: {"input_ids": ["some", "texts"]}, "input_ids is a list.*tokenizer"),
     "nothing": (lambda: {"input_ids": None}, "input_ids is missing"),
     "a prompt too long": (lambda: {"input_ids": ids(2, 513)}, "more than the 512 positions.*shorten"),
@@ -417,7 +417,6 @@ def resized() -> Any:
 USES: dict[str, tuple[Callable[[], Any], str]] = {
     "a cache of the original": (lambda: KVMixCache(original()), r"is not compiled.*kvmix_compile\.apply\(model\)"),
     "a cache that takes back less than nothing": (lambda: KVMixCache(quantized(), rollback=-1), "rollback.*0 or more"),
-    "embeddings alone": (lambda: quantized()(inputs_embeds=torch.zeros(1, 3, 128)), "inputs_embeds is not available"),
     "texts to go on from": (lambda: quantized().generate(["a text"]), "the prompt is a list.*tokenizer"),
     "a prompt shorter than its cache": (shorter_than_the_cache, "the prompt has 5 tokens and the cache .* holds 40"),
     "a cache of other weights": (with_a_cache_of_other_weights, "filled by a model with other weights"),

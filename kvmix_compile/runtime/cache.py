@@ -51,6 +51,8 @@ class KVMixCache(Cache):
         # there may be padding in any.
         self.every_row_goes_on = False
         self.padded = False
+        # Whether the model numbers the tokens that follow by counting these: not those behind images, in some models.
+        self.counts_on = True
         self.records_past = False
         # While the past is recorded, tokens that may yet be taken back.
         self._unsettled = 0
@@ -233,7 +235,7 @@ class KVMixCache(Cache):
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
             kept.copy_(saved)
-        self.seen, self._furthest = header.seen, header.furthest
+        self.seen, self._furthest, self.counts_on = header.seen, header.furthest, header.counts_on
         self.padded = bool((self.lengths != self.seen).any())
 
     def _header(self) -> Header:
@@ -245,6 +247,7 @@ class KVMixCache(Cache):
             rollback=self.rollback,
             seen=self.seen,
             furthest=self._furthest,
+            counts_on=self.counts_on,
         )
 
     # What it holds
@@ -365,6 +368,7 @@ class KVMixCache(Cache):
         """Forget everything, and give the memory back."""
         self.states, self.carried, self.seen, self._furthest, self._unsettled = [], (), 0, 0, 0
         self.every_row_goes_on = self.padded = False
+        self.counts_on = True
         self.lengths = self.lengths.new_zeros(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -33,7 +33,7 @@ class Header:
     """What a file says of its cache besides the tensors.
 
     model: its structure, as in a plan. weights: as `weights_fingerprint` gives it. plan: as JSON. dtypes: of each site.
-    The counters: as KVMixCache has them.
+    The counters, and `counts_on`: as KVMixCache has them.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Header:
     rollback: int
     seen: int
     furthest: int
+    counts_on: bool = True
 
 
 def weights_fingerprint(model: nn.Module) -> str:

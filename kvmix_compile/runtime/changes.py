@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_compile.errors import InputError
+from kvmix_compile.passes.untouched.assigned import assigned_names
 from kvmix_compile.passes.untouched.reach import MISSING, attributes
 from kvmix_compile.passes.untouched.reads import Reads, configs_of
 from kvmix_compile.passes.untouched.untouched import Written
@@ -68,6 +69,7 @@ class Steering:
             for name, value in holder.held.items()
             if any(written.by_owner(container) for container in _containers(value))
         }
+        own |= _state(model, holders)
         return cls({holder.path: _read(holder, reads) for holder in holders if not holder.kind}, frozenset(own))
 
 
@@ -122,6 +124,8 @@ class Changes:
     def _check_added(self, holder: _Holder) -> None:
         known = {name for other, _, name, *_ in self.values if other is holder}
         for name in holder.held.keys() - known:
+            if holder.kind in _HOOKS and _is_librarys(holder.held[name]):
+                continue
             is_read = holder.kind not in _TENSORS or name in self.steering.read[holder.path]
             if is_read and holder.of(name) not in self.steering.own:
                 raise _error(_described(holder, name, holder.held[name], MISSING), id(holder) in self.twins)
@@ -149,11 +153,28 @@ def _read(holder: _Holder, reads: Reads) -> frozenset[str]:
     return frozenset(read)
 
 
+def _state(model: nn.Module, holders: list[_Holder]) -> set[str]:
+    """Paths of the attributes of modules that hold a tensor, or yet none, and that the model's own code writes."""
+    assigned = assigned_names(model)
+    return {
+        holder.of(name)
+        for holder in holders
+        if isinstance(holder.owner, nn.Module) and not holder.kind
+        for name in assigned & holder.held.keys()
+        if holder.held[name] is None or isinstance(holder.held[name], Tensor)
+    }
+
+
 def _containers(value: object) -> Iterator[object]:
     if isinstance(value, _CONTAINERS):
         yield value
         for item in value.values() if isinstance(value, dict) else value:
             yield from _containers(item)
+
+
+def _is_librarys(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers notes what layers give, on any that ever ran by itself."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _frozen(value: Any) -> Any:

@@ -17,25 +17,26 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.captured import MODEL
-from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
+from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, caching, parameters_of
 from kvmix_compile.passes.rewrite.rewrite import rebind
 from kvmix_compile.report import Report
+from kvmix_compile.runtime import own_forward
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.changes import Changes
 from kvmix_compile.runtime.generating import Request
-from kvmix_compile.runtime.interface import with_signature_of
+from kvmix_compile.runtime.interface import OWN, with_signature_of
 from kvmix_compile.runtime.module_tree import module_tree
-from kvmix_compile.runtime.padding import check_padding, looks_at_masks, put_back, read_padding
+from kvmix_compile.runtime.padding import check_padding, put_back, read_padding
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
+from kvmix_compile.runtime.taken import asks, left_to_own_forward
 from kvmix_compile.runtime.unavailable import refusals
 
 T = TypeVar("T")
 
 # What transformers' models take in their **kwargs and answer with more outputs.
 _CONFIGURED = ("output_attentions", "output_hidden_states")
-_UNANSWERED = {"inputs_embeds", *_CONFIGURED}
 
 # By what name a cache goes to transformers' generate, and comes back from a forward.
 _GENERATES_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
@@ -46,9 +47,6 @@ _BOOKKEEPING = {"cache_position"}
 
 # By what a call tells several texts in one row apart, besides positions.
 _SEVERAL_TEXTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-
-# What tokenizers return of themselves, zero for every token of a single text.
-_TOKEN_TYPES = "token_type_ids"
 
 
 class CompiledModel(nn.Module):
@@ -80,7 +78,7 @@ class CompiledModel(nn.Module):
         self.kvmix_changes.check()
         program = self.kvmix_program
         model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
-        copied = replace(program, rewritten=rebind(program.rewritten, model))
+        copied = replace(program, rewritten=rebind(program.rewritten, model), ignored_in_steps={}, takes_rows={})
         if program.inductor is not None:
             copied.compile()
         twin = attach(model, copied)
@@ -141,7 +139,19 @@ class CompiledModel(nn.Module):
         program = self.kvmix_program
         program.follow(self)
         given = one_of({"cache": cache, "past_key_values": past_key_values})
-        input_ids = self._check(input_ids, given, kwargs)
+        seen = self._check_cache(given)
+        if seen == 0:
+            self.kvmix_changes.check()
+        options = self._check_options(kwargs)
+        with as_captured():
+            position_ids, left = left_to_own_forward(program, super().forward, input_ids, position_ids, options, seen)
+        if left:
+            arguments = {
+                "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                "labels": labels, "logits_to_keep": logits_to_keep, **options,
+            }  # fmt: skip
+            return self._by_own_forward(left, arguments, given, self._caches(use_cache), return_dict)
+        input_ids = self._check_ids(input_ids, seen)
         if labels is not None and (
             isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != input_ids.shape
         ):
@@ -199,6 +209,11 @@ class CompiledModel(nn.Module):
         if padding.comes or padding.is_enclosed:
             ends_are_kept = isinstance(logits_to_keep, int) and logits_to_keep > 0
             check_padding(padding, program.rewritten, numbering, cache.seen, ends_are_kept)
+        if position_ids is None and not cache.counts_on:
+            raise InputError(
+                "behind images or sound this model does not number the tokens of a text by counting: pass "
+                "position_ids, as generate does"
+            )
         if position_ids is None:
             position_ids = default_positions(numbering, padding, cache, tokens)
         elif numbering.is_input:
@@ -227,24 +242,18 @@ class CompiledModel(nn.Module):
             config = config.get_text_config(decoder=True)
         return bool(getattr(config, "use_cache", True))
 
+    def read_ids(self, input_ids: Tensor, cache: KVMixCache, position_ids: Tensor | None = None) -> Tensor:
+        """The logits of every token behind what `cache` holds, with no more checks than `forward` leaves to be made."""
+        with torch.no_grad():
+            return self._run(input_ids, None, position_ids, cache, 0)
+
     def without_past(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits of every token, with nothing cached and no more checks than `forward` leaves to be made."""
         with torch.no_grad():
             return self._run(input_ids, attention_mask, None, KVMixCache(self), 0)
 
-    def _check(self, input_ids: object, cache: object, options: dict[str, Any]) -> Tensor:
-        """The token ids. Raises InputError, before anything is changed, for a call that cannot be answered."""
-        seen = self._check_cache(cache)
-        if seen == 0:
-            self.kvmix_changes.check()
-        self._check_options(options, seen)
-        if not isinstance(input_ids, Tensor):
-            given = "missing" if input_ids is None else f"a {type(input_ids).__name__}, not a tensor of token ids"
-            raise InputError(f"input_ids is {given}: pass tokenizer(texts, return_tensors='pt')['input_ids']")
-        self._check_ids(input_ids, seen)
-        return input_ids
-
-    def _check_options(self, options: dict[str, Any], seen: int) -> None:
+    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those that ask for anything. Raises InputError for what no compiled model can do."""
         config = getattr(self, "config", None)
         for name in _CONFIGURED:
             if getattr(config, name, False) and options.get(name) is None:
@@ -252,24 +261,41 @@ class CompiledModel(nn.Module):
                     f"model.config.{name} asks for what is not available from a compiled model: set it to False, or "
                     "call the original model for it"
                 )
-        asked = {name for name, value in options.items() if _asks(value)} - _BOOKKEEPING
-        if not asked:  # as in every step of decoding, which need not look at signatures
-            return
-        for name in asked & _SEVERAL_TEXTS:
-            raise InputError(f"{name} puts several texts into a row: pass each as a row of its own, padded on the left")
-        if _TOKEN_TYPES in asked and self._are_zeros(options[_TOKEN_TYPES], seen):
-            asked -= {_TOKEN_TYPES}
-        # What the original takes by name means something to it; what falls into its **kwargs does not.
-        for name in asked & (_UNANSWERED | set(parameters_of(super().forward))):
-            raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+        asked = {name: value for name, value in options.items() if asks(value) and name not in _BOOKKEEPING}
+        for name in asked:
+            if name in _SEVERAL_TEXTS:
+                raise InputError(
+                    f"{name} puts several texts into a row: pass each as a row of its own, padded on the left"
+                )
+            if name in _CONFIGURED:
+                raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+        return asked
 
-    def _are_zeros(self, token_types: Tensor, seen: int) -> bool:
-        """Whether these are what the original takes for granted where it is given none. On a GPU those of a token that
-        is decoded are looked at once in 32 steps, as masks are.
-        """
-        if not self.kvmix_program.zero_token_types:
-            return False
-        return not looks_at_masks(token_types.shape[-1], seen, token_types.device) or not bool(token_types.any())
+    def _by_own_forward(
+        self, left: frozenset[str], arguments: dict[str, Any], given: KVMixCache | None, caches: bool,
+        return_dict: bool | None,
+    ) -> Any:  # fmt: skip
+        """What the original's forward returns for a call of which the graph does not take the arguments `left`."""
+        program, forward = self.kvmix_program, super().forward
+        taken = parameters_of(forward)
+        unknown = sorted(left.difference(taken))
+        if unknown or program.cache_name not in taken:
+            name = (unknown or sorted(left))[0]
+            raise InputError(f"{name} is not available from a compiled model: call the original model for it")
+        keep = arguments["logits_to_keep"]
+        arguments = {
+            name: value for name, value in arguments.items()
+            if value is not None and (name in taken or name not in OWN)
+        }  # fmt: skip
+        logits = keep.numel() if isinstance(keep, Tensor) else keep
+        with as_captured():
+            if caches:
+                held = KVMixCache(self) if given is None else given
+                output = own_forward.read(self, forward, held, arguments, logits)
+            else:
+                output = forward(**arguments, **caching(forward, False), return_dict=True)
+        output["logits"] = program.under_autocast(output["logits"])
+        return output.to_tuple() if return_dict is False else output
 
     def _check_cache(self, cache: object) -> int:
         """The number of positions that the cache has seen."""
@@ -293,8 +319,12 @@ class CompiledModel(nn.Module):
             )
         return cache.seen
 
-    def _check_ids(self, input_ids: Tensor, seen: int) -> None:
+    def _check_ids(self, input_ids: object, seen: int) -> Tensor:
+        """The token ids. Raises InputError, before anything is changed, for what are none."""
         program = self.kvmix_program
+        if not isinstance(input_ids, Tensor):
+            given = "missing" if input_ids is None else f"a {type(input_ids).__name__}, not a tensor of token ids"
+            raise InputError(f"input_ids is {given}: pass tokenizer(texts, return_tensors='pt')['input_ids']")
         if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             raise InputError(
                 f"input_ids must be int64 [batch, tokens] with at least one row and one token, not {input_ids.dtype} "
@@ -317,6 +347,7 @@ class CompiledModel(nn.Module):
                 f"{total} tokens are more than the {program.longest_context} positions that the model has: shorten the "
                 "prompt, or continue with a new cache"
             )
+        return input_ids
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -333,13 +364,6 @@ def one_of(given: Mapping[str, T | None]) -> T | None:
     if len(there) > 1:
         raise InputError(f"{' and '.join(there)} are two names of one argument: pass one of them")
     return next(iter(there.values()), None)
-
-
-def _asks(value: object) -> bool:
-    """Whether an option asks for anything. transformers' generate gives models of images and text an empty dictionary
-    where there is text alone.
-    """
-    return value is not None and value is not False and not (isinstance(value, Mapping) and not value)
 
 
 def attach(model: nn.Module, program: Program) -> nn.Module:

@@ -16,6 +16,7 @@ from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.capture.export import logits_of
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
+from kvmix_compile.passes.rewrite.together import reads_together
 
 # Of the text that is run: how long it is, and where there is padding in it, between tokens too. Where that cannot be,
 # the distance of tokens from each other does not show which way they are counted, and in front is enough.
@@ -31,13 +32,15 @@ class Numbering:
 
     is_input: they can be given to it, as `position_ids`. has_mask: it takes an `attention_mask`. from_zero: without
     padding it numbers the slots of a row 0, 1, 2, .. padded: what it numbers so in a row with padding, all slots or
-    the tokens alone; None: neither, or it takes no padding.
+    the tokens alone; None: neither, or it takes no padding. together: the tokens of one call see each other, later ones
+    too, and only from call to call it reads in order.
     """
 
     is_input: bool = True
     has_mask: bool = True
     from_zero: bool = True
     padded: Literal["slots", "tokens"] | None = None
+    together: bool = False
 
 
 # Runs the twin as if the model numbered so: (numbering, input_ids, attention_mask) -> logits, with nothing cached.
@@ -51,6 +54,8 @@ def find_numbering(captured: Captured, run: Run) -> Numbering:
     numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
     (share,) = trial.shares([numbering])
     numbering = replace(numbering, from_zero=share <= trial.tolerance)
+    if not numbering.from_zero and reads_together(captured):
+        return replace(numbering, together=True)
     if not numbering.has_mask:
         # Its own rows are never padded; a twin's may be, and count their own tokens.
         return replace(numbering, padded="tokens" if numbering.is_input else None)

@@ -66,6 +66,17 @@ def given_positions(
     return positions
 
 
+def count_on(positions: Tensor, numbering: Numbering, padding: Padding, cache: KVMixCache, tokens: int) -> bool:
+    """Whether positions of the coming tokens, `[.., batch or 1, tokens]`, are what `default_positions` counts."""
+    try:
+        counted = default_positions(numbering, padding, cache, tokens)
+    except InputError:
+        return False
+    is_token = torch.arange(tokens, device=counted.device) >= padding.starts[:, None]
+    rows = positions.reshape(-1, *positions.shape[-2:]).expand(-1, len(counted), -1)
+    return all(bool(((padding.arrange(row) == counted) | ~is_token).all()) for row in rows)
+
+
 def _check_range(positions: Tensor, longest: int | None) -> None:
     lowest, highest = (int(extreme) for extreme in positions.aminmax())
     if lowest < 0:

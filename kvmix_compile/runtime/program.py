@@ -1,7 +1,7 @@
 """Program: what a compiled model runs."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ class Program:
     """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
     fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
     `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them. `numbering`:
-    what positions that forward counts. `zero_token_types`: token_type_ids of zero, given to it, change nothing.
+    what positions that forward counts. `zero_token_types`: the arguments that type tokens and of which zeros, given to
+    it, change nothing.
     `steering`: what of the original the graph does not follow. `inductor`: the rewritten graph compiled by Inductor,
-    where that was asked for.
+    where that was asked for. Seen where it is first needed: `places`, where what that forward caches goes
+    (own_forward.py); `ignored_in_steps` and `takes_rows`, what it makes of some arguments (taken.py).
     """
 
     rewritten: Rewritten
@@ -43,8 +45,11 @@ class Program:
     steering: Steering
     embedded: int | None = None
     numbering: Numbering = Numbering()
-    zero_token_types: bool = False
+    zero_token_types: frozenset[str] = frozenset()
     inductor: InductorGraph | None = None
+    places: Mapping[int, tuple[Any, ...]] | None = None
+    ignored_in_steps: dict[str, Any] = field(default_factory=dict)
+    takes_rows: dict[int, bool] = field(default_factory=dict)
 
     def under_autocast(self, logits: Tensor) -> Tensor:
         """Logits in the dtype that the original gives them in, with autocast on or off."""

@@ -159,7 +159,7 @@ def check_capturable(model: nn.Module) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             f"{type(model).__name__} is an encoder-decoder; kvmix_compile compresses decoder-only causal language "
-            "models"
+            "models: generate with the original"
         )
     if "input_ids" not in parameters_of(model.forward)[:1]:
         raise CaptureError(

@@ -13,6 +13,15 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
+def caching(function: Callable[..., Any], on: bool) -> dict[str, bool]:
+    """The argument that turns a model's cache on or off, where its forward takes one, be it among others that it hands
+    on.
+    """
+    parameters = inspect.signature(function).parameters
+    takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {"use_cache": on} if takes_more or "use_cache" in parameters else {}
+
+
 def cache_name(function: Callable[..., Any]) -> str:
     """The name by which it takes a KV cache; where it takes none by name, the one that is in use today."""
     return _first_of(CACHE_NAMES, parameters_of(function)) or CACHE_NAMES[0]

@@ -364,14 +364,18 @@ def test_token_types_of_zero_are_taken_where_they_change_nothing() -> None:
     assert torch.equal(
         twin.generate(text, token_type_ids=types, **GREEDY), model.generate(text, token_type_ids=types, **GREEDY)
     )
-    with pytest.raises(InputError, match="token_type_ids"):
-        twin(text, token_type_ids=types + 1)
 
 
-def test_token_types_are_refused_where_zero_means_something() -> None:
-    with pytest.raises(InputError, match="token_type_ids"):
-        pair("gpt2")[1].generate(ids(1, 9), token_type_ids=torch.zeros(1, 9, dtype=torch.int64), **GREEDY)
-    # Nor does the original take them here.
+def test_token_types_that_mean_something_are_heard() -> None:
+    types = torch.zeros(1, 20, dtype=torch.int64)
+    for (model, twin), given in ((bert(), types + 1), (pair("gpt2"), types + 5)):
+        text = ids(1, 20)
+        assert torch.equal(
+            twin.generate(text, token_type_ids=given, **GREEDY), model.generate(text, token_type_ids=given, **GREEDY)
+        )
+        with torch.no_grad():
+            assert_close(twin(text, token_type_ids=given).logits, model(text, token_type_ids=given).logits)
+    # Not by a model that takes none.
     for model in pair("llama"):
         with pytest.raises(ValueError, match="token_type_ids"):
             model.generate(ids(1, 9), token_type_ids=torch.zeros(1, 9, dtype=torch.int64), **GREEDY)
