@@ -64,7 +64,8 @@ def test_logits_and_state_are_those_of_the_graph_itself(rows: int, rollback: int
     text, chunks = ids(rows, 150), [30, *[1] * 70, 30, *[1] * 20]
     (expected, past), (found, own) = (read(model, text, chunks, rollback) for model in (eager(), compiled()))
     torch.testing.assert_close(found, expected, atol=0.01, rtol=1e-4)
-    assert (found - expected).abs().median() < 1e-6
+    # Of logits that codes have not turned, a few roundings: how many depends on the processor.
+    assert (found - expected).abs().median() < 1e-5
     for one, other in zip(own.tensors(), past.tensors(), strict=True):
         # Inductor's sums are rounded otherwise, and may turn a code.
         torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-4)
