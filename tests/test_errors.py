@@ -29,7 +29,7 @@ from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.measure.importance import Importance
 from tests.helpers.hybrid import hybrid
 from tests.helpers.one_capture import analyzed, applied, zoo
-from tests.helpers.toy_llama import ids, original, quantized
+from tests.helpers.toy_llama import ids, lossless, original, quantized
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:
@@ -359,7 +359,7 @@ class WithImages(LlamaForCausalLM):
 
 def test_models_of_images_and_text_write_text_and_refuse_images() -> None:
     model = WithImages(zoo("llama").config).eval()
-    small = kvmix_compile.apply(model, budget=16, calibration=ids(2, 64), sinks=0, recent=32)
+    small = kvmix_compile.apply(model, plan=lossless().kvmix_plan, verify=False)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     assert torch.equal(small.generate(ids(1, 50), **options), model.generate(ids(1, 50), **options))
     assert small(ids(1, 9), mm_encoder_outputs={}).logits.shape == (1, 9, 128)
