@@ -21,20 +21,18 @@ from kvmix_compile.passes.graph.vocabulary import operation
 
 _LIBRARY = torch.library.Library("kvmix", "FRAGMENT")
 # The path of the module, what its forward is given, and what it gives: the extents of each tensor, behind one another,
-# how many axes each has, and of which dtype each is.
-_LIBRARY.define("single_node(str path, Tensor[] given, SymInt[] extents, int[] axes, ScalarType[] dtypes) -> Tensor[]")
+# how many axes each has, and of which dtype each is, by its name: PyTorch 2.11 makes numbers of those in a list.
+_LIBRARY.define("single_node(str path, Tensor[] given, SymInt[] extents, int[] axes, str[] dtypes) -> Tensor[]")
 
 # What a SingleNode is called in a graph, followed by its number.
 NAME = "single_node_"
 
 
 @torch.library.register_fake("kvmix::single_node")
-def _noted(
-    path: str, given: list[Tensor], extents: list[int], axes: list[int], dtypes: list[torch.dtype]
-) -> list[Tensor]:
+def _noted(path: str, given: list[Tensor], extents: list[int], axes: list[int], dtypes: list[str]) -> list[Tensor]:
     results, begin = [], 0
     for count, dtype in zip(axes, dtypes, strict=True):
-        results.append(given[0].new_empty(extents[begin : begin + count], dtype=dtype))
+        results.append(given[0].new_empty(extents[begin : begin + count], dtype=getattr(torch, dtype)))
         begin += count
     return results
 
@@ -207,7 +205,7 @@ def _note(stateful: StatefulModule, *arguments: Any, **named: Any) -> Any:
     shapes = stateful.sizes_of_results(given)
     results = torch.ops.kvmix.single_node(
         stateful.path, given, [extent for shape in shapes for extent in shape], [len(shape) for shape in shapes],
-        [sizes.dtype for sizes in stateful.results],
+        [str(sizes.dtype).removeprefix("torch.") for sizes in stateful.results],
     )  # fmt: skip
     return with_held(stateful.output, dict(zip(stateful.result_ways, results, strict=True)))
 
