@@ -12,18 +12,15 @@ from kvmix_compile.backend.layers import buffer_behind
 from kvmix_compile.backend.padding import MaskReader, padding
 from kvmix_compile.backend.storage import PackedCache, PackedSite, belongs_to, packed_site_of, release, released
 from kvmix_compile.errors import CacheError
-from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.dynamo import Lowered
 from kvmix_compile.passes.capture.sizes import Size, size_reader
 from kvmix_compile.passes.graph.vocabulary import graph_inputs
 from kvmix_compile.passes.match.static_cache import Buffer, CachedSite
-from kvmix_compile.passes.rewrite.powers import powers_of_two
-from kvmix_compile.passes.rewrite.rotation import there
 from kvmix_compile.passes.rewrite.static import rewrite_static
+from kvmix_compile.passes.rewrite.stored_form import append_to
 from kvmix_compile.runtime.cache_format import CacheFormat
 from kvmix_compile.runtime.inductor import own_compiled_code, symbolic_sizes
 from kvmix_compile.runtime.padding import looks_at_masks
@@ -181,17 +178,7 @@ class StaticGraph:
         for state, stored, site in zip(cache.states, self.format.plan.stored_sites(), self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[source], seen) for source in (site.key.source, site.value.source))
-            if stored.channel_order is not None:
-                order = torch.tensor(stored.channel_order, device=self.format.device)
-                key = torch.ops.kvmix.order_channels(key, order)
-            if stored.key_exponents:
-                key = key * powers_of_two(stored.key_exponents, -1, key)
-            if stored.value_exponents:
-                value = value * powers_of_two(stored.value_exponents, -1, value)
-            if stored.values_rotated:
-                value = value @ there(value.shape[-1], value)
-            chunk = Chunk(key=key, value=value, lengths=cache.lengths, starts=starts)
-            torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))
+            append_to(key, value, state, cache.lengths, starts, stored)
         cache.advance(seen, starts)
 
     def _release(self, given: Sequence[Any], inputs: Sequence[Any], cache: PackedCache) -> None:

@@ -14,6 +14,7 @@ from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.allocate.plan import Plan, PlanError
+from kvmix_compile.passes.capture.single_nodes import nothing_carried
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import Header
 from kvmix_compile.runtime.cache_format import CacheFormat, format_of
@@ -108,7 +109,7 @@ class KVMixCache(Cache):
     def _carried_in(self) -> list[Any]:
         """What is carried, as the graph takes it: None for each tensor before the first call."""
         if not self.carried:
-            return [None for one in self.format.carried for _ in one.tensors]
+            return nothing_carried(self.format.carried)
         return [tensor for layer in self.carried for tensor in layer]
 
     def _check_nothing_carried(self, asked: str) -> None:

@@ -26,7 +26,7 @@ from kvmix_compile.runtime.changes import Changes
 from kvmix_compile.runtime.generating import Request
 from kvmix_compile.runtime.interface import OWN, with_signature_of
 from kvmix_compile.runtime.module_tree import module_tree
-from kvmix_compile.runtime.padding import check_padding, put_back, read_padding
+from kvmix_compile.runtime.padding import check_padding, note_padding, put_back, read_padding
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
@@ -229,8 +229,7 @@ class CompiledModel(nn.Module):
         columns, which = padding.columns(wanted)
         inputs = (padding.arrange(input_ids), position_ids, columns)
         logits = cache.run(program.graph, inputs, padding.starts, tokens, logits=len(wanted))
-        cache.every_row_goes_on = not padding.ends_a_row
-        cache.padded = cache.padded or padding.there_is_some
+        note_padding(cache, padding)
         return put_back(logits, which)
 
     def _caches(self, use_cache: bool | None) -> bool:
@@ -341,12 +340,7 @@ class CompiledModel(nn.Module):
             and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < program.vocabulary
         ):
             raise InputError(f"input_ids must be from 0 to {program.vocabulary - 1}, the model's vocabulary")
-        total = seen + input_ids.shape[1]
-        if program.longest_context is not None and total > program.longest_context:
-            raise InputError(
-                f"{total} tokens are more than the {program.longest_context} positions that the model has: shorten the "
-                "prompt, or continue with a new cache"
-            )
+        program.check_length(seen + input_ids.shape[1])
         return input_ids
 
 

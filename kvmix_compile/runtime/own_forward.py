@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from kvmix_compile.errors import CacheError, InputError
 from kvmix_compile.kernels.reference import stored as stored_past
 from kvmix_compile.passes.capture.signature import caching
-from kvmix_compile.passes.rewrite.stored_form import from_stored_form
+from kvmix_compile.passes.rewrite.stored_form import append_to, from_stored_form
 from kvmix_compile.runtime.cache import KVMixCache
-from kvmix_compile.runtime.padding import Padding, check_padding, read_padding
+from kvmix_compile.runtime.padding import Padding, check_padding, note_padding, read_padding
 from kvmix_compile.runtime.places import find_places
 from kvmix_compile.runtime.positions import count_on
 from kvmix_compile.runtime.program import Program
-from kvmix_compile.runtime.stand_in import Places, StandIn, append_to
+from kvmix_compile.runtime.stand_in import Places, StandIn
 
 Forward = Callable[..., Any]
 
@@ -64,8 +64,7 @@ class _Filling(StandIn):
             for layer, (key, value) in self.waiting.items():
                 self._append(layer, key, value)
         cache.advance(self.tokens, self.padding.starts)
-        cache.every_row_goes_on = not self.padding.ends_a_row
-        cache.padded = cache.padded or self.padding.there_is_some
+        note_padding(cache, self.padding)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
         for place in self.places[layer]:
@@ -100,11 +99,7 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
     if not isinstance(given, Tensor) or given.dim() not in (2, 3) or given.numel() == 0:
         raise InputError("neither input_ids nor inputs_embeds are given: pass [batch, tokens] with one token at least")
     batch, tokens = given.shape[:2]
-    if program.longest_context is not None and cache.seen + tokens > program.longest_context:
-        raise InputError(
-            f"{cache.seen + tokens} tokens are more than the {program.longest_context} positions that the model has: "
-            "shorten the prompt, or continue with a new cache"
-        )
+    program.check_length(cache.seen + tokens)
     mask = arguments.get("attention_mask")
     padding = read_padding(mask, cache, batch, tokens, given.device)
     if padding.comes or padding.is_enclosed:

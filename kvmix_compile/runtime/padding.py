@@ -129,6 +129,12 @@ def _read(valid: Tensor, lengths: Tensor, tokens: int) -> Padding:
     return Padding(starts, order, bool(comes), bool(some), bool(inside), bool(ends_a_text), bool(ends_a_row))
 
 
+def note_padding(cache: KVMixCache, padding: Padding) -> None:
+    """Have the cache know what the host knows of the rows that it was given, once it holds them."""
+    cache.every_row_goes_on = not padding.ends_a_row
+    cache.padded = cache.padded or padding.there_is_some
+
+
 def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, seen: int, ends_are_kept: bool) -> None:
     """Raise InputError for padding of which the model makes something that the operators do not.
 

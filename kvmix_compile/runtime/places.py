@@ -10,9 +10,10 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.capture.signature import caching
 from kvmix_compile.passes.graph.rounding import TOLERANCE
+from kvmix_compile.passes.rewrite.stored_form import append_to
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.program import Program
-from kvmix_compile.runtime.stand_in import Place, Places, StandIn, append_to
+from kvmix_compile.runtime.stand_in import Place, Places, StandIn
 
 # Tokens of the text by which is seen which layer of the model caches what: fewer than any state keeps unquantized.
 TOKENS = 12

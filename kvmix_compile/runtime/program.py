@@ -79,6 +79,14 @@ class Program:
             if self.inductor is not None:
                 self.compile()
 
+    def check_length(self, tokens: int) -> None:
+        """Raise InputError for a text of more tokens than the model has positions."""
+        if self.longest_context is not None and tokens > self.longest_context:
+            raise InputError(
+                f"{tokens} tokens are more than the {self.longest_context} positions that the model has: shorten the "
+                "prompt, or continue with a new cache"
+            )
+
     def compile(self) -> InductorGraph:
         """Have Inductor compile the rewritten graph, when it is first called."""
         self.inductor = InductorGraph(self.rewritten.module, self.plan.layouts(), self.dtypes, self.device)

@@ -4,16 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import Cache
 
 from kvmix_compile.errors import InputError
-from kvmix_compile.kernels.chunk import Chunk
-from kvmix_compile.kernels.format.state import SiteState
-from kvmix_compile.kernels.ops import append_arguments
-from kvmix_compile.passes.allocate.plan import StoredSite
-from kvmix_compile.passes.rewrite.stored_form import in_stored_form
 
 
 @dataclass(frozen=True)
@@ -66,14 +59,3 @@ class StandIn(Cache):
 
     get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = refuse
     update_indexer = has_previous_state = refuse
-
-
-def append_to(
-    key: Tensor, value: Tensor, state: SiteState, lengths: Tensor, starts: Tensor, stored: StoredSite
-) -> None:
-    """Append keys and values `[batch, kv_heads, tokens, dim]`, as the model has them, to a site's state. `lengths` and
-    `starts`: as of kernels.chunk.Chunk.
-    """
-    key, value = in_stored_form(key, value, stored)
-    chunk = Chunk(key=key, value=value, lengths=lengths, starts=starts)
-    torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))

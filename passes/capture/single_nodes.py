@@ -75,6 +75,11 @@ class CarriedState:
         return sum(math.prod(sizes.of(1, 1)) * sizes.dtype.itemsize for sizes in self.tensors)
 
 
+def nothing_carried(carried: Sequence[CarriedState]) -> list[Any]:
+    """What a rewritten graph is given for the tensors of these before the first token."""
+    return [None for one in carried for _ in one.tensors]
+
+
 @dataclass(frozen=True)
 class StatefulModule:
     """A module that carries a state in a cache, and how it is called.

@@ -53,10 +53,6 @@ class Rewritten:
     passes: tuple[PassRecord, ...] = ()
     carried: tuple[CarriedState, ...] = ()
 
-    def nothing_carried(self) -> list[Any]:
-        """What `carried` is before the first token."""
-        return [None for one in self.carried for _ in one.tensors]
-
     def apart(self, given: Any) -> tuple[Tensor, list[Tensor]]:
         """What `module` gave, as logits and what is carried on."""
         return (given[0], list(given[1:])) if self.carried else (given, [])
@@ -182,7 +178,7 @@ def _attend_and_append(
     new: dict[str, Any] = {"key": site.key, "value": site.value, "lengths": lengths, "starts": starts}
     chunk, stored, storage = Chunk(**new), SiteState(*cast(Any, state)), kept.layout.storage
     with graph.inserting_before(output):
-        weighting = _weighting(module, site, f"slopes_{index}_{number}" if number else f"slopes_{index}")
+        weighting = _weighting(module, site, f"slopes_{index}_{number}")
         given, extras = attend_arguments(cast(Any, site.query), chunk, stored, storage, weighting)
         operators = torch.ops.kvmix
         operator = operators.attend_stepwise if kept.exact_chunks else operators.attend

@@ -7,6 +7,9 @@ let them fit float16, and the rotation of values.
 import torch
 from torch import Tensor
 
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.ops import append_arguments
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.rewrite.powers import powers_of_two
 from kvmix_compile.passes.rewrite.rotation import back, there
@@ -39,3 +42,14 @@ def from_stored_form(key: Tensor, value: Tensor, stored: StoredSite) -> tuple[Te
         order = torch.tensor(stored.channel_order, device=key.device)
         key = torch.ops.kvmix.order_channels(key, order.argsort(dim=1))
     return key, value
+
+
+def append_to(
+    key: Tensor, value: Tensor, state: SiteState, lengths: Tensor, starts: Tensor, stored: StoredSite
+) -> None:
+    """Append keys and values `[batch, kv_heads, tokens, dim]`, as the model has them, to a site's state. `lengths` and
+    `starts`: as of kernels.chunk.Chunk.
+    """
+    key, value = in_stored_form(key, value, stored)
+    chunk = Chunk(key=key, value=value, lengths=lengths, starts=starts)
+    torch.ops.kvmix.append(*append_arguments(chunk, state, stored.layout.storage))

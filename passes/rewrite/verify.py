@@ -16,6 +16,7 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, unpacked_tokens
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import Captured
+from kvmix_compile.passes.capture.single_nodes import nothing_carried
 from kvmix_compile.passes.errors import UnsupportedModelError, VerifyError
 from kvmix_compile.passes.graph.rounding import TOLERANCE, coarsest_dtype, difference
 from kvmix_compile.passes.match.mixing import constant_reach, running, suspects
@@ -205,7 +206,7 @@ class _Trial:
         states = [_lossless_state(site, ids) for site in self.rewritten.sites]
         tensors = [tensor for state in states for tensor in state.tensors()]
         lengths, logits = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), []
-        carried = self.rewritten.nothing_carried()
+        carried = nothing_carried(self.rewritten.carried)
         starts = torch.zeros_like(lengths)
         starts[-1] = padding
         for part in ids.split(list(chunks), dim=1):

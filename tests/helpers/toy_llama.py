@@ -30,12 +30,22 @@ def original() -> PreTrainedModel:
 
 
 @cache
-def quantized() -> PreTrainedModel:
-    """At 2.3 bits."""
-    return applied(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+def quantized_twin(name: str) -> PreTrainedModel:
+    """Of a model of the zoo, at 2.3 bits."""
+    return applied(zoo(name), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
 
 
 @cache
+def lossless_twin(name: str) -> PreTrainedModel:
+    """Of a model of the zoo, with a KVMixCache that quantizes nothing."""
+    return applied(zoo(name), plan=unquantized(quantized_twin(name).kvmix_plan), verify=False)
+
+
+def quantized() -> PreTrainedModel:
+    """At 2.3 bits."""
+    return quantized_twin("llama")
+
+
 def lossless() -> PreTrainedModel:
     """With a KVMixCache that quantizes nothing."""
-    return applied(original(), plan=unquantized(quantized().kvmix_plan), verify=False)
+    return lossless_twin("llama")

@@ -1,7 +1,6 @@
 """Hybrids: what layers carry besides keys and values goes with the cache, through whatever is done with it."""
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kvmix_compile.errors import CacheError, CompilationError, InputError
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime import cache_file
 from tests.helpers.one_capture import applied, zoo
-from tests.helpers.toy_llama import RECENT, SINKS, ids, unquantized
+from tests.helpers.toy_llama import ids, lossless_twin, quantized_twin
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 STATE_BYTES = 128 * 3 * 4  # of the convolution of tiny("lfm2"), a row
@@ -27,16 +26,14 @@ def original() -> PreTrainedModel:
     return zoo("lfm2")
 
 
-@cache
 def quantized() -> PreTrainedModel:
     """At 2.3 bits."""
-    return applied(original(), budget=2.3, calibration=ids(2, 128), sinks=SINKS, recent=RECENT)
+    return quantized_twin("lfm2")
 
 
-@cache
 def lossless() -> PreTrainedModel:
     """Nothing quantized."""
-    return applied(original(), plan=unquantized(quantized().kvmix_plan), verify=False)
+    return lossless_twin("lfm2")
 
 
 def left_padded() -> dict[str, Tensor]:
