@@ -65,7 +65,15 @@ def pytest_collection_finish() -> None:
     """Tracing makes millions of small objects: the collector is to look at these seldom, and at the libraries never."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(500_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toys_are_captured_quickly() -> None:
+    """PyTorch keeps the results of fake operations for models of many layers: those of two take a quarter longer."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ STORING: Choices = {
     "value_group": (8, 16, 32, 64),
     "value_scale_bits": SCALE_BIT_WIDTHS,
     "dimensions": ((16, 16), (40, 24), (64, 64), (80, 80), (96, 64), (64, 128), (128, 128)),
+    "kv_heads": (1, 2),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "state": ((0, 32, 0), (3, 45, 7), (40, 32, 7)),  # sinks, recent tokens, rollback
     "padding": ("none", "part", "all"),  # that leads the first row's chunk
@@ -69,7 +70,7 @@ def layout_of(chosen: Combination) -> StateLayout:
     window = chosen["window"] if "window" in chosen else chosen["limit"][1] if chosen["keeps"] == "window" else 0
     key, value = precisions(chosen)
     sinks, recent, rollback = chosen["state"]
-    shape = SiteShape(2, *chosen["dimensions"], window=window)
+    shape = SiteShape(chosen["kv_heads"], *chosen["dimensions"], window=window)
     layout = StateLayout(shape, key=key, value=value, sinks=sinks, recent=recent, rollback=rollback)
     return replace(layout, sinks=0, recent=ENDLESS) if window and chosen["keeps"] == "window" else layout
 

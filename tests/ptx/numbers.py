@@ -108,7 +108,8 @@ def _to_float(dtype: Any, bits: Any) -> Callable[[Array], Array]:
 
 def _pair(half: Kind) -> Kind:
     def numbers(bits: Array) -> Array:
-        return half.numbers(numpy.ascontiguousarray(bits).view(numpy.uint16).reshape(-1, 2)).astype(numpy.float64)
+        both = half.numbers(numpy.ascontiguousarray(bits).view(numpy.uint16).reshape(-1, 2))
+        return both.astype(numpy.float64) if half.is_float else both
 
     def bits(numbers: Array) -> Array:
         return numpy.ascontiguousarray(half.bits(numbers)).view(numpy.uint32).reshape(-1)
@@ -128,4 +129,4 @@ PREDICATE = Kind("pred", 0, lambda bits: bits, lambda numbers: numbers)
 KINDS = {"pred": PREDICATE, "bf16": Kind("bf16", 2, bfloat16_to_float32, _to_bfloat16)}
 KINDS |= {name: _plain(name) for name in (f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64))}
 KINDS |= {name: _plain(name) for name in ("f16", "f32", "f64")}
-KINDS |= {f"{name}x2": _pair(KINDS[name]) for name in ("f16", "bf16")}
+KINDS |= {f"{name}x2": _pair(KINDS[name]) for name in ("f16", "bf16", "s16", "u16")}

@@ -86,6 +86,12 @@ def test_a_pair_is_two_numbers(low: int, high: int) -> None:
     assert joined.tolist() == [-2.0, 1.5]
 
 
+@given(words, words)
+def test_a_pair_of_integers_is_two_sums_without_a_carry(a: int, b: int) -> None:
+    low, high = (a + b) & 0xFFFF, ((a >> 16) + (b >> 16)) & 0xFFFF
+    assert bits("add.s16x2", a, b) == bits("add.u16x2", a, b) == low | high << 16
+
+
 @given(words, words, words, st.integers(0, 255))
 def test_lop3_is_a_table_of_three_bits(a: int, b: int, c: int, table: int) -> None:
     expected = sum((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
@@ -174,7 +180,7 @@ def test_what_is_no_number_is_unordered() -> None:
 
 
 def test_every_type_is_its_own_inverse() -> None:
-    for name in ("u8", "s16", "b32", "s64", "f16", "f32", "f64", "bf16", "f16x2", "bf16x2"):
+    for name in ("u8", "s16", "b32", "s64", "f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "s16x2"):
         kind = KINDS[name]
         some = numpy.arange(1, 9, dtype=f"u{kind.size}") * (0x3C01 if kind.size > 1 else 1)
         numpy.testing.assert_array_equal(kind.bits(kind.numbers(some)), some)

@@ -9,11 +9,11 @@ from kvmix_compile.kernels.cpu.library import Library
 
 # Four and eight lanes to a vector, which is also what processors other than x86 have.
 @pytest.fixture(scope="session", params=["-mno-avx", "-mno-avx512f"])
-def narrow_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def narrow_library(request: pytest.FixtureRequest) -> Library:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cpu_library, "MACHINE_FLAGS", (("-march=native", request.param),))
         try:
-            return cpu_library.load(cpu_library.compiled(tmp_path_factory.mktemp("narrow")))
+            return cpu_library.load(cpu_library.compiled(cpu_library.cache_folder()))
         except cpu_library.CompilerError:
             pytest.skip(f"the compiler does not know {request.param}")
 

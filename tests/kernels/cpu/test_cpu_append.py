@@ -40,7 +40,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 def test_every_two_choices_meet(chosen: Combination) -> None:
     pair = Pair(cpu.append, layout_of(chosen), 2, chosen["dtype"])
     for tokens in chosen["chunks"]:
-        chunk = [torch.randn(2, 2, tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
+        chunk = [torch.randn(2, chosen["kv_heads"], tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
         pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
     pair.check()
 

@@ -53,7 +53,7 @@ def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: 
 def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
     group = 32 if value_dim % 32 == 0 else value_dim // 2
     key, value = Precision(bits, 32, 4), Precision(bits, group, 16 if bits % 2 else 4)
-    layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
+    layout = StateLayout(SiteShape(1, key_dim, value_dim), key=key, value=value, sinks=4, recent=32)
     check_both(Case.random(layout, 4, [131], [0], 1, torch.bfloat16))
 
 
@@ -63,7 +63,7 @@ def test_keys_with_important_channels(important_bits: tuple[int, ...], bits: int
         key = Precision(bits, group, scale_bits, important_bits)
         if not key.fits(key_dim, Axis.TOKENS):
             continue
-        layout = StateLayout(SiteShape(2, key_dim, 64), key=key, value=Precision(2, 32, 4), sinks=4, recent=32)
+        layout = StateLayout(SiteShape(1, key_dim, 64), key=key, value=Precision(2, 32, 4), sinks=4, recent=32)
         check_both(Case.random(layout, 4, [131], [0], 1, torch.bfloat16))
 
 
