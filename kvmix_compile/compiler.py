@@ -45,6 +45,7 @@ from kvmix_compile.runtime.cache_file import weights_fingerprint
 from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import check_compiler
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
+from kvmix_compile.runtime.module_tree import module_tree
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.runtime.padding import takes_padding
 from kvmix_compile.runtime.program import Program, embedded_tokens
@@ -139,6 +140,20 @@ def apply(
         exact_chunks=exact_chunks,
         context=context,
     ).checked()
+    return _applied(model, config, compile, verify, progress)
+
+
+@as_captured()
+def apply_in_place(model: nn.Module, config: Config, *, compile: bool = False, verify: bool = True) -> None:
+    """`apply` with `config`, which was checked, for a model that is nobody's yet: `model` becomes the twin itself."""
+    check_model(model)
+    _applied(module_tree(model), config, compile, verify, progress=False, twin=model)
+
+
+def _applied(
+    model: Model, config: Config, compile: bool, verify: bool, progress: bool, twin: Model | None = None
+) -> Model:
+    """`twin`: what becomes the twin; None: a new one."""
     if compile:
         check_compiler(next(parameter.device for parameter in model.parameters()))
     report, given = Report(type(model).__name__), config.given_plan
@@ -159,7 +174,7 @@ def apply(
         )
     if verify:
         _verify(found, report)
-    twin = build(model, found, given or _planned(found, report, config, text, progress), report)
+    twin = build(model, found, given or _planned(found, report, config, text, progress), report, twin)
     if compile:
         with report.timed("compile"):
             cast(CompiledModel, twin).kvmix_program.compile().prepare()
@@ -325,8 +340,10 @@ def _measure(found: Found, report: Report, config: Config, text: Calibration | N
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
 
 
-def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
-    """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says."""
+def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | None = None) -> Model:
+    """The twin of `model`, which was captured and its sites found, that keeps its cache as the plan says. `twin`: what
+    becomes it; None: a new one.
+    """
     plan = plan.with_windows([site.window for site in found.sites])
     parameter = found.captured.parameter
     _compare_sizes(found, plan, report)
@@ -350,7 +367,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
         embedded=embedded_tokens(model),
         steering=Steering.of(model, found.captured.reads, found.captured.written),
     )
-    twin = attach(model, program)
+    twin = cast(Model, attach(model, program, twin))
     with report.timed("numbering"), untouched(model):
         program.numbering = _numbering(found.captured, cast(CompiledModel, twin))
         typing = [name for name in parameters_of(model.forward) if name.endswith("token_type_ids")]
@@ -360,7 +377,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report) -> Model:
             "layers carry states into which it goes" if rewritten.carried else "the model counts its positions itself"
         )
         report.notes += (f"rows cannot be padded: {reason}, so pass rows of equal length",)
-    return twin  # type: ignore[return-value]
+    return twin
 
 
 def check_carries_nothing(captured: Captured) -> None:

@@ -1,4 +1,4 @@
-"""The command line, `kvmix`: plan, generate, eval and doctor."""
+"""The command line, `kvmix`: plan, generate, serve, eval and doctor."""
 
 from pathlib import Path
 from time import perf_counter
@@ -10,16 +10,18 @@ from transformers import TextStreamer
 from typer.core import TyperGroup
 
 from kvmix_compile.cli.evaluate import evaluate
-from kvmix_compile.cli.loading import load_model, read_text
+from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
 from kvmix_compile.cli.picture import plan_picture
 from kvmix_compile.cli.prompts import chat_prompt
+from kvmix_compile.cli.serve import check_server, serve_model
 from kvmix_compile.cli.tables import CacheSize, sites_table, times
 from kvmix_compile.compiler import apply, diagnose
 from kvmix_compile.config import DEFAULT_BUDGET, Config
 from kvmix_compile.errors import InputError, KVMixError
 from kvmix_compile.evaluate.records import check_writable
 from kvmix_compile.runtime.cache import KVMixCache
+from kvmix_compile.runtime.model import CompiledModel
 
 
 class _Commands(TyperGroup):
@@ -109,13 +111,41 @@ def generate(
     wrapped = chat and bool(tokenizer.chat_template)  # a template writes its own special tokens
     text = chat_prompt(tokenizer, text) if wrapped else text
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not wrapped)["input_ids"]
-    model: Any = apply(loaded.model, plan=plan, budget=budget, tokenizer=tokenizer, progress=True)
+    model = _compressed(loaded, plan, budget)
     cache = KVMixCache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
         ids, cache=cache, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
     )  # fmt: skip
     typer.echo(str(CacheSize.of(cache)), err=True)
+
+
+@app.command()
+def serve(
+    name: ModelName,
+    plan: Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` saved.")] = None,
+    budget: Budget = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+) -> None:
+    """Answer OpenAI's clients (/v1/chat/completions, /v1/completions), each request with a compressed cache.
+
+    The server is transformers'. It generates for one request at a time.
+    """
+    check_server()
+    Config(plan=plan, budget=budget).checked()
+    loaded = load_model(name)
+    tokenizer = loaded.require_tokenizer()
+    model = _compressed(loaded, plan, budget)
+    typer.echo(f"{name} answers at http://{host}:{port}/v1", err=True)
+    serve_model(model, tokenizer, name, host, port)
+
+
+def _compressed(loaded: LoadedModel, plan: Path | None, budget: float | None) -> Any:
+    """The model compressed as asked for; one that was saved compressed, where nothing is asked for, as it is."""
+    if isinstance(loaded.model, CompiledModel) and plan is None and budget is None:
+        return loaded.model
+    return apply(loaded.model, plan=plan, budget=budget, tokenizer=loaded.tokenizer, progress=True)
 
 
 app.command("eval")(evaluate)

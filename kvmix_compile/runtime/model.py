@@ -30,6 +30,7 @@ from kvmix_compile.runtime.padding import check_padding, note_padding, put_back,
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
+from kvmix_compile.runtime.saving import save_pretrained
 from kvmix_compile.runtime.taken import asks, left_to_own_forward
 from kvmix_compile.runtime.unavailable import refusals
 
@@ -360,19 +361,22 @@ def one_of(given: Mapping[str, T | None]) -> T | None:
     return next(iter(there.values()), None)
 
 
-def attach(model: nn.Module, program: Program) -> nn.Module:
-    """A twin of `model` that shares its weights and runs `program`. The original is left as it was.
+def attach(model: nn.Module, program: Program, twin: nn.Module | None = None) -> nn.Module:
+    """A twin of `model` that shares its weights and runs `program`. The original is left as it was. `twin`: a module
+    tree of it, which becomes the twin; None: a new one.
 
     Its class is the model's own with `CompiledModel` in front, under the same name, so that whatever asks for the
     class by instance or by name still finds it.
     """
-    twin = module_tree(model)
+    twin = module_tree(model) if twin is None else twin
     twin.__dict__.pop("forward", None)
     # Those of the original are in the graph.
     twin.__dict__.update({name: type(held)() for name, held in vars(model).items() if name.startswith("_forward_")})
     original = type(model)
     forward = with_signature_of(model.forward, CompiledModel.forward)
     described = {"__module__": original.__module__, "forward": forward, **refusals(original)}
+    if issubclass(original, PreTrainedModel):
+        described["save_pretrained"] = save_pretrained
     twin.__class__ = type(original.__name__, (CompiledModel, original), described)
     twin.__dict__["kvmix_program"] = program
     twin.__dict__["kvmix_changes"] = Changes(program.steering, model, twin)

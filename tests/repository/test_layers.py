@@ -14,7 +14,7 @@ ROOMS = (
     "passes.graph", "passes.untouched", "passes.capture", "passes.match", "passes.allocate", "passes.rewrite",
     "passes.measure", "passes",
     "errors", "english", "progress", "config", "report",
-    "runtime", "calibration", "model_check", "compiler",
+    "runtime", "calibration", "model_check", "compiler", "pretrained",
     "models_zoo", "backend", "evaluate", "cli",
     "",  # kvmix_compile itself, which only hands names on
 )  # fmt: skip

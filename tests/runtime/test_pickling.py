@@ -5,12 +5,10 @@ import io
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.one_capture import applied, zoo
@@ -60,10 +58,3 @@ def test_what_was_set_on_a_compiled_model_is_kept() -> None:
     again = pickle.loads(pickle.dumps(small))
     assert again.label == "mine" and again.generation_config.max_new_tokens == 7
     assert not hasattr(quantized(), "label")
-
-
-def test_a_folder_holds_the_original(tmp_path: Path) -> None:
-    quantized().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not hasattr(loaded, "kvmix_plan")
-    assert torch.equal(loaded(ids(1, 20)).logits, original()(ids(1, 20)).logits)

@@ -130,10 +130,11 @@ def test_a_compiler_need_not_know_the_machine(
 
 
 @needs_compiler
-def test_there_is_one_openmp_runtime() -> None:
+def test_there_is_one_openmp_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("loaded libraries are read from /proc")
+    monkeypatch.delenv("KVMIX_CACHE")  # the library that there is
     before = _openmp_runtimes(maps)
     loaded = cpu_library.library()
     assert loaded is not None and loaded.parallel
