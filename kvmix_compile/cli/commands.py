@@ -1,9 +1,12 @@
 """The command line, `kvmix`: plan, generate, serve, eval and doctor."""
 
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import torch
+import transformers
 import typer
 from rich.console import Console
 from transformers import TextStreamer
@@ -45,6 +48,27 @@ app = typer.Typer(
 
 PolicyName = Annotated[str, typer.Option(help="How bits are allocated: fisher, kvmix (the paper's) or uniform.")]
 Budget = Annotated[float | None, typer.Option(help=f"Mean code bits per cached element (default {DEFAULT_BUDGET}).")]
+StorageBudget = Annotated[
+    float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
+]
+SavedPlan = Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` saved.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        versions = {"kvmix_compile": version("kvmix-compile"), "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
+        typer.echo(", ".join(f"{package} {number}" for package, number in versions.items()))
+        raise typer.Exit
+
+
+@app.callback()
+def kvmix(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -68,9 +92,7 @@ def doctor(name: ModelName) -> None:
 def make_plan(
     name: ModelName,
     budget: Budget = None,
-    storage_budget: Annotated[
-        float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
-    ] = None,
+    storage_budget: StorageBudget = None,
     policy: PolicyName = Config.policy,
     context: Annotated[
         int | None, typer.Option(help="Tokens of the texts that the budget is for (default: MODEL's, 8192 at most).")
@@ -98,20 +120,22 @@ def generate(
     name: ModelName,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Instead, a file that holds the prompt.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` saved.")] = None,
+    plan: SavedPlan = None,
     budget: Budget = None,
+    storage_budget: StorageBudget = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template, if it has one.")] = True,
 ) -> None:
     """Stream what MODEL writes with a compressed cache, greedily; then, on standard error, the size of that cache."""
     text = _prompt(prompt, prompt_file)
-    Config(plan=plan, budget=budget).checked()
+    asked = Config(plan=plan, budget=budget, storage_budget=storage_budget)
+    asked.checked()
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
     wrapped = chat and bool(tokenizer.chat_template)  # a template writes its own special tokens
     text = chat_prompt(tokenizer, text) if wrapped else text
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not wrapped)["input_ids"]
-    model = _compressed(loaded, plan, budget)
+    model = _compressed(loaded, asked)
     cache = KVMixCache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(
@@ -123,8 +147,9 @@ def generate(
 @app.command()
 def serve(
     name: ModelName,
-    plan: Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` saved.")] = None,
+    plan: SavedPlan = None,
     budget: Budget = None,
+    storage_budget: StorageBudget = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
 ) -> None:
@@ -133,19 +158,23 @@ def serve(
     The server is transformers'. It generates for one request at a time.
     """
     check_server()
-    Config(plan=plan, budget=budget).checked()
+    asked = Config(plan=plan, budget=budget, storage_budget=storage_budget)
+    asked.checked()
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
-    model = _compressed(loaded, plan, budget)
+    model = _compressed(loaded, asked)
     typer.echo(f"{name} answers at http://{host}:{port}/v1", err=True)
     serve_model(model, tokenizer, name, host, port)
 
 
-def _compressed(loaded: LoadedModel, plan: Path | None, budget: float | None) -> Any:
+def _compressed(loaded: LoadedModel, asked: Config) -> Any:
     """The model compressed as asked for; one that was saved compressed, where nothing is asked for, as it is."""
-    if isinstance(loaded.model, CompiledModel) and plan is None and budget is None:
+    if isinstance(loaded.model, CompiledModel) and asked == Config():
         return loaded.model
-    return apply(loaded.model, plan=plan, budget=budget, tokenizer=loaded.tokenizer, progress=True)
+    return apply(
+        loaded.model, plan=asked.plan, budget=asked.budget, storage_budget=asked.storage_budget,
+        tokenizer=loaded.tokenizer, progress=True,
+    )  # fmt: skip
 
 
 app.command("eval")(evaluate)

@@ -66,6 +66,7 @@ StorageBudgets = Annotated[
     list[float] | None,
     typer.Option("--storage-budget", help="Mean stored bits, scales and zero points counted too; may be repeated."),
 ]
+Plans = Annotated[list[Path] | None, typer.Option("--plan", help="A plan that `kvmix plan` saved; may be repeated.")]
 Policies = Annotated[
     list[str] | None,
     typer.Option("--policy", help="fisher (default), kvmix or uniform, at every budget; may be repeated."),
@@ -98,6 +99,7 @@ def evaluate(
     tokens: Annotated[int | None, typer.Option(min=2, help="How many tokens of each text (default 4096).")] = None,
     budgets: Budgets = None,
     storage_budgets: StorageBudgets = None,
+    plan_files: Plans = None,
     policies: Policies = None,
     exact_chunks: Annotated[
         bool | None, typer.Option("--exact-chunks", help="Each budget also with exact_chunks=True.")
@@ -127,7 +129,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
 ) -> None:
-    """Bits against predictions, through the cache: of MODEL as it is, at each budget, and of baselines."""
+    """Bits against predictions, through the cache: of MODEL as it is, at each budget or plan, and of baselines."""
     if quick and everything:
         raise InputError("--quick and --everything exclude each other: choose one")
     if (passkey or passkey_depths) and not passkey_lengths:
@@ -142,6 +144,7 @@ def evaluate(
         check_policy(policy)
     for bits in (*(budgets or ()), *(storage_budgets or ())):
         limit(bits, None)
+    saved = {path.name: Plan.load(path) for path in plan_files or ()}
     loaded = load_model(name)
     model = loaded.model
     if json_file is not None:
@@ -151,7 +154,7 @@ def evaluate(
     check_baselines(effort.baselines, model)
     material = _material(loaded, effort, texts or [])
     importance = analyze_on(loaded, calibration)
-    plans = _plans(importance, policies, budgets, storage_budgets, effort.exact_chunks)
+    plans = _plans(importance, policies, budgets, storage_budgets, saved, effort.exact_chunks)
     plans |= published_plans(effort.baselines, importance)
     rotations = partial(_rotations, loaded, calibration)
     others = [
@@ -254,14 +257,16 @@ def _plans(
     policies: Sequence[str] | None,
     budgets: Sequence[float] | None,
     storage_budgets: Sequence[float] | None,
+    saved: Mapping[str, Plan],
     exact_chunks: bool,
 ) -> dict[str, Plan]:
     """Named plans; on standard error, those that cannot be had."""
-    if not budgets and not storage_budgets:
+    if not budgets and not storage_budgets and not saved:
         budgets = [DEFAULT_BUDGET]
     plans, left_out = make_plans(importance, policies or ["fisher"], budgets or [], storage_budgets or [])
     for reason in left_out:
         typer.echo(reason, err=True)
+    plans |= saved
     exact = {f"{name}, {EXACT_CHUNKS}": replace(plan, exact_chunks=True) for name, plan in plans.items()}
     return plans | exact if exact_chunks else plans
 

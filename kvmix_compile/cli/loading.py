@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,11 @@ def load_model(name: str) -> LoadedModel:
     except KeyError as error:
         raise LoadError(f"there is no model {name}; the models zoo has {', '.join(NAMES)}") from error
     except (ImportError, OSError, ValueError) as error:
+        close = get_close_matches(name, NAMES, n=1)
+        meant = f"\nDid you mean {close[0]}?" if close else ""
         raise LoadError(
-            f"cannot load {name}: {error}\nGive a folder with a transformers model, the name of one, or one of the "
-            f"models zoo: {', '.join(NAMES)}"
+            f"cannot load {name}: {error}{meant}\nGive a folder with a transformers model, the name of one, or one of "
+            f"the models zoo: {', '.join(NAMES)}"
         ) from error
     return LoadedModel(model.eval(), _tokenizer(name))
 

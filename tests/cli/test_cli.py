@@ -225,3 +225,27 @@ def test_bad_input_is_a_message(arguments: list[str], message: str, monkeypatch:
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_it_has_a_version() -> None:
+    result = kvmix("--version")
+    assert result.exit_code == 0 and result.stdout.startswith(f"kvmix_compile {kvmix_compile.__version__}, torch ")
+
+
+def test_eval_and_generate_take_what_plan_takes(tmp_path: Path, text: Path, plan: Path) -> None:
+    path = tmp_path / "results.json"
+    result = kvmix(
+        "eval", "tiny:llama", "--text", text, "--tokens", 300, "--plan", plan, "--calibration", text, "--json", path
+    )
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(path.read_text())["texts"]
+    assert [row["configuration"] for row in found["results"]] == ["original", "plan.json"]
+    arguments = ["--prompt", TEXT[:100], "--max-new-tokens", 2]
+    assert kvmix("generate", "tiny:llama", *arguments, "--storage-budget", 3).exit_code == 0
+    refused = kvmix("generate", "tiny:llama", *arguments, "--storage-budget", 3, "--budget", 2)
+    assert refused.exit_code == 1 and "budget" in refused.stderr
+
+
+def test_a_name_that_is_nearly_right_is_recognised() -> None:
+    result = kvmix("doctor", "smolm2")
+    assert result.exit_code == 1 and "Did you mean smollm2?" in result.stderr
