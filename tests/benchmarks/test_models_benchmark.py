@@ -44,7 +44,7 @@ def as_talkative_as_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("dynamo_begins_anew", "as_talkative_as_before")
 def test_a_recurrence_is_refused_in_both_ways() -> None:
-    *_, row = benchmark("model_trial").try_architecture("mamba")
+    *_, row = benchmark("model_trial").try_architecture("mamba2")
     assert "no attention" in row["refusal"] and "no attention" in row["backend_refusal"]
     assert row["text"] is row["backend"] is None and not row["failures"]
 
