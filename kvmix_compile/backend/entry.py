@@ -15,7 +15,7 @@ from kvmix_compile.backend.left import check_left, say_what_is_left
 from kvmix_compile.backend.plan import Options, choose_plan
 from kvmix_compile.backend.storage import packed_cache
 from kvmix_compile.errors import KVMixError
-from kvmix_compile.passes.capture.dynamo import lower
+from kvmix_compile.passes.capture.dynamo import check_whole, lower
 from kvmix_compile.passes.match.static_cache import find_cached_sites
 
 __all__ = ["kvmix", "packed_cache"]
@@ -46,6 +46,7 @@ def kvmix(
         if not sites:
             say_what_is_left(lowered)
             return compiler(module, inputs)
+        check_whole(lowered)
         return StaticGraph(lowered, sites, choose_plan(chosen, [cached.site for cached in sites]), compiler)
     except KVMixError as error:
         return _refuse(error)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.edit import clean_up
 from kvmix_compile.passes.graph.products import take_out_additions
+from kvmix_compile.passes.graph.source_lines import line_of_node
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any]) -> Lowered:
     take_out_additions(traced.graph)
     clean_up(traced)
     return Lowered(traced, tuple(inputs), fakes, mode)
+
+
+def check_whole(lowered: Lowered) -> None:
+    """Raise CaptureError where the graph lacks a part of what Dynamo traced: where that ran under torch.vmap, as an
+    associative scan does, tracing it again sees results that come from nowhere.
+    """
+    for node in lowered.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(lowered.module, node.target, None), FakeTensor):
+            where = next(filter(None, map(line_of_node, node.users)), "a place that is not known")
+            raise CaptureError(
+                f"what the model's forward computes at {where} runs under torch.vmap, as an associative scan does, "
+                "and cannot be traced twice: use kvmix_compile.apply"
+            )
 
 
 def _fake(value: Any, mode: FakeTensorMode, context: TracingContext) -> Any:
