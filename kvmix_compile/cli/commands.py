@@ -40,7 +40,6 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Quantizes the KV cache of unmodified causal language models, layer by layer, to a bit budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,7 +67,7 @@ def kvmix(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    """Quantizes the KV cache of unmodified causal language models, layer by layer, to a bit budget."""
 
 
 @app.command()

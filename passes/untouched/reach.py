@@ -66,11 +66,19 @@ def reach(model: nn.Module) -> Reach:
 
 
 def attributes(owner: object) -> dict[str, Any] | None:
-    """The attributes of an object itself, None where it has no place for any."""
+    """The attributes of an object itself, None where it has no place for any. Its class is not asked: where an
+    attribute is missing, pydantic's stand-ins raise errors of their own.
+    """
+    held = attribute(owner, "__dict__")
+    return None if held is MISSING else held
+
+
+def attribute(owner: object, name: str) -> Any:
+    """An attribute that an object itself has, MISSING where it has none; its class's `__getattr__` is not asked."""
     try:
-        return vars(owner)
-    except TypeError:
-        return None
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return MISSING
 
 
 def held_by(held: dict[Any, Any]) -> dict[Any, Any]:
@@ -153,7 +161,7 @@ class _Walk:
             self.pending.extend(list(held.values()))
         for slot in _slots(type(owner)):
             self.kept["slots"].append((owner, slot))
-            self.pending.append(getattr(owner, slot, None))
+            self.pending.append(attribute(owner, slot))
 
     def _container(self, container: Container) -> None:
         self.kept["containers"].append(container)

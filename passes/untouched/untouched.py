@@ -17,6 +17,7 @@ from kvmix_compile.passes.untouched.reach import (
     MISSING,
     Container,
     Names,
+    attribute,
     attributes,
     content,
     held_by,
@@ -50,7 +51,7 @@ def untouched(model: nn.Module) -> Iterator[Written]:
     """Around runs of the model's own code. Afterwards, failed or not, all that its forward reaches is as it was."""
     found, written = reach(model), Written()
     objects = [(owner, dict(attributes(owner) or {})) for owner in found.objects]
-    slots = [(owner, name, getattr(owner, name, MISSING)) for owner, name in found.slots]
+    slots = [(owner, name, attribute(owner, name)) for owner, name in found.slots]
     containers = [(container, _items(container)) for container in found.containers]
     cells = [(cell, content(cell)) for cell in found.cells]
     memos = [(memo, memo.cache_info().misses) for memo in found.memos]
@@ -100,7 +101,7 @@ def _put_back_attributes(owner: object, saved: dict[str, Any], written: Written)
 
 
 def _put_back_slot(owner: object, name: str, value: Any) -> None:
-    if getattr(owner, name, MISSING) is value:
+    if attribute(owner, name) is value:
         return
     if value is MISSING:
         object.__delattr__(owner, name)

@@ -118,6 +118,29 @@ def test_a_registry_that_cannot_be_asked_is_put_back_without_asking_it() -> None
     assert not OrderedDict.items(model.written)
 
 
+class StandIn:
+    """As pydantic's, in the place of what is not made yet: whatever it does not have is an error of its own."""
+
+    __slots__ = ("known", "unset")
+
+    def __init__(self) -> None:
+        self.known = [1]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError(f"there is no {name} yet")
+
+
+def test_what_an_object_does_not_have_is_not_asked_for() -> None:
+    model = plain.HandWrittenDecoder(plain.DecoderConfig(layers=1)).eval()
+    model.stands_in = StandIn()
+    with untouched(model):
+        model.stands_in.known, model.stands_in.unset = [2], 3
+    assert model.stands_in.known == [1]
+    with pytest.raises(RuntimeError):
+        model.stands_in.unset  # noqa: B018
+    capture(model)
+
+
 class FirstTextKept(plain.HandWrittenDecoder):
     """Keeps the first text's length and a number that is the same for any."""
 
