@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 from benchmarks.ablation import show
-from kvmix_compile.compiler import Found, build
+from kvmix_compile.compiler import Found, build, find_in
 from kvmix_compile.evaluate.comparison import compare
 from kvmix_compile.evaluate.configurations import Compiled, Configuration
 from kvmix_compile.evaluate.records import circumstances, write_json
@@ -30,7 +30,6 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.match.sites import find_sites
 from kvmix_compile.passes.measure.importance import measure
-from kvmix_compile.passes.rewrite.absorb import absorb
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report
 
@@ -102,9 +101,8 @@ def trained(ids: Tensor, steps: int) -> tuple[PreTrainedModel, float]:
 def ways(model: nn.Module) -> dict[str, Found]:
     """The model captured for a cache of its latents, and for one of every head's keys and values."""
     captured = capture(model)
-    sites = find_sites(captured).matched
-    absorbed, _ = absorb(captured, sites)
-    return {"latents": Found(absorbed, find_sites(absorbed).matched), "heads": OfHeads(captured, sites)}
+    of_heads = OfHeads(captured, find_sites(captured).matched)
+    return {"latents": find_in(captured, Report("latents")), "heads": of_heads}
 
 
 def study(
@@ -119,15 +117,14 @@ def study(
         twins = [Compiled(name, build(model, way, plan, Report(name))) for plan in plans]
         _, *results = compare([Configuration("original", model), *twins], ids, window=LENGTH)
         for plan, result in zip(plans, results, strict=True):
-            elements = sum(site.key_elements + site.value_elements for site in way.sites)
-            taken = elements * plan.storage_bits / 8
+            taken = plan.token_bytes([torch.bfloat16] * len(way.sites))
             sizes = {"token_bytes": taken / len(way.sites), "smaller": 2 * narrow / taken}
             yield asdict(result) | sizes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=800, help="of training")
+    parser.add_argument("--steps", type=int, default=600, help="of training")
     options = parser.parse_args()
     ids = text()
     held_out, seen = ids[-HELD_OUT:], ids[:-HELD_OUT]

@@ -5,8 +5,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from transformers import TextStreamer
@@ -22,7 +20,7 @@ from kvmix_compile.cli.tables import CacheSize, sites_table, times
 from kvmix_compile.compiler import apply, diagnose
 from kvmix_compile.config import DEFAULT_BUDGET, Config
 from kvmix_compile.errors import InputError, KVMixError
-from kvmix_compile.evaluate.records import check_writable
+from kvmix_compile.evaluate.records import PACKAGES, check_writable
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.model import CompiledModel
 
@@ -55,9 +53,7 @@ SavedPlan = Annotated[Path | None, typer.Option(help="A plan that `kvmix plan` s
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        versions = {"kvmix_compile": version("kvmix-compile"), "torch": torch.__version__}
-        versions["transformers"] = transformers.__version__
-        typer.echo(", ".join(f"{package} {number}" for package, number in versions.items()))
+        typer.echo(", ".join(f"{package.replace('-', '_')} {version(package)}" for package in PACKAGES))
         raise typer.Exit
 
 

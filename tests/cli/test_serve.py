@@ -28,6 +28,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compressed")
+    quantized().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def client(tokenizer: PreTrainedTokenizerFast) -> Iterator[OpenAI]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -62,16 +70,14 @@ def test_a_chat_is_answered_and_streamed(client: OpenAI, expected: str) -> None:
     assert "".join(parts) == expected and len(parts) > 3
 
 
-def test_the_command_serves_what_it_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized().save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
+def test_the_command_serves_what_it_compressed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr(commands, "serve_model", lambda *arguments: served.extend(arguments))
-    done = CliRunner().invoke(commands.app, ["serve", str(tmp_path), "--port", "8123"])
+    done = CliRunner().invoke(commands.app, ["serve", str(folder), "--port", "8123"])
     assert done.exit_code == 0, done.output
     model, _, name, host, port = served
     assert model.kvmix_plan == quantized().kvmix_plan
-    assert (name, host, port) == (str(tmp_path), "localhost", 8123)
+    assert (name, host, port) == (str(folder), "localhost", 8123)
     assert "http://localhost:8123/v1" in done.stderr
 
 
@@ -81,9 +87,7 @@ def test_without_the_server_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     assert done.exit_code == 1 and "pip install 'kvmix-compile[serve]'" in done.stderr
 
 
-def test_a_compressed_folder_is_generated_from_as_it_is(tmp_path: Path) -> None:
-    quantized().save_pretrained(tmp_path)
-    character_tokenizer().save_pretrained(tmp_path)
-    done = CliRunner().invoke(commands.app, ["generate", str(tmp_path), "--prompt", PROMPT, "--max-new-tokens", "4"])
+def test_a_compressed_folder_is_generated_from_as_it_is(folder: Path) -> None:
+    done = CliRunner().invoke(commands.app, ["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "4"])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "kvmix"
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "kvmix"

@@ -1,29 +1,15 @@
 """Dynamo's graphs, traced again: what is lost on the way is noticed."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 
-from kvmix_compile.passes.capture.dynamo import Lowered, check_whole, lower
+from kvmix_compile.passes.capture.dynamo import check_whole
 from kvmix_compile.passes.errors import CaptureError
+from tests.helpers.lowered import graphs_of
 
 pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
-
-
-def lowered(function: Callable[..., Tensor], *inputs: Tensor) -> Lowered:
-    found: list[Lowered] = []
-
-    def backend(module: Any, inputs: Any) -> Callable[..., Any]:
-        found.append(lower(module, inputs))
-        return module.forward
-
-    torch.compile(function, backend=backend)(*inputs)
-    (graph,) = found
-    return graph
 
 
 def recurrence(decay: Tensor, x: Tensor) -> Tensor:
@@ -34,11 +20,12 @@ def recurrence(decay: Tensor, x: Tensor) -> Tensor:
 
 
 def test_an_associative_scan_cannot_be_traced_twice() -> None:
-    graph = lowered(recurrence, torch.rand(2, 7, 3), torch.rand(2, 7, 3))
+    (graph,) = graphs_of(recurrence, [((torch.rand(2, 7, 3), torch.rand(2, 7, 3)), {})])
     with pytest.raises(CaptureError, match=r"line \d+, in .* under torch\.vmap.* use kvmix_compile\.apply"):
         check_whole(graph)
 
 
 def test_constants_of_the_model_are_no_loss() -> None:
     table = torch.rand(5)
-    check_whole(lowered(lambda x: (x * table + torch.tensor([1.0, 2, 3, 4, 5])).relu(), torch.rand(3, 5)))
+    (graph,) = graphs_of(lambda x: (x * table + torch.tensor([1.0, 2, 3, 4, 5])).relu(), [((torch.rand(3, 5),), {})])
+    check_whole(graph)

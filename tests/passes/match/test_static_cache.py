@@ -20,6 +20,7 @@ from kvmix_compile.passes.match.static_cache import CachedSite, find_cached_site
 from kvmix_compile.passes.rewrite.rewrite import STATE_TENSORS
 from kvmix_compile.passes.rewrite.static import StaticRewritten, rewrite_static
 from tests.helpers.cache_argument import with_cache
+from tests.helpers.lowered import graphs_of
 from tests.helpers.stored import stored_alike
 
 SLOTS = 64
@@ -27,21 +28,6 @@ KEY, VALUE = Precision(3, 32, 4), Precision(2, 8, 16)
 
 
 pytestmark = pytest.mark.usefixtures("dynamo_begins_anew")
-
-
-def graphs_of(function: Callable[..., Any], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Lowered]:
-    """The graphs that Dynamo makes of these calls, lowered; they run as they are."""
-    found = []
-
-    def backend(module, inputs):
-        found.append(lower(module, inputs))
-        return module.forward
-
-    compiled = torch.compile(function, backend=backend)
-    with torch.no_grad():
-        for args, kwargs in calls:
-            compiled(*args, **kwargs)
-    return found
 
 
 def ids(tokens: int, rows: int = 2) -> Tensor:
