@@ -44,6 +44,7 @@ from kvmix_compile.report import Report, SiteReport
 from kvmix_compile.runtime.cache_file import weights_fingerprint
 from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import check_compiler
+from kvmix_compile.runtime.kept import Start
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.module_tree import module_tree
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
@@ -158,12 +159,17 @@ def _applied(
         check_compiler(next(parameter.device for parameter in model.parameters()))
     report, given = Report(type(model).__name__), config.given_plan
     text = None if given else _given_calibration(model, report, config)
+    with report.timed("look up"):
+        start = Start.of(model)
+        kept = given and start.read(given, is_verified=verify)
+    if kept:
+        kept.report.seconds.update(report.seconds)
+        return _ready(cast(Model, attach(model, kept, twin)), compile)
     found = find(model, report)
     if compile:
         check_carries_nothing(found.captured)
-    if given:
-        given = _checked_plan(found, given)
-    else:
+    plan = given and _checked_plan(found, given)
+    if not plan:
         check_reachable(
             found.sites,
             recent=config.unquantized[1],
@@ -174,10 +180,18 @@ def _applied(
         )
     if verify:
         _verify(found, report)
-    twin = build(model, found, given or _planned(found, report, config, text, progress), report, twin)
+    twin = build(model, found, plan or _planned(found, report, config, text, progress), report, twin)
+    program = cast(CompiledModel, twin).kvmix_program
+    start.write(given or program.plan, program)
+    return _ready(twin, compile)
+
+
+def _ready(twin: Model, compile: bool) -> Model:
+    """The twin, compiled by Inductor where that is asked for."""
     if compile:
-        with report.timed("compile"):
-            cast(CompiledModel, twin).kvmix_program.compile().prepare()
+        program = cast(CompiledModel, twin).kvmix_program
+        with program.report.timed("compile"):
+            program.compile().prepare()
     return twin
 
 

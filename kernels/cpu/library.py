@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kvmix_compile.kernels.cache_folder import cache_folder
 from kvmix_compile.kernels.cpu.interface import Attention, BlockFormat, Shape, Side, Threads, check
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -86,13 +87,6 @@ def _taking(function: Any, *structures: type[ctypes.Structure]) -> Any:
     """The function, which takes such structures by address, and none in the place of another."""
     function.argtypes, function.restype = [ctypes.POINTER(structure) for structure in structures], None
     return function
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept: $KVMIX_CACHE, else $XDG_CACHE_HOME/kvmix_compile, else ~/.cache/kvmix_compile."""
-    if chosen := os.environ.get("KVMIX_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvmix_compile"
 
 
 def compiled(folder: Path) -> Path:

@@ -150,8 +150,7 @@ def check_padding(padding: Padding, rewritten: Rewritten, numbering: Numbering, 
             "this model counts its positions itself, from the beginning of the batch, so its rows cannot be padded so: "
             f"{left}pass rows of equal length, one at a time if need be"
         )
-    functions = [attention.score_function for site in rewritten.sites for attention in site.attentions]
-    measured = [function for function in functions if function.mask.kind != "causal" or function.slopes]
+    measured = [function for function in rewritten.score_functions if function.mask.kind != "causal" or function.slopes]
     if padding.is_enclosed and measured:
         raise InputError(
             f"attention_mask has padding between the tokens of a row, and in this model ({measured[0]}) it counts how "

@@ -22,6 +22,7 @@ from kvmix_compile.passes.capture.export import bind
 from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode
 from kvmix_compile.passes.graph.edit import accept_any_strides, add_inputs, clean_up, copy_of
 from kvmix_compile.passes.graph.record import PassRecord, recorded
+from kvmix_compile.passes.match.masks import ScoreFunction
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.rewrite.carried import carry_states
 from kvmix_compile.passes.rewrite.lengths import check_lengths
@@ -42,13 +43,13 @@ class Rewritten:
     `starts` are int64 `[batch]` (tokens that each row holds; padding tokens that lead it in this call), `state` the six
     tensors of each site in turn, which it updates in place, and `carried` those of each stateful module, or None for
     each of them where nothing is held yet. It gives logits, or a tuple of logits and what `carried` is afterwards.
-    `carried`: what the latter are. `equal_rows`: the model counts positions itself, the same
-    for all rows: on from the first of `position_ids` where it takes none, else from the first of `lengths`.
-    `passes`: what was done.
+    `carried`: what the latter are. `score_functions`: of each attention. `equal_rows`: the model counts positions
+    itself, the same for all rows: on from the first of `position_ids` where it takes none, else from the first of
+    `lengths`. `passes`: what was done.
     """
 
     module: fx.GraphModule
-    sites: tuple[AttentionSite, ...]
+    score_functions: tuple[ScoreFunction, ...]
     equal_rows: bool
     passes: tuple[PassRecord, ...] = ()
     carried: tuple[CarriedState, ...] = ()
@@ -85,7 +86,8 @@ def rewrite(
     clean_up_done, _ = recorded("clean up", module, lambda: clean_up(module))
     check_lengths(graph, captured)
     passes = (sites_done, *([states_done] if carried else []), positions_done, clean_up_done)
-    return Rewritten(module, tuple(sites), shifted, passes, carried)
+    functions = tuple(attention.score_function for site in sites for attention in site.attentions)
+    return Rewritten(module, functions, shifted, passes, carried)
 
 
 def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:

@@ -55,7 +55,7 @@ def verify(captured: Captured, sites: Sequence[AttentionSite]) -> float:
     Returns the difference (root mean square over the vocabulary) of the worst token, as a share of the logits' standard
     deviation.
     """
-    trial = _Trial(captured, rewrite(captured, sites, [StoredSite(_lossless_layout(site)) for site in sites]))
+    trial = _Trial(captured, sites, rewrite(captured, sites, [StoredSite(_lossless_layout(site)) for site in sites]))
     chunks = list(_chunks(captured.longest_context, constant_reach(trial.rewritten.module.graph, captured)))
     most = captured.longest_context or LARGEST_TRIAL
     with torch.no_grad():
@@ -78,6 +78,7 @@ class _Trial:
     """The model, and the graph that is to take its place."""
 
     captured: Captured
+    sites: Sequence[AttentionSite]
     rewritten: Rewritten
 
     def check_whole(self, rows: int, tokens: int, what: str) -> float:
@@ -203,7 +204,7 @@ class _Trial:
         """Float32 `[rows, tokens, vocabulary]` of the rewritten graph; the last row begins with `padding` tokens that
         are none.
         """
-        states = [_lossless_state(site, ids) for site in self.rewritten.sites]
+        states = [_lossless_state(site, ids) for site in self.sites]
         tensors = [tensor for state in states for tensor in state.tensors()]
         lengths, logits = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), []
         carried = nothing_carried(self.rewritten.carried)

@@ -35,7 +35,7 @@ def calls(result: Rewritten) -> list[str]:
 def test_attention_is_replaced_and_its_mask_is_gone(captured, name: str) -> None:
     result = rewritten(captured(name))
     found = calls(result)
-    assert found.count("attend") == found.count("append") == len(result.sites) == 2
+    assert found.count("attend") == found.count("append") == len(result.score_functions) == 2
     assert not REPLACED & set(found)
     if captured(name).has_position_input:
         assert "arange" not in found or name in ("gpt_neox", "hand_written")  # frequencies of their rotary positions
@@ -110,9 +110,10 @@ def test_the_captured_graph_stays_as_it_was(captured, name: str) -> None:
         assert torch.equal(graph.module(*given), logits)
 
 
-def states(result: Rewritten, key: Precision, value: Precision, blocks: int) -> list[SiteState]:
+def states(graph: Captured, key: Precision, value: Precision, blocks: int) -> list[SiteState]:
     return [
-        SiteState.allocate(stored.layout, 2, blocks, torch.float32) for stored in stored_alike(result.sites, key, value)
+        SiteState.allocate(stored.layout, 2, blocks, torch.float32)
+        for stored in stored_alike(find_sites(graph).matched, key, value)
     ]
 
 
@@ -130,13 +131,15 @@ def test_a_fresh_prompt_has_the_captured_logits_at_any_precision(captured, name:
     every = torch.arange(90)
     with torch.no_grad():
         expected = captured(name).module(ids, every.expand(2, -1), every)
-    torch.testing.assert_close(run(result, states(result, KEY, VALUE, 4), ids, 0), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        run(result, states(captured(name), KEY, VALUE, 4), ids, 0), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_one_token_after_a_prompt_reads_the_cache(captured) -> None:
     result, ids = rewritten(captured("llama"), Precision(16), Precision(16)), torch.randint(3, 60, (2, 90))
-    cache = states(result, Precision(16), Precision(16), 4)
-    whole = run(result, states(result, Precision(16), Precision(16), 4), ids, 0)
+    cache = states(captured("llama"), Precision(16), Precision(16), 4)
+    whole = run(result, states(captured("llama"), Precision(16), Precision(16), 4), ids, 0)
     run(result, cache, ids[:, :89], 0)
     torch.testing.assert_close(run(result, cache, ids[:, 89:], 89), whole[:, 89:], atol=1e-4, rtol=1e-4)
 
@@ -168,8 +171,8 @@ def test_an_order_of_channels_changes_no_logits(captured, name: str) -> None:
     plain, ordered = rewritten(captured(name), Precision(16), Precision(16)), with_orders(captured(name), Precision(16))
     logits = []
     for result in (plain, ordered):
-        cache = states(result, Precision(16), Precision(16), 4)
+        cache = states(captured(name), Precision(16), Precision(16), 4)
         logits.append([run(result, cache, part, first) for first, part in ((0, ids[:, :80]), (80, ids[:, 80:]))])
     for expected, found in zip(*logits, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(cache[1].sink_k, states(plain, Precision(16), Precision(16), 4)[1].sink_k)
+    assert not torch.equal(cache[1].sink_k, states(captured(name), Precision(16), Precision(16), 4)[1].sink_k)
