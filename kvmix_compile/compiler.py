@@ -92,6 +92,7 @@ def apply(
     recent: int | None = None,
     exact_chunks: bool | None = None,
     context: int | None = None,
+    strict: bool = False,
     compile: bool = False,
     verify: bool = True,
     progress: bool = False,
@@ -118,6 +119,8 @@ def apply(
             other in full precision. None: as the plan says, and False where there is none.
         context: tokens of the texts that the budget is for, over all of whose elements bits are averaged. Layers with a
             sliding window hold few of a long text, and get more bits. None: as many as the model takes, 8192 at most.
+        strict: refuse a plan that was made for another version of the model (with other adapters, weights quantized
+            otherwise, more tokens), whose attention is the same. False: the report says so.
         compile: have Inductor compile the rewritten graph, once for prompts and once for steps of decoding. Takes
             minutes and makes steps faster; see docs/compile.md.
         verify: check that the rewritten graph reproduces the model's logits when nothing is quantized.
@@ -140,6 +143,7 @@ def apply(
         recent=recent,
         exact_chunks=exact_chunks,
         context=context,
+        strict=strict,
     ).checked()
     return _applied(model, config, compile, verify, progress)
 
@@ -161,14 +165,14 @@ def _applied(
     text = None if given else _given_calibration(model, report, config)
     with report.timed("look up"):
         start = Start.of(model)
-        kept = given and start.read(given, is_verified=verify)
+        kept = None if given is None or config.strict else start.read(given, is_verified=verify)
     if kept:
         kept.report.seconds.update(report.seconds)
         return _ready(cast(Model, attach(model, kept, twin)), compile)
     found = find(model, report)
     if compile:
         check_carries_nothing(found.captured)
-    plan = given and _checked_plan(found, given)
+    plan = given and _checked_plan(found, given, report, strict=config.strict)
     if not plan:
         check_reachable(
             found.sites,
@@ -201,7 +205,7 @@ def apply_plans(model: Model, plans: Sequence[Plan]) -> list[Model]:
     check_model(model)
     report = Report(type(model).__name__)
     found = find(model, report)
-    plans = [_checked_plan(found, plan) for plan in plans]
+    plans = [_checked_plan(found, plan, report) for plan in plans]
     _verify(found, report)
     return [build(model, found, plan, copy.deepcopy(report)) for plan in plans]
 
@@ -301,17 +305,23 @@ def _reasons(refused: Sequence[Refusal]) -> str:
     )
 
 
-def _checked_plan(found: Found, plan: Plan) -> Plan:
+def _checked_plan(found: Found, plan: Plan, report: Report, *, strict: bool = False) -> Plan:
     """The plan, with exponents for what would not fit float16. Raises PlanError where it is another model's, or keeps
     fewer tokens than a site attends to.
     """
-    plan.check_fingerprint(
+    fitted = plan.fitted(
         fingerprint(found.captured, found.sites),
         [site.layer for site in found.sites],
         [site.shape for site in found.sites],
+        strict=strict,
     )
-    plan.check_windows([site.window for site in found.sites])
-    return with_fitting_exponents(plan, found.captured, found.sites)
+    if fitted.fingerprint != plan.fingerprint:
+        report.notes += (
+            "the plan was made for another version of this model: its attention is the same, and its other parameters "
+            "have other names or shapes",
+        )
+    fitted.check_windows([site.window for site in found.sites])
+    return with_fitting_exponents(fitted, found.captured, found.sites)
 
 
 def _verify(found: Found, report: Report) -> None:

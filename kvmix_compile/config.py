@@ -54,6 +54,7 @@ class Config:
     sinks, recent: other numbers of first and of last tokens.
     exact_chunks: whether what a token reads depends not on how its text was cut into chunks; None: as the plan says.
     context: tokens of the texts that a budget is for; None: as many as the model takes, 8192 at most.
+    strict: whether a plan must have been made for a model of the very same structure, and not for a version of it.
     """
 
     plan: Plan | str | os.PathLike[str] | None = None
@@ -67,6 +68,7 @@ class Config:
     recent: int | None = None
     exact_chunks: bool | None = None
     context: int | None = None
+    strict: bool = False
 
     def checked(self) -> Self:
         """The same with the plan read and the defaults filled in.
@@ -83,6 +85,8 @@ class Config:
                 raise PlanError(f"context is a number of tokens, 1 or more, not {self.context!r}")
             if self.plan is not None:
                 raise PlanError("give either a plan or a context: a plan has its own")
+        if self.strict and self.plan is None:
+            raise PlanError("strict is about a plan that was made earlier: pass plan=... as well, or leave strict out")
         budget = self.budget
         if self.plan is None and budget is None and self.storage_budget is None:
             budget = DEFAULT_BUDGET

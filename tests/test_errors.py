@@ -237,7 +237,7 @@ def test_the_range_that_is_named_is_reachable() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [lambda: zoo("fused_arange"), lambda: tiny("llama", num_hidden_layers=1), lambda: zoo("qwen2")]
+    "other", [lambda: zoo("fused_arange"), lambda: tiny("llama", num_hidden_layers=1), lambda: zoo("gpt2")]
 )
 def test_a_plan_made_for_another_model_is_refused(other: Callable[[], nn.Module]) -> None:
     model = other()

@@ -39,6 +39,10 @@ class Options(Config):
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"backend 'kvmix' has no option {unknown[0]!r}; it takes {', '.join(known)}")
+        if given.get("strict"):
+            raise InputError(
+                "backend 'kvmix' takes no strict: it sees graphs, and not the model whose structure that is about"
+            )
         return cls(**given).checked()
 
 
@@ -54,7 +58,7 @@ def choose_plan(options: Options, sites: Sequence[AttentionSite]) -> Plan:
     if not by_layer:
         raise PlanError(f"the plan has no layer {layers[0]!r}: either it was made for another model, or {BROKEN_GRAPH}")
     if not all(site.layer in by_layer and _holds(by_layer[site.layer], site) for site in sites):
-        plan.check_fingerprint(f"not {plan.fingerprint}", layers, [site.shape for site in sites])
+        plan.check_attention(layers, [site.shape for site in sites])
     chosen = replace(plan, sites=tuple(by_layer[layer] for layer in layers))
     # What a layer that keeps its whole StaticCache attends to shows only when the graph runs.
     chosen.check_windows([site.window or by_layer[site.layer].window for site in sites])

@@ -227,8 +227,8 @@ def _described(holder: _Holder, name: str, now: Any, then: Any) -> str:
 
 
 def _error(change: str, is_twins: bool = False) -> InputError:
-    where = "to the original model " if is_twins else ""
+    again = "call kvmix_refresh() on the compiled model" if is_twins else "call kvmix_compile.apply again"
     return InputError(
-        f"{change} after kvmix_compile.apply, whose graph does not follow that: undo it, or do it {where}before "
-        "kvmix_compile.apply is called again"
+        f"{change} after kvmix_compile.apply, whose graph does not follow that: undo it, or {again}, which captures "
+        "the model as it is now"
     )

@@ -30,6 +30,7 @@ from kvmix_compile.runtime.padding import check_padding, note_padding, put_back,
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
 from kvmix_compile.runtime.program import Program
+from kvmix_compile.runtime.refresh import refresh
 from kvmix_compile.runtime.saving import save_pretrained
 from kvmix_compile.runtime.taken import asks, left_to_own_forward
 from kvmix_compile.runtime.unavailable import refusals
@@ -73,6 +74,15 @@ class CompiledModel(nn.Module):
     def kvmix_report(self) -> Report:
         """What was found, what was measured, and where the time went."""
         return self.kvmix_program.report
+
+    def kvmix_refresh(self, *, verify: bool = True) -> None:
+        """Capture this model anew, as it is now, and compile it by its own plan, in place: after adapters were loaded
+        into it, switched on or off, or anything else in it was changed that its graph does not follow. What fails
+        leaves it as it was. Caches that were filled before do not go on.
+
+        Raises what `kvmix_compile.apply` raises.
+        """
+        refresh(self, type(self).__bases__[1], verify=verify)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A compiled model with weights of its own."""
@@ -393,7 +403,9 @@ class _PlainGenerator(PreTrainedModel, GenerationMixin):
         program = compiled.kvmix_program
         settings = {"vocab_size": program.vocabulary, "is_decoder": True}
         super().__init__(PreTrainedConfig.from_dict(settings))
-        self.generation_config = GenerationConfig()
+        # What wraps a model of transformers, as peft does, has its settings: where a text ends, for one.
+        own = getattr(compiled, "generation_config", None)
+        self.generation_config = copy.deepcopy(own) if isinstance(own, GenerationConfig) else GenerationConfig()
         self.compiled = compiled
 
     def forward(

@@ -278,19 +278,31 @@ class Plan:
             raise PlanError(f"this is not JSON, or is damaged ({error}); save the plan again") from error
         return _from_document(document)
 
-    def check_fingerprint(
-        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[SiteShape] | None = None
-    ) -> None:
-        """Raise PlanError, saying what differs, unless the plan was made for this model.
-
-        fingerprint, layers: of the model at hand; `layers` names its attention sites in order.
-        shapes: of each site where known, to say more precisely what differs.
+    def check_attention(self, layers: Sequence[str], shapes: Sequence[SiteShape]) -> None:
+        """Raise PlanError, saying what differs, unless the plan is for such attention sites, in this order. Something
+        may stand in front of the names of all layers, as around a model with adapters.
         """
-        planned_layers = [site.layer for site in self.sites]
-        if fingerprint == self.fingerprint and list(layers) == planned_layers:
-            return
         difference = _difference(self.sites, layers, shapes)
-        raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
+        if difference:
+            raise PlanError(f"this plan was made for another model: {difference}. Make a new plan for this model")
+
+    def fitted(
+        self, fingerprint: str, layers: Sequence[str], shapes: Sequence[SiteShape], *, strict: bool = False
+    ) -> Plan:
+        """The plan for a model of this structure with these attention sites: the one that it was made for, or, unless
+        `strict`, a version of it with the same attention, be it with adapters or trained on, quantized or with a longer
+        vocabulary.
+
+        Raises PlanError, saying what differs, for another model.
+        """
+        self.check_attention(layers, shapes)
+        if strict and fingerprint != self.fingerprint:
+            raise PlanError(
+                "this plan was made for another version of this model: the attention is the same, the names or shapes "
+                "of other parameters differ. Make a new plan, or leave strict out"
+            )
+        sites = tuple(replace(site, layer=layer) for site, layer in zip(self.sites, layers, strict=True))
+        return replace(self, fingerprint=fingerprint, sites=sites)
 
 
 def _layout(site: SitePlan, sinks: int, recent: int, rollback: int) -> StateLayout:
@@ -305,18 +317,30 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     return sum(number * weight for number, weight in weighted) / total if total else float(UNQUANTIZED_BITS)
 
 
-def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[SiteShape] | None) -> str:
+def _difference(sites: Sequence[SitePlan], layers: Sequence[str], shapes: Sequence[SiteShape]) -> str:
+    """What differs between the sites of a plan and those of a model; empty where nothing does."""
     if len(sites) != len(layers):
         return f"the plan has {len(sites)} attention sites, this model {len(layers)}"
+    in_front = _in_front(sites[0].layer, layers[0])
     for site, layer in zip(sites, layers, strict=True):
-        if site.layer != layer:
+        if in_front is None or _in_front(site.layer, layer) != in_front:
             return f"the plan has an attention site {site.layer!r} where this model has {layer!r}"
-    for site, shape in zip(sites, shapes or [], strict=bool(shapes)):
+    for site, shape in zip(sites, shapes, strict=True):
         for name in ("kv_heads", "key_dim", "value_dim"):
             planned, actual = getattr(site.shape, name), getattr(shape, name)
             if planned != actual:
                 return f"at {site.layer} the plan has {name}={planned}, this model {name}={actual}"
-    return "the attention sites have the same names, but the structure of the model differs"
+    return ""
+
+
+def _in_front(planned: str, layer: str) -> tuple[str, str] | None:
+    """What stands in front of what two layers' names have in common, in the plan and in the model; None where one is
+    not the end of the other.
+    """
+    longer, shorter = (planned, layer) if len(planned) > len(layer) else (layer, planned)
+    if not f".{longer}".endswith(f".{shorter}"):
+        return None
+    return planned.removesuffix(shorter), layer.removesuffix(shorter)
 
 
 def _to_json(plan: Plan) -> str:

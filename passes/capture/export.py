@@ -164,7 +164,7 @@ def check_capturable(model: nn.Module) -> None:
     if "input_ids" not in parameters_of(model.forward)[:1]:
         raise CaptureError(
             f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids "
-            "to logits"
+            "to logits: where this one wraps another, pass that"
         )
 
 

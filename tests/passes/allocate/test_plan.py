@@ -260,22 +260,37 @@ def test_impossible_numbers_are_refused(tmp_path: Path, path: list[str | int], c
         load_changed(tmp_path, path, content)
 
 
+LAYERS = [site.layer for site in PLAN.sites]
+SHAPES = [site.shape for site in PLAN.sites]
+
+
 def test_a_plan_knows_its_model() -> None:
-    layers = [site.layer for site in PLAN.sites]
-    shapes = [site.shape for site in PLAN.sites]
-    PLAN.check_fingerprint("f00d", layers)
-    PLAN.check_fingerprint("f00d", layers, shapes)
+    assert PLAN.fitted("f00d", LAYERS, SHAPES) == PLAN.fitted("f00d", LAYERS, SHAPES, strict=True) == PLAN
     with pytest.raises(PlanError, match="another model: the plan has 2 attention sites, this model 3"):
-        PLAN.check_fingerprint("beef", [*layers, "layers.2.attention"])
-    with pytest.raises(PlanError, match="'layers.0.attention' where this model has 'blocks.0'"):
-        PLAN.check_fingerprint("beef", ["blocks.0", layers[1]], shapes)
-    with pytest.raises(PlanError, match="at layers.1.attention the plan has value_dim=32, this model value_dim=128"):
-        PLAN.check_fingerprint("beef", layers, [shapes[0], SiteShape(2, 64, 128)])
-    for known_shapes in (None, shapes):
-        with pytest.raises(PlanError, match="another model: .* structure"):
-            PLAN.check_fingerprint("beef", layers, known_shapes)
+        PLAN.fitted("beef", [*LAYERS, "layers.2.attention"], [*SHAPES, SHAPES[0]])
+    with pytest.raises(PlanError, match=r"'layers.0.attention' where this model has 'blocks.0'"):
+        PLAN.fitted("beef", ["blocks.0", LAYERS[1]], SHAPES)
+    with pytest.raises(PlanError, match=r"at layers.1.attention the plan has value_dim=32, this model value_dim=128"):
+        PLAN.fitted("beef", LAYERS, [SHAPES[0], SiteShape(2, 64, 128)])
+
+
+def test_a_plan_serves_other_versions_of_its_model() -> None:
+    assert PLAN.fitted("beef", LAYERS, SHAPES) == replace(PLAN, fingerprint="beef")
+    with pytest.raises(PlanError, match="another version of this model.*leave strict out"):
+        PLAN.fitted("beef", LAYERS, SHAPES, strict=True)
+
+
+def test_something_may_stand_in_front_of_all_layers() -> None:
+    around = [f"base_model.model.{layer}" for layer in LAYERS]
+    fitted = PLAN.fitted("beef", around, SHAPES)
+    assert [site.layer for site in fitted.sites] == around
+    assert [site.key for site in fitted.sites] == [site.key for site in PLAN.sites]
+    assert fitted.fitted("f00d", LAYERS, SHAPES) == PLAN
+    for layers in ([around[0], LAYERS[1]], [around[0], f"other.{LAYERS[1]}"], [f"x{LAYERS[0]}", f"x{LAYERS[1]}"]):
+        with pytest.raises(PlanError, match="another model"):
+            PLAN.fitted("beef", layers, SHAPES)
 
 
 def test_a_plan_edited_to_other_sites_is_refused() -> None:
     with pytest.raises(PlanError, match="the plan has 2 attention sites, this model 1"):
-        PLAN.check_fingerprint("f00d", ["layers.0.attention"])
+        PLAN.fitted("f00d", LAYERS[:1], SHAPES[:1])
