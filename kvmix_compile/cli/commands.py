@@ -173,7 +173,8 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
 ) -> None:
-    """Answer OpenAI's clients (/v1/chat/completions, /v1/completions), each request with a compressed cache.
+    """Answer OpenAI's clients (/v1/chat/completions, /v1/completions) and a page in a browser, each request with a
+    compressed cache.
 
     The server is transformers'. It generates for one request at a time.
     """
@@ -183,7 +184,7 @@ def serve(
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
     model = _compressed(loaded, asked)
-    typer.echo(f"{name} answers at http://{host}:{port}/v1", err=True)
+    typer.echo(f"{name} answers at http://{host}:{port}/v1, and at http://{host}:{port} in a browser", err=True)
     serve_model(model, tokenizer, name, host, port)
 
 
