@@ -237,6 +237,14 @@ def test_another_file_is_no_evaluation(content: str, tmp_path: Path) -> None:
     assert "is not what `kvmix eval --json` writes" in done.stderr
 
 
+def test_a_budget_that_the_policy_cannot_meet_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    html = tmp_path / "out.html"
+    with mock.patch.object(compiler, "measure", lambda *_, **__: pytest.fail("it measures")):
+        done = kvmix("--policy", "kvmix", "--budget", 9, "--html", html)
+    assert done.exit_code == 1 and not html.exists()
+    assert "cannot be met" in done.stderr
+
+
 def test_the_evaluation_of_another_model_is_refused(tmp_path: Path, text: Path) -> None:
     html = tmp_path / "out.html"
     path = evaluation(tmp_path / "results.json", ["another.layer"])
