@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvmix_compile.calibration import Calibration, build_calibration
 from kvmix_compile.config import Config, RecentWindow
-from kvmix_compile.errors import CompilationError, UnsupportedModelError
+from kvmix_compile.errors import CompilationError, KVMixError, UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.model_check import check_model
 from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
@@ -75,6 +75,16 @@ class Found:
         model = self.captured.model
         with untouched(model):
             return original.cache_bytes(model, self.captured.random_ids(1, original.LONGER_TEXT))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model that can be compiled: what was measured of it, the plan made or given, and what the sites cache."""
+
+    importance: Importance
+    plan: Plan
+    dtypes: tuple[torch.dtype, ...]
+    longest_context: int | None
 
 
 @as_captured()
@@ -174,17 +184,11 @@ def _applied(
         check_carries_nothing(found.captured)
     plan = given and _checked_plan(found, given, report, strict=config.strict)
     if not plan:
-        check_reachable(
-            found.sites,
-            recent=config.unquantized[1],
-            budget=config.budget,
-            storage_budget=config.storage_budget,
-            policy=config.policy,
-            context=config.context or usual_context(found.captured),
-        )
+        _check_budget(found, config)
     if verify:
         _verify(found, report)
-    twin = build(model, found, plan or _planned(found, report, config, text, progress), report, twin)
+    plan = plan or _planned(_measure(found, report, config, text, progress), report, config)
+    twin = build(model, found, plan, report, twin)
     program = cast(CompiledModel, twin).kvmix_program
     start.write(given or program.plan, program)
     return _ready(twin, compile)
@@ -239,15 +243,44 @@ def analyze(
 @as_captured()
 def diagnose(model: nn.Module) -> Report:
     """What is found in a model, layer by layer, and why anything is not; never raises KVMixError."""
-    from kvmix_compile.errors import KVMixError
-
     report = Report(type(model).__name__)
+    _found_or_problem(model, report)
+    return report
+
+
+@as_captured()
+def examine(model: nn.Module, config: Config, *, progress: bool = False) -> tuple[Report, Examined | None]:
+    """All that `apply` with `config`, which was checked, finds out about a model. Where a plan is given, the importance
+    of its sites is measured as well. None where the model cannot be compiled: `report.problem` says why.
+
+    Raises BudgetError, AllocationError, PlanError or CalibrationError for what the model cannot be given.
+    """
+    report, given = Report(type(model).__name__), config.given_plan
+    text = _given_calibration(model, report, config)
+    found = _found_or_problem(model, report)
+    if found is None:
+        return report, None
+    if given:
+        given = _checked_plan(found, given, report, strict=config.strict)
+        config = replace(config, sinks=given.sinks, recent=given.recent)
+    else:
+        _check_budget(found, config)
+    importance = _measure(found, report, config, text, progress)
+    plan = given or _planned(importance, report, config)
+    twin = cast(CompiledModel, build(model, found, plan, report))
+    return report, Examined(importance, twin.kvmix_plan, found.dtypes, found.captured.longest_context)
+
+
+def _found_or_problem(model: nn.Module, report: Report) -> Found | None:
+    """What is found in a model that can be compiled. Else None, and the report has the problem."""
     try:
         check_model(model)
-        _verify(find(model, report), report)
+        found = find(model, report)
+        _verify(found, report)
     except KVMixError as error:
         report.problem = str(error)
-    return report
+        return None
+    return found
 
 
 def find(model: nn.Module, report: Report) -> Found:
@@ -324,6 +357,18 @@ def _checked_plan(found: Found, plan: Plan, report: Report, *, strict: bool = Fa
     return with_fitting_exponents(fitted, found.captured, found.sites)
 
 
+def _check_budget(found: Found, config: Config) -> None:
+    """Raise BudgetError or AllocationError for a budget that no measurement could meet."""
+    check_reachable(
+        found.sites,
+        recent=config.unquantized[1],
+        budget=config.budget,
+        storage_budget=config.storage_budget,
+        policy=config.policy,
+        context=config.context or usual_context(found.captured),
+    )
+
+
 def _verify(found: Found, report: Report) -> None:
     with report.timed("verify"), untouched(found.captured.model):
         report.verified = verify_rewrite(found.captured, found.sites)
@@ -343,8 +388,7 @@ def _calibration(model: nn.Module, report: Report, config: Config, length: int) 
         return build_calibration(model, config.tokenizer, config.calibration, length=length)
 
 
-def _planned(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Plan:
-    importance = _measure(found, report, config, text, progress)
+def _planned(importance: Importance, report: Report, config: Config) -> Plan:
     with report.timed("allocate"):
         plan = config.allocate(importance)
     report.notes += tuple(left_unquantized(importance.sites, plan))

@@ -1,4 +1,4 @@
-"""The command line, `kvmix`: plan, generate, serve, eval and doctor."""
+"""The command line, `kvmix`: plan, report, generate, serve, eval and doctor."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
 from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on
 from kvmix_compile.cli.picture import plan_picture
 from kvmix_compile.cli.prompts import chat_prompt
+from kvmix_compile.cli.report import show_report
 from kvmix_compile.cli.serve import check_server, serve_model
 from kvmix_compile.cli.tables import CacheSize, sites_table, times
 from kvmix_compile.compiler import apply, diagnose
@@ -44,6 +45,9 @@ app = typer.Typer(
 )
 
 PolicyName = Annotated[str, typer.Option(help="How bits are allocated: fisher, kvmix (the paper's) or uniform.")]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens of the texts that the budget is for (default: MODEL's, 8192 at most).")
+]
 Budget = Annotated[float | None, typer.Option(help=f"Mean code bits per cached element (default {DEFAULT_BUDGET}).")]
 StorageBudget = Annotated[
     float | None, typer.Option(help="Instead, mean stored bits: scales and zero points counted too.")
@@ -89,9 +93,7 @@ def make_plan(
     budget: Budget = None,
     storage_budget: StorageBudget = None,
     policy: PolicyName = Config.policy,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of the texts that the budget is for (default: MODEL's, 8192 at most).")
-    ] = None,
+    context: Context = None,
     calibration: CalibrationFile = None,
     output: Annotated[Path | None, typer.Option(help="Where to save the plan, as JSON.")] = None,
 ) -> None:
@@ -108,6 +110,29 @@ def make_plan(
     if output is not None:
         plan.save(output)
         console.print(f"saved to {output}")
+
+
+@app.command()
+def report(
+    name: ModelName,
+    plan: SavedPlan = None,
+    budget: Budget = None,
+    storage_budget: StorageBudget = None,
+    policy: PolicyName = Config.policy,
+    context: Context = None,
+    calibration: CalibrationFile = None,
+    html: Annotated[Path | None, typer.Option(help="Write it to this file as a page for a browser.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="What `kvmix eval --json` wrote, to show on that page.")
+    ] = None,
+) -> None:
+    """All that is found out about MODEL, the plan for a budget and what it is predicted to lose, as text or a page.
+
+    Exits with 1 where MODEL cannot be compiled.
+    """
+    asked = Config(plan=plan, budget=budget, storage_budget=storage_budget, policy=policy, context=context)  # type: ignore[arg-type]
+    if show_report(name, asked, calibration, html, evaluation).problem is not None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -148,7 +173,8 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
 ) -> None:
-    """Answer OpenAI's clients (/v1/chat/completions, /v1/completions), each request with a compressed cache.
+    """Answer OpenAI's clients (/v1/chat/completions, /v1/completions) and a page in a browser, each request with a
+    compressed cache.
 
     The server is transformers'. It generates for one request at a time.
     """
@@ -158,7 +184,7 @@ def serve(
     loaded = load_model(name)
     tokenizer = loaded.require_tokenizer()
     model = _compressed(loaded, asked)
-    typer.echo(f"{name} answers at http://{host}:{port}/v1", err=True)
+    typer.echo(f"{name} answers at http://{host}:{port}/v1, and at http://{host}:{port} in a browser", err=True)
     serve_model(model, tokenizer, name, host, port)
 
 

@@ -93,15 +93,16 @@ def _legend(sites: Sequence[SitePlan]) -> Iterator[Text]:
     """A line for each precision in use: what it is, and how many layers use it."""
     keys, values = Counter(site.key for site in sites), Counter(site.value for site in sites)
     used = sorted({*keys, *values})
-    width = max(len(_meaning(precision)) for precision in used)
+    width = max(len(meaning(precision)) for precision in used)
     for precision in used:
         counts = f"layers: {keys[precision]} for keys, {values[precision]} for values"
-        yield Text("  ").append_text(_cell(precision)).append(f" {_meaning(precision):<{width}}   {counts}")
+        yield Text("  ").append_text(_cell(precision)).append(f" {meaning(precision):<{width}}   {counts}")
     if any(precision.important_bits for precision in keys):
         yield Text("  4/3/2/2: bits by tier of a head's channels, the most important first", style="dim")
 
 
-def _meaning(precision: Precision) -> str:
+def meaning(precision: Precision) -> str:
+    """A precision in a few words."""
     if not precision.is_quantized:
         return "the model's own dtype"
     groups = f"groups of {precision.group}, {precision.scale_bits}-bit scales"

@@ -85,7 +85,7 @@ def _plot_results(axes: Any, results: Sequence[Result]) -> None:
     original, others = results[0], results[1:]
     axes.axhline(original.perplexity, color="black", linestyle="--", label=f"original ({original.perplexity:.2f})")
     edge = HIGHEST * original.perplexity
-    for index, (family, members) in enumerate(groupby(others, key=_family)):
+    for index, (family, members) in enumerate(groupby(others, key=family_of)):
         _plot_family(axes, family, sorted(members, key=_stored_bits), index, edge)
     axes.set_xlabel(STORED_BITS)
     axes.set_ylabel("perplexity through the cache")
@@ -95,7 +95,7 @@ def _plot_results(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _plot_divergences(axes: Any, results: Sequence[Result]) -> None:
-    for index, (family, members) in enumerate(groupby(results[1:], key=_family)):
+    for index, (family, members) in enumerate(groupby(results[1:], key=family_of)):
         line = sorted(members, key=_stored_bits)
         divergences = [member.divergence.mean for member in line]
         axes.plot(
@@ -129,11 +129,11 @@ def _importance_rows(importance: Importance) -> dict[str, list[float]]:
     of kvmix, as log10 of their shares of the highest of keys and values.
     """
     sites = importance.sites
-    losses = _relative(
+    losses = relative(
         [max(site.key_sensitivity.values()) for site in sites],
         [max(site.value_sensitivity.values()) for site in sites],
     )
-    norms = _relative([site.key_gradient_norm for site in sites], [site.value_gradient_norm for site in sites])
+    norms = relative([site.key_gradient_norm for site in sites], [site.value_gradient_norm for site in sites])
     return {
         "keys: predicted loss": losses[0],
         "values: predicted loss": losses[1],
@@ -149,7 +149,7 @@ def _bits_rows(plan: Plan) -> dict[str, list[float]]:
     }
 
 
-def _relative(*rows: Sequence[float]) -> list[list[float]]:
+def relative(*rows: Sequence[float]) -> list[list[float]]:
     """log10 of each number's share of the highest, SMALLEST at least."""
     highest = max([number for row in rows for number in row if number > 0], default=1.0)
     return [[math.log10(max(number / highest, SMALLEST) if number > 0 else SMALLEST) for number in row] for row in rows]
@@ -166,7 +166,7 @@ def _plot_family(axes: Any, family: str, members: Sequence[Result], index: int, 
             )  # fmt: skip
 
 
-def _family(result: Result) -> str:
+def family_of(result: Result) -> str:
     """A configuration's name begins with its policy or baseline; what tells its members apart follows a comma. Exact
     chunks make another family.
     """

@@ -5,7 +5,7 @@ import math
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.arrival import Arrival
 from kvmix_compile.evaluate.comparison import Result
+from kvmix_compile.evaluate.divergence import Divergence
 from kvmix_compile.evaluate.drafting import Drafting
 from kvmix_compile.evaluate.passkey import Retrieval
 from kvmix_compile.evaluate.perplexity import CHUNK, WINDOW
@@ -70,6 +71,30 @@ def record(
     }
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a file of `record` says of a model's predictions. layers: names of the model's attention sites."""
+
+    model: str
+    layers: tuple[str, ...]
+    texts: tuple[TextResults, ...]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """What `kvmix eval --json` wrote. Raises InputError where the file cannot be read or is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Evaluation(
+            model=str(document["model"]),
+            layers=tuple(str(site["layer"]) for site in document["importance"]),
+            texts=tuple(_text_results(text) for text in document["texts"]),
+        )
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{path} is not what `kvmix eval --json` writes: evaluate the model again") from error
+
+
 def circumstances(program: str, device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
     """On what, with what and how this run of `program` was made: what a stored result needs besides its numbers."""
     if device.type == "cuda":
@@ -117,6 +142,28 @@ def _precisions(plan: Plan) -> dict[str, list[list[int]]]:
         "keys": [site.key.as_ints() for site in plan.sites],
         "values": [site.value.as_ints() for site in plan.sites],
     }
+
+
+def _text_results(text: Mapping[str, Any]) -> TextResults:
+    """Raises ValueError, TypeError or KeyError where it is none."""
+    results = [_result(result) for result in text["results"]]
+    if not results:
+        raise ValueError("there is no original to compare with")
+    return TextResults(
+        str(text["text"]), int(text["tokens"]), results, window=int(text["window"]), chunk=int(text["chunk"])
+    )
+
+
+def _result(record: Mapping[str, Any]) -> Result:
+    found = record["divergence"]
+    along = tuple(map(float, found["by_position"]))
+    divergence = Divergence(by_position=along, **_floats(Divergence, found))
+    return Result(configuration=str(record["configuration"]), divergence=divergence, **_floats(Result, record))
+
+
+def _floats(kind: type, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `record` has for those fields of a dataclass that are floats."""
+    return {each.name: float(record[each.name]) for each in fields(kind) if each.type in (float, "float")}
 
 
 def _number(measured: float) -> float | None:

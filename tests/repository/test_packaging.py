@@ -1,4 +1,4 @@
-"""What is installed: every module and header of the repository's folders, each once, under one package."""
+"""What is installed: every module, header and page of the repository's folders, each once, under one package."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from zipfile import ZipFile
 from tests.helpers.repository import FOLDERS, ROOT
 
 
-def test_the_wheel_holds_every_module_and_header(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_header_and_page(tmp_path: Path) -> None:
     # Of a copy, as setuptools leaves what it builds in the folder.
     names = [*FOLDERS, "pyproject.toml", "README.md", "LICENSE"]
     copied = ["tar", "--exclude=__pycache__", "-cf", str(tmp_path / "sources.tar"), *names]
@@ -22,6 +22,6 @@ def test_the_wheel_holds_every_module_and_header(tmp_path: Path) -> None:
         str(Path("kvmix_compile", package, path.relative_to(ROOT / folder)))
         for folder, package in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")  # which follows no links
-        if path.suffix in (".py", ".cpp", ".h", ".typed")
+        if path.suffix in (".py", ".cpp", ".h", ".html", ".typed")
     }
     assert sorted(held) == sorted(expected)
