@@ -12,12 +12,12 @@ Of a row that holds n tokens, token u lies in
 The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
 function of the tokens alone, not of the chunks they came in.
 
-A state has no more room than its rows need: sinks grow with the text, then the recent window, then the packed blocks.
-Kernels know no state by its size. While no token is beyond the sinks there are, they are right as they are; while the
-ring has not wrapped, tokens lie in it where they will in a longer one; and nothing is packed before both are whole, but
-for what the ring keeps to be taken back. So growing appends zeros and moves nothing, and how far a state has grown is a
-function of the tokens, too. Where code is compiled for its sizes, a state has all its sinks and its whole ring from the
-beginning.
+A state grows with its text: the sinks, then the ring, then the packed blocks. Kernels take its sizes from its tensors,
+and are right about one that is not whole yet: while no token is beyond the sinks that there are, none is looked for in
+the ring, which may have no slot then; until the ring has wrapped, tokens lie in it where they will in a longer one; and
+nothing is packed before there are all sinks and `recent` slots. So growing appends zeros and moves nothing, and how far
+a state has grown is a function of the tokens, too. Where code is compiled for its sizes, Triton's kernels among it, a
+state has all sinks and the whole ring from the beginning.
 """
 
 from __future__ import annotations
