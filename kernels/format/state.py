@@ -11,13 +11,20 @@ Of a row that holds n tokens, token u lies in
   once any is packed.
 The ring holds the last min(n - sinks, slots) tokens, packed or not; what was never written is zero. So the bytes are a
 function of the tokens alone, not of the chunks they came in.
+
+A state grows with its text: the sinks, then the ring, then the packed blocks. Kernels take its sizes from its tensors,
+and are right about one that is not whole yet: while no token is beyond the sinks that there are, none is looked for in
+the ring, which may have no slot then; until the ring has wrapped, tokens lie in it where they will in a longer one; and
+nothing is packed before there are all sinks and `recent` slots. So growing appends zeros and moves nothing, and how far
+a state has grown is a function of the tokens, too. Where code is compiled for its sizes, Triton's kernels among it, a
+state has all sinks and the whole ring from the beginning.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +41,10 @@ Length = TypeVar("Length", int, Tensor)
 # packed. A number and not None, since kernels on every device work out a row's packed blocks from it, and get none.
 ENDLESS = 2**30
 
-# A state grows in steps of at least an eighth: growing copies, and so costs each token a constant number of copies.
-GROWTH_SHIFT = 3
+# Packed blocks grow in steps of at least an eighth, unquantized tokens, which are many times as large, in steps of a
+# sixteenth: growing copies, and so costs each token a constant number of copies.
+BLOCK_GROWTH_SHIFT = 3
+TOKEN_GROWTH_SHIFT = 4
 
 
 def is_packed(window: int, recent: int) -> bool:
@@ -81,6 +90,27 @@ def visible_blocks(window: int, recent: int, rollback: int = 0) -> int:
     return max(0, tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
 
+def _ahead(count: int, shift: int) -> int:
+    """A number of which a state has room for, rounded up to `shift` significant binary digits and one more: a function
+    of the number alone, so that the size of a cache can be predicted, and at most one part in 2**shift above it.
+    """
+    step = 1 << max(0, count.bit_length() - 1 - shift)
+    return -(-count // step) * step
+
+
+# Made of each state at every call: a frozen dataclass takes twice as long to make.
+class Room(NamedTuple):
+    """What there is room for in each row of a state: first tokens, packed blocks, and tokens of the recent window."""
+
+    sinks: int
+    blocks: int
+    slots: int
+
+    def covers(self, other: Room) -> bool:
+        """Whether whatever has room there has room here."""
+        return self.sinks >= other.sinks and self.blocks >= other.blocks and self.slots >= other.slots
+
+
 @dataclass(frozen=True)
 class StateLayout(Shaped):
     """How one site's state is laid out.
@@ -119,7 +149,7 @@ class StateLayout(Shaped):
 
     @property
     def recent_slots(self) -> int:
-        """Tokens the recent window has room for."""
+        """Tokens the recent window has room for where it is whole."""
         # A window of one token sees none before it; a ring has a slot nevertheless.
         kept = max(1, self.window - 1) if self.recent == ENDLESS else self.recent
         return kept + self.rollback
@@ -129,15 +159,31 @@ class StateLayout(Shaped):
         return required_blocks(length, self.sinks, self.recent, self.window, self.rollback)
 
     def capacity_blocks(self, length: int) -> int:
-        """Blocks that a state has room for once its rows hold up to this many tokens.
-
-        What is required, rounded up to three significant binary digits and one more: a function of the length alone, so
-        that the size of a cache can be predicted, and at most an eighth above what is required.
-        """
-        packed = packed_blocks(length, self.sinks, self.recent)
-        step = 1 << max(0, packed.bit_length() - 1 - GROWTH_SHIFT)
-        capacity = -(-packed // step) * step
+        """Blocks that a state has room for once its rows hold up to this many tokens."""
+        capacity = _ahead(packed_blocks(length, self.sinks, self.recent), BLOCK_GROWTH_SHIFT)
         return min(capacity, visible_blocks(self.window, self.recent, self.rollback)) if self.window else capacity
+
+    def room(self, length: int, begins_whole: bool = False) -> Room:
+        """What a state has room for once its rows hold up to this many tokens: more than `required_room`, so that it
+        seldom grows.
+
+        begins_whole: all sinks and the whole recent window from the beginning.
+        """
+        blocks = self.capacity_blocks(length)
+        return self.whole(blocks) if begins_whole else self._reaching(_ahead(length, TOKEN_GROWTH_SHIFT), blocks)
+
+    def required_room(self, length: int) -> Room:
+        """The room that a state must have before a row can hold this many tokens."""
+        return self._reaching(length, self.required_blocks(length))
+
+    def whole(self, blocks: int) -> Room:
+        """All the sinks and the whole recent window, beside so many blocks."""
+        return Room(self.sinks, blocks, self.recent_slots)
+
+    def _reaching(self, tokens: int, blocks: int) -> Room:
+        """Sinks and a recent window for the first `tokens` of a row, as far as they go."""
+        sinks = min(self.sinks, tokens)
+        return Room(sinks, blocks, min(self.recent_slots, tokens - sinks))
 
     def can_shorten(self, furthest: int, length: int) -> bool:
         """Whether a row that has held `furthest` tokens still has all that one of its first `length` needs."""
@@ -154,10 +200,10 @@ class StateLayout(Shaped):
         lost = packed_blocks(furthest, self.sinks, self.recent) - capacity
         return min(blocks, lost) <= max(0, first_seen - self.sinks) // BLOCK_TOKENS
 
-    def bytes(self, batch: int, blocks: int, dtype: torch.dtype) -> int:
-        """What a state of this many rows and blocks occupies."""
-        unpacked = (self.sinks + self.recent_slots) * (self.key_dim + self.value_dim) * dtype.itemsize
-        return batch * self.kv_heads * (unpacked + blocks * self.packed_bytes(dtype))
+    def bytes(self, batch: int, room: Room, dtype: torch.dtype) -> int:
+        """What a state of this many rows and this room occupies."""
+        unpacked = (room.sinks + room.slots) * (self.key_dim + self.value_dim) * dtype.itemsize
+        return batch * self.kv_heads * (unpacked + room.blocks * self.packed_bytes(dtype))
 
     def packed_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a packed block of one head, keys and values."""
@@ -170,7 +216,8 @@ class StateLayout(Shaped):
 
 @dataclass
 class SiteState:
-    """One site's tensors, for B rows, H heads of keys and values, and room for C packed blocks.
+    """One site's tensors, for B rows, H heads of keys and values, and room for C packed blocks; of sinks and slots as
+    many as there is room for.
 
     sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
     packed_k, packed_v: uint8 [B, H, C, bytes of a block].
@@ -186,22 +233,29 @@ class SiteState:
     recent_v: Tensor
 
     @classmethod
-    @ordinary_tensors()
     def allocate(
         cls, layout: StateLayout, batch: int, blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
-        """An empty state, all zeros."""
+        """An empty state, all zeros, with all its sinks and its whole recent window."""
+        return cls.with_room(layout, batch, layout.whole(blocks), dtype, device)
+
+    @classmethod
+    @ordinary_tensors()
+    def with_room(
+        cls, layout: StateLayout, batch: int, room: Room, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """An empty state, all zeros, of this room."""
 
         def zeros(count: int, extent: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch, layout.kv_heads, count, extent, dtype=dtype, device=device)
 
         return cls(
-            sink_k=zeros(layout.sinks, layout.key_dim),
-            sink_v=zeros(layout.sinks, layout.value_dim),
-            packed_k=zeros(blocks, layout.key.block_bytes(layout.key_dim, dtype.itemsize), torch.uint8),
-            packed_v=zeros(blocks, layout.value.block_bytes(layout.value_dim, dtype.itemsize), torch.uint8),
-            recent_k=zeros(layout.recent_slots, layout.key_dim),
-            recent_v=zeros(layout.recent_slots, layout.value_dim),
+            sink_k=zeros(room.sinks, layout.key_dim),
+            sink_v=zeros(room.sinks, layout.value_dim),
+            packed_k=zeros(room.blocks, layout.key.block_bytes(layout.key_dim, dtype.itemsize), torch.uint8),
+            packed_v=zeros(room.blocks, layout.value.block_bytes(layout.value_dim, dtype.itemsize), torch.uint8),
+            recent_k=zeros(room.slots, layout.key_dim),
+            recent_v=zeros(room.slots, layout.value_dim),
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -215,7 +269,7 @@ class SiteState:
 
     @property
     def sinks(self) -> int:
-        """First tokens of a row that are never quantized."""
+        """First tokens of a row that there is room for, and that are never quantized."""
         return self.sink_k.shape[2]
 
     @property
@@ -229,39 +283,47 @@ class SiteState:
         return self.recent_k.shape[2]
 
     @property
+    def room(self) -> Room:
+        """What there is room for in each row."""
+        return Room(self.sinks, self.blocks, self.recent_slots)
+
+    @property
     def nbytes(self) -> int:
         """What the tensors occupy."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @ordinary_tensors()
-    def grow(self, blocks: int) -> None:
-        """Makes room for at least this many blocks in all; what is stored stays, new room is zero.
+    def grow(self, room: Room) -> None:
+        """Makes at least this room in all; what is stored stays, new room is zero.
 
-        Only where every block lies in its own place: no more than there is room for were ever packed.
+        Only where every token and block lies in its own place: there never were more than there is room for.
         """
-        missing = blocks - self.blocks
-        if missing > 0:
-            self.packed_k = _lengthened(self.packed_k, missing)
-            self.packed_v = _lengthened(self.packed_v, missing)
+        self.sink_k, self.sink_v = _lengthened(self.sink_k, room.sinks), _lengthened(self.sink_v, room.sinks)
+        self.packed_k, self.packed_v = _lengthened(self.packed_k, room.blocks), _lengthened(self.packed_v, room.blocks)
+        self.recent_k, self.recent_v = _lengthened(self.recent_k, room.slots), _lengthened(self.recent_v, room.slots)
 
     @ordinary_tensors()
-    def widen(self, old: StateLayout, new: StateLayout, lengths: Tensor, furthest: Tensor, blocks: int) -> None:
+    def widen(self, old: StateLayout, new: StateLayout, lengths: Tensor, furthest: Tensor, room: Room) -> None:
         """Lay out as `new` what lies here as in `old`, from which it differs in a longer rollback.
 
         lengths, furthest: int64 [rows], the tokens that each row holds, and the most that it ever held: later ones took
             the places of earlier ones.
-        blocks: places for blocks, where `new` has a window; those of other states stay as they are.
+        room: that of `new` for as many tokens as the longest row holds. Where `new` has no window, blocks stay as they
+            are.
         """
+        # A ring that is not whole has never wrapped, and nothing of it is lost.
         first, end = furthest - old.sinks - old.recent_slots, (lengths - old.sinks).clamp(min=0)
-        self.recent_k = _in_ring(self.recent_k, first, end, new.recent_slots)
-        self.recent_v = _in_ring(self.recent_v, first, end, new.recent_slots)
+        slots = max(room.slots, self.recent_slots)
+        self.recent_k = _in_ring(self.recent_k, first, end, slots)
+        self.recent_v = _in_ring(self.recent_v, first, end, slots)
         if new.window:
             end = packed_blocks(lengths, old.sinks, old.recent)
             # None is lost before there is room for as many as are seen.
             capacity = visible_blocks(old.window, old.recent, old.rollback)
             first = packed_blocks(furthest, old.sinks, old.recent) - capacity
-            self.packed_k = _in_ring(self.packed_k, first, end, max(blocks, self.blocks))
-            self.packed_v = _in_ring(self.packed_v, first, end, max(blocks, self.blocks))
+            blocks = max(room.blocks, self.blocks)
+            self.packed_k = _in_ring(self.packed_k, first, end, blocks)
+            self.packed_v = _in_ring(self.packed_v, first, end, blocks)
 
     @ordinary_tensors()
     def select_rows(self, index: Tensor) -> None:
@@ -279,8 +341,10 @@ class SiteState:
             setattr(self, name, tensor.clone() if tensor.is_inference() else tensor)
 
 
-def _lengthened(packed: Tensor, missing: int) -> Tensor:
-    return torch.nn.functional.pad(packed, (0, 0, 0, missing))
+def _lengthened(kept: Tensor, places: int) -> Tensor:
+    """With zeros behind what is kept, up to so many places: [B, H, at least places, extent]."""
+    missing = places - kept.shape[2]
+    return torch.nn.functional.pad(kept, (0, 0, 0, missing)) if missing > 0 else kept
 
 
 def _in_ring(ring: Tensor, first: Tensor, end: Tensor, places: int) -> Tensor:

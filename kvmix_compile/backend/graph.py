@@ -73,7 +73,8 @@ class StaticGraph:
 
     def __init__(self, lowered: Lowered, sites: Sequence[CachedSite], plan: Plan, compiler: Compiler) -> None:
         keys = [cached.site.key.meta["val"] for cached in sites]
-        self.format = CacheFormat(plan, tuple(key.dtype for key in keys), keys[0].device)
+        # Whole, as one graph is compiled for every length of a text.
+        self.format = CacheFormat(plan, tuple(key.dtype for key in keys), keys[0].device, begins_whole=True)
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
         self.sites = [_SiteSource.of(cached, lowered) for cached in sites]
         sources = [side.source for site in self.sites for side in (site.key, site.value)]

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvmix_compile.cli.picture import plan_picture
 from kvmix_compile.cli.prompts import chat_prompt
-from kvmix_compile.cli.tables import CacheSize, megabytes, times
+from kvmix_compile.cli.tables import CacheSize, compared, megabytes, times
 from kvmix_compile.compiler import apply
 from kvmix_compile.evaluate.held_out import held_out_english, token_ids
 from kvmix_compile.evaluate.perplexity import perplexity
@@ -145,13 +145,13 @@ def results(compressed: Any, cache: KVMixCache, before: float, after: float, eva
         "cache against 16 bits",
         megabytes(sixteen),
         megabytes(now),
-        f"keys and values of {size.tokens} tokens: {sixteen / now:.1f} times smaller",
+        f"keys and values of {size.tokens} tokens: {compared(now, sixteen)} in 16 bits",
     )
     table.add_row(
         f"cache against {8 * itemsize} bits",
         megabytes(own),
         megabytes(now),
-        f"the dtype that this model really runs in: {own / now:.1f} times smaller",
+        f"{compared(now, own)} in the dtype that this model really runs in",
     )
     table.add_row("code bits", "16", f"{plan.code_bits:.2f}", "of an element's code, on average: what the budget sets")
     table.add_row("stored bits", "16", f"{plan.storage_bits:.2f}", "with the scales and zero points of its group")

@@ -35,11 +35,19 @@ class CacheSize:
         return self.elements * itemsize
 
     def __str__(self) -> str:
-        share = self.unquantized() / self.nbytes
+        unquantized = self.unquantized()
         return (
-            f"cache of {self.tokens} tokens: {megabytes(self.nbytes)}, {share:.2f} times smaller than in 16 bits "
-            f"({megabytes(self.unquantized())}); {8 * self.nbytes / self.elements:.2f} bits per element, all counted"
+            f"cache of {self.tokens} tokens: {megabytes(self.nbytes)}, {compared(self.nbytes, unquantized)} in 16 bits "
+            f"({megabytes(unquantized)}); {8 * self.nbytes / self.elements:.2f} bits per element, all counted"
         )
+
+
+def compared(nbytes: int, other: int) -> str:
+    """How large so many bytes are beside others, to go on with what these are: "3.41 times smaller than"."""
+    smaller, larger = f"{other / nbytes:.2f}", f"{nbytes / other:.2f}"
+    if "1.00" in (smaller, larger):
+        return "as large as"
+    return f"{smaller} times smaller than" if nbytes < other else f"{larger} times larger than"
 
 
 def megabytes(count: int) -> str:

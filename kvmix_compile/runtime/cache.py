@@ -12,7 +12,7 @@ from transformers import Cache
 from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
-from kvmix_compile.kernels.format.state import SiteState
+from kvmix_compile.kernels.format.state import Room, SiteState, StateLayout
 from kvmix_compile.passes.allocate.plan import Plan, PlanError
 from kvmix_compile.passes.capture.single_nodes import nothing_carried
 from kvmix_compile.runtime import cache_file
@@ -72,24 +72,26 @@ class KVMixCache(Cache):
         """Make room for `tokens` more tokens in each of `batch` rows. The last `logits` are those that the next tokens
         are chosen by, and may be taken back where the past is recorded.
 
-        Allocates on the first call, grows by an eighth at least later.
+        Allocates on the first call; grows later, the more the longer the text is.
         """
         self.check_batch(batch)
         if self.records_past:
             self._unsettled += logits
             self._allow(self._unsettled)
-        of_window = {
-            window: layout.capacity_blocks(self.seen + tokens) for window, layout in self._layout_of_window.items()
-        }
-        blocks = [of_window[layout.window] for layout in self.layouts]
+        of_window = {window: self._room(layout, tokens) for window, layout in self._layout_of_window.items()}
+        rooms = [of_window[layout.window] for layout in self.layouts]
         if not self.states:
-            self._allocate(batch, blocks, device)
+            self._allocate(batch, rooms, device)
             return
-        for state, needed in zip(self.states, blocks, strict=True):
+        for state, room in zip(self.states, rooms, strict=True):
             if state.recent_k.is_inference():  # a copy, or unpickled, that was made in inference mode
                 state.make_ordinary()
-            if state.blocks < needed:
-                state.grow(needed)
+            if not state.room.covers(room):
+                state.grow(room)
+
+    def _room(self, layout: StateLayout, tokens: int = 0) -> Room:
+        """That of a site's state, for `tokens` more than each row holds."""
+        return layout.room(self.seen + tokens, self.format.begins_whole)
 
     def run(
         self, graph: Callable[..., Any], inputs: Sequence[Any], starts: Tensor, tokens: int, logits: int = 0
@@ -135,10 +137,10 @@ class KVMixCache(Cache):
         return self.padded
 
     @ordinary_tensors()
-    def _allocate(self, batch: int, blocks: Sequence[int], device: torch.device) -> None:
+    def _allocate(self, batch: int, rooms: Sequence[Room], device: torch.device) -> None:
         self.states = [
-            SiteState.allocate(layout, batch, capacity, dtype, device)
-            for layout, capacity, dtype in zip(self.layouts, blocks, self.format.dtypes, strict=True)
+            SiteState.with_room(layout, batch, room, dtype, device)
+            for layout, room, dtype in zip(self.layouts, rooms, self.format.dtypes, strict=True)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -154,7 +156,7 @@ class KVMixCache(Cache):
             return
         furthest = self.lengths + (self._furthest - self.seen)
         for state, old, new in zip(self.states, before, self.layouts, strict=True):
-            state.widen(old, new, self.lengths, furthest, new.capacity_blocks(self.seen))
+            state.widen(old, new, self.lengths, furthest, self._room(new))
         # As if so many more tokens had been held: where there is room for them, the same ones have been overwritten.
         self._furthest += more
 
@@ -222,9 +224,8 @@ class KVMixCache(Cache):
     def _restore(self, header: Header, tensors: dict[str, Tensor]) -> None:
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
-            blocks = [tensors[f"{site}.packed_k"].shape[2] for site in range(len(self.layouts))]
             rows, device = len(tensors["lengths"]), self.format.device
-            self._allocate(rows, blocks, device)
+            self._allocate(rows, self._rooms_of(header, tensors), device)
             self.carried = tuple(
                 tuple(torch.empty(sizes.of(rows, 0), dtype=sizes.dtype, device=device) for sizes in one.tensors)
                 for one in self.format.carried
@@ -238,6 +239,16 @@ class KVMixCache(Cache):
             kept.copy_(saved)
         self.seen, self._furthest, self.counts_on = header.seen, header.furthest, header.counts_on
         self.padded = bool((self.lengths != self.seen).any())
+
+    def _rooms_of(self, header: Header, tensors: dict[str, Tensor]) -> list[Room]:
+        """Of each site, as a file has it; LookupError or ValueError where it does not fit."""
+        rooms = []
+        for site, layout in enumerate(self.layouts):
+            room = Room(*(tensors[f"{site}.{part}"].shape[2] for part in ("sink_k", "packed_k", "recent_k")))
+            if not (layout.whole(room.blocks).covers(room) and room.covers(layout.required_room(header.seen))):
+                raise ValueError(f"the room of site {site} is {tuple(room)}, which is not that of {header.seen} tokens")
+            rooms.append(room)
+        return rooms
 
     def _header(self) -> Header:
         return Header(

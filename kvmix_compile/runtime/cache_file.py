@@ -19,10 +19,10 @@ from kvmix_compile.passes.files import replacing
 
 FORMAT = "kvmix-cache"
 # To be raised when the bytes of a state change their meaning (kernels/format/packing.py, kernels/format/state.py), or
-# its tensors their names.
-VERSION = 3
-# In which other words a version that is still read named tensors.
-OLDER = {"2": ("tail_", "recent_")}
+# its tensors their names, or may be fewer. Since 4 there need not be room for all first and recent tokens.
+VERSION = 4
+# Versions that are still read, and in which other words each named tensors.
+OLDER: dict[str, dict[str, str]] = {"2": {"tail_": "recent_"}, "3": {}}
 
 # Elements of each weight by which two checkpoints are told apart.
 SAMPLED_ELEMENTS = 64
@@ -99,8 +99,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     described = metadata.get("header", "")
     if metadata.get("digest") != _digest(described, tensors):
         raise CacheError(f"{path} is damaged: its content is not what was written; save the cache again")
-    if version in OLDER:
-        tensors = {name.replace(*OLDER[version]): tensor for name, tensor in tensors.items()}
+    for older, newer in OLDER.get(version, {}).items():
+        tensors = {name.replace(older, newer): tensor for name, tensor in tensors.items()}
     content = json.loads(described)
     return Header(**content | {"dtypes": tuple(content["dtypes"])}), tensors
 

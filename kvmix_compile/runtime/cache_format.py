@@ -15,7 +15,8 @@ class CacheFormat:
 
     plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
     of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with. carried:
-    what layers carry from token to token besides.
+    what layers carry from token to token besides. begins_whole: whether there is room for all first and recent tokens
+    from the beginning, as what is compiled for a state's sizes needs it.
     """
 
     plan: Plan
@@ -23,6 +24,7 @@ class CacheFormat:
     device: torch.device
     weights: str = ""
     carried: tuple[CarriedState, ...] = ()
+    begins_whole: bool = False
 
     @property
     def carrying_layers(self) -> str:

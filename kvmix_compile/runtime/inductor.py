@@ -72,9 +72,11 @@ class InductorGraph:
     ) -> Tensor:  # fmt: skip
         given = (input_ids, position_ids, logit_positions, lengths, starts)
         compiled = self._graph(input_ids.shape[1] == len(logit_positions) == 1)
-        packed, rings = state[2::6], state[4::6]  # of keys
+        sinks, packed, rings = state[0::6], state[2::6], state[4::6]  # of keys
         sizes = [kept[site].shape[2] for kept in (packed, rings) for site in self._first_sites]
-        if not compiled.holds((*input_ids.shape, len(logit_positions), *sizes)):
+        # A short cache that was begun by a model which is not compiled has fewer sinks than are compiled for.
+        are_whole = all(sinks[site].shape[2] == self.layouts[site].sinks for site in self._first_sites)
+        if not are_whole or not compiled.holds((*input_ids.shape, len(logit_positions), *sizes)):
             return self.module(*given, *state)
         (logits,) = compiled.graph([tensor.contiguous() for tensor in given], state)
         return logits

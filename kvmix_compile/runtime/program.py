@@ -95,7 +95,10 @@ class Program:
     @property
     def format(self) -> CacheFormat:
         """What its caches are made for."""
-        return CacheFormat(self.plan, self.dtypes, self.device, self.weights, self.rewritten.carried)
+        # Inductor compiles for so many sinks. So does Triton, and for so many recent tokens: on a GPU each of the sizes
+        # that a state grows through would compile its kernels anew, seconds each, for room that the text soon fills.
+        begins_whole = self.inductor is not None or self.device.type == "cuda"
+        return CacheFormat(self.plan, self.dtypes, self.device, self.weights, self.rewritten.carried, begins_whole)
 
     @property
     def graph(self) -> Callable[..., Any]:

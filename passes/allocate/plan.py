@@ -200,13 +200,23 @@ class Plan:
             for site, layout in zip(self.sites, self.layouts(), strict=True)
         )
 
-    def cache_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, rollback: int = 0) -> int:
+    def cache_bytes(
+        self,
+        tokens: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        rollback: int = 0,
+        begins_whole: bool = False,
+    ) -> int:
         """Bytes that the cache of a model of `dtype` occupies once it has seen `tokens` tokens in each of
         `batch` rows.
+
+        begins_whole: it has room for all first and recent tokens from the beginning, as on a GPU, with compile=True,
+        and through torch.compile's backend.
         """
         counters = torch.int64.itemsize * batch
         layouts = self.layouts(rollback)
-        return counters + sum(layout.bytes(batch, layout.capacity_blocks(tokens), dtype) for layout in layouts)
+        return counters + sum(layout.bytes(batch, layout.room(tokens, begins_whole), dtype) for layout in layouts)
 
     def token_bytes(self, dtypes: Sequence[torch.dtype], tokens: int = 0) -> float:
         """Bytes of a token's keys and values once they are packed, at the sites that attend to more than `tokens`.

@@ -89,6 +89,17 @@ class Case:
             setattr(state, name, kept)
         return replace(self, layout=layout, state=state)
 
+    def as_grown(self, least_slots: int = 0) -> "Case":
+        """The same in a state that has grown with its rows and has no more room than they and the chunk need."""
+        held = self.lengths + self.q.shape[2] - self.starts
+        sinks, _, slots = self.layout.room(max(held.tolist()))
+        state = replace(self.state)
+        for side in "kv":
+            sink, ring = getattr(state, f"sink_{side}"), getattr(state, f"recent_{side}")
+            setattr(state, f"sink_{side}", sink[:, :, :sinks].contiguous())
+            setattr(state, f"recent_{side}", ring[:, :, : max(slots, least_slots)].contiguous())
+        return replace(self, state=state)
+
     def poisoned(self) -> "Case":
         """The same with NaN and all ones wherever no token lies."""
         layout = self.layout
@@ -97,7 +108,7 @@ class Case:
         for row, (length, start) in enumerate(zip(self.lengths.tolist(), self.starts.tolist(), strict=True)):
             blocks = packed_blocks(length, layout.sinks, layout.recent)
             waiting = [(u - layout.sinks) % layout.recent_slots for u in range(layout.sinks + 32 * blocks, length)]
-            unused = [slot for slot in range(layout.recent_slots) if slot not in waiting]
+            unused = [slot for slot in range(self.state.recent_slots) if slot not in waiting]
             for sink, packed, ring, chunk in (
                 (state.sink_k, state.packed_k, state.recent_k, k),
                 (state.sink_v, state.packed_v, state.recent_v, v),

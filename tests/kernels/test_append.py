@@ -1,6 +1,7 @@
 """The state is a function of each row's tokens: not of the chunks they came in, nor of the rows beside it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,6 +73,27 @@ def test_any_chunking_gives_the_same_bytes(
     append_in_chunks(layout, whole, k, v, [])
     append_in_chunks(layout, chunked, k, v, data.draw(st.lists(st.integers(0, length), max_size=12), label="cuts"))
     assert_same_bytes(whole, chunked)
+
+
+@settings(max_examples=100)
+@given(all_layouts, dtypes, st.integers(0, 260), st.data())
+def test_a_state_that_grew_has_the_bytes_of_one_allocated_whole(
+    layout: StateLayout, dtype: torch.dtype, length: int, data: st.DataObject
+) -> None:
+    """Two rows, the second with padding: whatever chunks the text came in, the state has the room of its tokens."""
+    k, v = random_tokens(layout, 2, length, dtype)
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=12), label="cuts"))
+    padding = torch.tensor([0, data.draw(st.integers(0, length), label="padding")])
+    whole, grown = empty_state(layout, 2, length, dtype), SiteState.with_room(layout, 2, layout.room(0), dtype)
+    for begin, end in pairwise([0, *cuts, length]):
+        grown.grow(layout.room(end))
+        for state in (whole, grown):
+            lengths, starts = (begin - padding).clamp(min=0), (padding - begin).clamp(0, end - begin)
+            append_chunk(layout, state, k[:, :, begin:end], v[:, :, begin:end], lengths, starts)
+    assert grown.room == layout.room(length)
+    for room in (whole.room, grown.room):
+        whole.grow(room), grown.grow(room)
+    assert_same_bytes(whole, grown)
 
 
 @settings(max_examples=100)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -97,6 +98,84 @@ def test_long_texts_approach_the_plans_stored_bits() -> None:
     elements = sum(site.key_elements + site.value_elements for site in plan.sites) * 500
     assert past.bits_per_element == pytest.approx(8 * past.nbytes / elements)
     assert KVMixCache(quantized()).bits_per_element == 0
+
+
+# Room
+
+
+def begun_whole(model: PreTrainedModel, rollback: int = 0) -> KVMixCache:
+    """With room for all first and recent tokens from the beginning."""
+    return KVMixCache(replace(model.kvmix_program.format, begins_whole=True), rollback)
+
+
+def assert_hold_the_same(one: KVMixCache, other: KVMixCache) -> None:
+    """Once both have all the room that either has: what is not used is zero."""
+    one, other = copy.deepcopy(one), copy.deepcopy(other)
+    assert (one.lengths.tolist(), one.seen, one.rollback) == (other.lengths.tolist(), other.seen, other.rollback)
+    for first, second in zip(one.states, other.states, strict=True):
+        first.grow(second.room), second.grow(first.room)
+        assert all(map(torch.equal, first.tensors(), second.tensors()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_text_takes_hardly_more_than_in_the_models_own_cache(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    compressed = kvmix_compile.apply(model, budget=2.3, calibration=ids(2, 128), verify=False)
+    assert (compressed.kvmix_plan.sinks, compressed.kvmix_plan.recent) == (64, 128)
+    for tokens in (1, 10, 33, 55, 129, 193, 200):
+        past, own = KVMixCache(compressed), DynamicCache()
+        for reader, held in ((compressed, past), (model, own)):
+            reader(ids(3, tokens), past_key_values=held)
+        assert past.nbytes <= 1.1 * sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
+
+
+@cache
+def exact(name: str) -> PreTrainedModel:
+    return applied(zoo(name), plan=windowed(name).kvmix_plan, exact_chunks=True, verify=False)
+
+
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(["llama", "mistral", "gemma3"]),
+    is_exact=st.booleans(),
+    rollback=st.sampled_from([0, ROLLBACK]),
+    chunks=st.lists(st.integers(1, 3) | st.integers(1, 70), min_size=1, max_size=8),
+    padding=st.integers(0, 60),
+)
+def test_a_cache_that_grew_is_one_that_began_whole(
+    name: str, is_exact: bool, rollback: int, chunks: list[int], padding: int
+) -> None:
+    """Two rows, the second one padded; every chunk may be shorter than what is allocated whole."""
+    model = exact(name) if is_exact else windowed(name)
+    grown, whole = KVMixCache(model, rollback), begun_whole(model, rollback)
+    mask = (torch.arange(sum(chunks)) >= torch.tensor([[0], [min(padding, sum(chunks) - 1)]])).long()
+    for chunk in ids(2, sum(chunks)).split(chunks, dim=1):
+        seen = grown.seen + chunk.shape[1]
+        found, expected = (
+            model(chunk, attention_mask=mask[:, :seen], past_key_values=past).logits for past in (grown, whole)
+        )
+        assert torch.equal(found, expected)
+        assert grown.nbytes <= whole.nbytes == model.kvmix_plan.cache_bytes(seen, 2, torch.float32, rollback, True)
+    assert_hold_the_same(grown, whole)
+
+
+@settings(max_examples=25)
+@given(first=st.integers(1, 60), steps=st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), max_size=6))
+def test_room_to_take_tokens_back_grows_as_they_are_drafted(first: int, steps: list[tuple[int, float]]) -> None:
+    model = windowed("gemma3")
+    grown, whole = KVMixCache(model), begun_whole(model)
+    for past in (grown, whole):
+        past.activate_past_recording()
+        model(ids(1, first), past_key_values=past, logits_to_keep=1)
+    for number, (drafted, wrong) in enumerate(steps):
+        text = ids(1, drafted, seed=number)
+        found, expected = (model(text, past_key_values=past).logits for past in (grown, whole))
+        assert torch.equal(found, expected)
+        for past in (grown, whole):
+            past.crop(-int(wrong * drafted))
+    found, expected = (model(ids(1, 1), past_key_values=past).logits for past in (grown, whole))
+    assert torch.equal(found, expected)
+    assert grown.nbytes <= whole.nbytes
 
 
 # History

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import kvmix_compile
 from kvmix_compile import KVMixCache
 from kvmix_compile.backend.storage import PackedCache
 from kvmix_compile.errors import CacheError, KVMixError
+from kvmix_compile.kernels.format.state import Room
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime import cache_file
 from kvmix_compile.runtime.cache_file import weights_fingerprint
@@ -150,18 +153,65 @@ def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, str]], Non
     save_file(tensors, file, metadata)
 
 
-def as_in_version_2(file: Path) -> None:
-    """Where the recent window was called another name."""
+def with_tensors(file: Path, version: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """A file of another version whose tensors were others, as that version would have written it."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    tensors = {name.replace("recent_", "tail_"): tensor for name, tensor in load_file(file).items()}
+    tensors = change(load_file(file))
     digest = cache_file._digest(metadata["header"], tensors)
-    save_file(tensors, file, metadata | {"version": "2", "digest": digest})
+    save_file(tensors, file, metadata | {"version": version, "digest": digest})
+
+
+def short(folder: Path) -> tuple[KVMixCache, Path]:
+    """A cache that has neither all its sinks nor a recent window yet, and its file."""
+    past, file = KVMixCache(quantized()), folder / "short.safetensors"
+    quantized()(ids(2, 3), cache=past)
+    past.save(file)
+    return past, file
+
+
+def test_a_short_cache_makes_a_small_file_and_goes_on_from_it(tmp_path: Path) -> None:
+    past, file = short(tmp_path)
+    assert past.states[0].room == Room(3, 0, 0)
+    loaded = KVMixCache.load(file, quantized())
+    assert same(loaded, past)
+    for tokens in (1, 30, 1, 60):
+        assert torch.equal(*(quantized()(ids(2, tokens), cache=one).logits for one in (past, loaded)))
+    assert same(loaded, past)
+
+
+def test_files_of_version_3_had_all_their_room(tmp_path: Path) -> None:
+    past, file = short(tmp_path)
+    format = replace(quantized().kvmix_program.format, begins_whole=True)
+    whole = KVMixCache(format)
+    quantized()(ids(2, 3), cache=whole)
+    with_tensors(file, "3", lambda _: whole._named_tensors())
+    loaded = KVMixCache.load(file, quantized())
+    assert same(loaded, whole) and loaded.nbytes > past.nbytes
+    for tokens in (1, 30, 1, 60):
+        assert torch.equal(*(quantized()(ids(2, tokens), cache=one).logits for one in (past, loaded)))
+    assert same(loaded, past)
+
+
+@pytest.mark.parametrize(("sinks", "slots"), [(2, 0), (5, 0), (3, 33)])
+def test_room_that_is_not_that_of_the_text_is_refused(sinks: int, slots: int, tmp_path: Path) -> None:
+    """Too little for three tokens; or more than the model's caches ever have, 4 sinks and 32 recent tokens."""
+    _, file = short(tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes = {"sink": sinks, "recent": slots}
+        changed = {name: torch.zeros(2, 2, sizes[name[2:-2]], 32) for name in tensors if name[2:-2] in sizes}
+        return tensors | changed
+
+    with_tensors(file, "4", change)
+    with pytest.raises(CacheError, match="is damaged: the room of site 0 is .* not that of 3 tokens"):
+        KVMixCache.load(file, quantized())
 
 
 def test_files_of_version_2_are_read(tmp_path: Path) -> None:
+    """Where the recent window was called another name."""
     file = saved(tmp_path)
-    as_in_version_2(file)
+    with_tensors(file, "2", lambda kept: {name.replace("recent_", "tail_"): tensor for name, tensor in kept.items()})
     with safe_open(file, "pt") as opened:
         assert "1.tail_k" in opened.keys()  # noqa: SIM118
     assert same(KVMixCache.load(file, quantized()), prompted())
@@ -171,7 +221,7 @@ def test_the_names_of_a_file_belong_to_its_version(tmp_path: Path) -> None:
     """Other ones need another version."""
     names = {name.partition(".")[2] for name in load_file(saved(tmp_path)) if name != "lengths"}
     assert names == {f"{part}_{side}" for part in ("sink", "packed", "recent") for side in "kv"}
-    assert cache_file.VERSION == 3
+    assert cache_file.VERSION == 4
 
 
 def flip(tensors: dict[str, Any], metadata: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ class Decoder:
         module = self.model.kvmix_program.rewritten.module
         self.replaying = Replaying(lambda *tensors: (module(*tensors),))
 
+    def cache(self, rollback: int = 0) -> KVMixCache:
+        """As large from the beginning as on a GPU."""
+        return KVMixCache(replace(self.model.kvmix_program.format, begins_whole=True), rollback)
+
     def step(self, past: KVMixCache, token: Tensor) -> Tensor:
         """As the model does it."""
         past.begin(len(token), 1, token.device)
@@ -70,7 +75,7 @@ def same_state(one: KVMixCache, other: KVMixCache) -> bool:
 
 def test_replayed_steps_are_the_models_as_the_cache_grows(recorder: Recorder) -> None:
     decoder, text, rooms = Decoder(), ids(2, 160), set()
-    past, own = KVMixCache(decoder.model), KVMixCache(decoder.model)
+    past, own = decoder.cache(), decoder.cache()
     for cache in (past, own):
         decoder.model(text[:, :30], past_key_values=cache)
     kept = []
@@ -88,7 +93,7 @@ def test_replayed_steps_are_the_models_as_the_cache_grows(recorder: Recorder) ->
 
 def test_rows_that_change_places_and_caches_in_turn(recorder: Recorder) -> None:
     decoder = Decoder()
-    caches = [KVMixCache(decoder.model, rollback=4) for _ in range(4)]
+    caches = [decoder.cache(rollback=4) for _ in range(4)]
     for cache, seed in zip(caches, (1, 2, 1, 2), strict=True):
         decoder.model(ids(2, 50, seed), past_key_values=cache)
     for number, token in enumerate(ids(2, 60).split(1, dim=1)):
@@ -105,7 +110,8 @@ def test_rows_that_change_places_and_caches_in_turn(recorder: Recorder) -> None:
 
 
 def test_nothing_is_recorded_where_rows_change_places_at_every_step(recorder: Recorder) -> None:
-    decoder, past = Decoder(), KVMixCache(quantized())
+    decoder = Decoder()
+    past = decoder.cache()
     decoder.model(ids(2, 50), past_key_values=past)
     before = past.tensors()  # held, so that no address is used again
     for token in ids(2, 10).split(1, dim=1):
@@ -121,7 +127,7 @@ def test_where_nothing_can_be_recorded_steps_run_as_they_are(monkeypatch: pytest
 
     monkeypatch.setattr(cuda_graph, "record", fail)
     decoder, text = Decoder(), ids(2, 10)
-    past, own = KVMixCache(decoder.model), KVMixCache(decoder.model)
+    past, own = decoder.cache(), decoder.cache()
     with pytest.warns(UserWarning, match="without a CUDA graph, .*: operation not permitted$") as warned:
         for token in text.split(1, dim=1):
             assert torch.equal(decoder.step(own, token), decoder.model(token, past_key_values=past).logits)

@@ -124,6 +124,23 @@ def test_layers_with_a_window_have_a_room_of_their_own(graphs: list[Any]) -> Non
     assert [state.blocks for state in past.states] == [2, 4] and len(graphs) == 2
 
 
+def test_a_short_cache_of_a_model_that_is_not_compiled_is_taken() -> None:
+    """It has fewer sinks than are compiled for, until its text is longer."""
+    text, past, expected = ids(2, 60), KVMixCache(eager()), KVMixCache(eager())
+    eager()(text[:, :2], past_key_values=past), eager()(text[:, :2], past_key_values=expected)
+    assert past.states[0].room.sinks == 2
+    for chunk in text[:, 2:].split([1, 1, 30, 1, 25], dim=1):
+        logits = compiled()(chunk, past_key_values=past).logits
+        torch.testing.assert_close(logits, eager()(chunk, past_key_values=expected).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_a_compiled_model_begins_whole() -> None:
+    past = KVMixCache(compiled())
+    compiled()(ids(1, 2), past_key_values=past)
+    assert past.nbytes == compiled().kvmix_plan.cache_bytes(2, 1, torch.float32, begins_whole=True)
+    assert past.states[0].room == past.layouts[0].whole(0)
+
+
 def test_inductor_itself_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled()
 

@@ -46,9 +46,11 @@ def test_every_two_choices_meet(chosen: Combination) -> None:
 
 
 @settings(max_examples=200)
-@given(layouts, dtypes, st.data())
-def test_it_writes_the_bytes_of_the_reference(layout: StateLayout, dtype: torch.dtype, data: st.DataObject) -> None:
-    pair = Pair(cpu.append, layout, 2, dtype)
+@given(layouts, dtypes, st.booleans(), st.data())
+def test_it_writes_the_bytes_of_the_reference(
+    layout: StateLayout, dtype: torch.dtype, grows: bool, data: st.DataObject
+) -> None:
+    pair = Pair(cpu.append, layout, 2, dtype, grows=grows)
     for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
         k, v = (

@@ -57,6 +57,15 @@ def test_it_is_the_reference(case: tuple[Case, Weighting]) -> None:
     check(*case)
 
 
+@settings(max_examples=150)
+@given(CASES)
+def test_a_state_that_grew_is_read_as_one_allocated_whole(case: tuple[Case, Weighting]) -> None:
+    whole, weighting = case
+    grown = whole.poisoned().as_grown()
+    for kernel in (cpu.attend, reference.attend):
+        assert torch.equal(kernel(*grown.arguments(weighting)), kernel(*whole.arguments(weighting)))
+
+
 def test_it_is_the_reference_with_narrower_vectors(narrower_vectors: None) -> None:
     @settings(max_examples=150)
     @given(CASES)

@@ -13,6 +13,7 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import (
     ENDLESS,
+    Room,
     SiteState,
     StateLayout,
     is_packed,
@@ -28,8 +29,8 @@ LAYOUT = StateLayout(
 )
 
 
-def random_state(batch: int, blocks: int) -> SiteState:
-    state = SiteState.allocate(LAYOUT, batch, blocks, torch.float32)
+def random_state(batch: int, room: Room) -> SiteState:
+    state = SiteState.with_room(LAYOUT, batch, room, torch.float32)
     for tensor in state.tensors():
         tensor.view(torch.uint8).random_(0, 256)
     return state
@@ -95,27 +96,54 @@ def test_a_layout_predicts_what_its_tensors_occupy(
     key: Precision, value: Precision, key_dim: int, value_dim: int, batch: int, blocks: int, dtype: torch.dtype
 ) -> None:
     layout = StateLayout(SiteShape(2, key_dim, value_dim), key=key, value=value, sinks=5, recent=33, rollback=3)
-    state = SiteState.allocate(layout, batch, blocks, dtype)
-    assert state.nbytes == layout.bytes(batch, blocks, dtype)
-    assert state.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in state.tensors())
-    assert (state.batch, state.blocks) == (batch, blocks)
-    assert not any(tensor.any() for tensor in state.tensors())
+    for room in (layout.whole(blocks), layout.room(8)):
+        state = SiteState.with_room(layout, batch, room, dtype)
+        assert state.nbytes == layout.bytes(batch, room, dtype)
+        assert state.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in state.tensors())
+        assert (state.batch, state.room) == (batch, room)
+        assert not any(tensor.any() for tensor in state.tensors())
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> StateLayout:
+    window, rollback = draw(st.sampled_from([0, 0, 1, 20, 60, 300])), draw(st.sampled_from([0, 0, 5, 40]))
+    sinks, recent = unpacked_tokens(window, draw(st.integers(0, 70)), draw(st.integers(32, 140)))
+    return replace(with_window(LAYOUT, window), sinks=sinks, recent=recent, rollback=rollback)
+
+
+@given(layouts(), st.integers(0, 600))
+def test_room_grows_with_the_text_and_no_token_ever_moves(layout: StateLayout, length: int) -> None:
+    room, required = layout.room(length), layout.required_room(length)
+    whole = layout.whole(layout.capacity_blocks(length))
+    assert whole.covers(room) and room.covers(required) and room.covers(layout.room(max(0, length - 1)))
+    # What grows lies where it will lie in the end: sinks are whole before any token is beyond them, the recent window
+    # before it wraps, and both but for what can be taken back before anything is packed.
+    assert room.sinks == layout.sinks or (room.slots == room.blocks == 0 and length <= room.sinks)
+    assert room.slots == layout.recent_slots or length - layout.sinks <= room.slots
+    assert room.blocks == 0 or room.slots > min(layout.recent, layout.recent_slots - 1)
+    assert layout.room(length, begins_whole=True) == whole
+
+
+@given(layouts(), st.integers(1, 400))
+def test_unquantized_tokens_have_room_for_a_sixteenth_more_at_most(layout: StateLayout, length: int) -> None:
+    room = layout.room(length)
+    assert 16 * (room.sinks + room.slots) <= 17 * length
 
 
 def test_growing_keeps_what_is_stored() -> None:
-    state = random_state(batch=2, blocks=1)
+    state = random_state(batch=2, room=Room(2, 1, 3))
     before = [tensor.clone() for tensor in state.tensors()]
-    state.grow(3)
-    state.grow(2)
-    assert state.blocks == 3
-    assert state.nbytes == LAYOUT.bytes(2, 3, torch.float32)
+    for room in (Room(3, 3, 3), Room(2, 2, 7)):
+        state.grow(room)
+    assert state.room == Room(3, 3, 7)
+    assert state.nbytes == LAYOUT.bytes(2, Room(3, 3, 7), torch.float32)
     for old, new in zip(before, state.tensors(), strict=True):
         assert as_bytes(new[:, :, : old.shape[2]]) == as_bytes(old)
         assert not new[:, :, old.shape[2] :].any()
 
 
 def test_rows_are_reordered_repeated_and_dropped() -> None:
-    state = random_state(batch=3, blocks=2)
+    state = random_state(batch=3, room=LAYOUT.room(5))
     before = [tensor.clone() for tensor in state.tensors()]
     state.select_rows(torch.tensor([2, 0, 2, 2]))
     assert state.batch == 4

@@ -41,8 +41,8 @@ layouts = drawn_layouts(
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype) -> Pair:
-    return Pair(triton_append.append, layout, batch, dtype, DEVICE)
+def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype, grows: bool = False) -> Pair:
+    return Pair(triton_append.append, layout, batch, dtype, DEVICE, grows=grows, least_slots=1)
 
 
 @pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
@@ -51,11 +51,13 @@ def test_every_two_choices_meet(chosen: Combination) -> None:
 
 
 @settings(max_examples=25)
-@given(with_important_keys(layouts), dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.data())
+@given(
+    with_important_keys(layouts), dtypes, st.sampled_from([1.0, 1.0, 1e-6, 200.0, 30000.0]), st.booleans(), st.data()
+)
 def test_it_writes_the_bytes_of_the_reference(
-    layout: StateLayout, dtype: torch.dtype, size: float, data: st.DataObject
+    layout: StateLayout, dtype: torch.dtype, size: float, grows: bool, data: st.DataObject
 ) -> None:
-    pair = pair_of(layout, 2, dtype)
+    pair = pair_of(layout, 2, dtype, grows)
     for tokens in data.draw(st.lists(st.sampled_from([1, 1, 2, 31, 33, 70, 110]), min_size=1, max_size=3)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, 1, tokens // 2, tokens])) for _ in range(2)])
         k, v = random_chunk(layout, 2, tokens, dtype, size)

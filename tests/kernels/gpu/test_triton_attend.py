@@ -48,6 +48,13 @@ def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: 
     check(case[0], splits, blocks, case[1])
 
 
+@settings(max_examples=20)
+@given(weighted(cases()), st.sampled_from([1, 2]))
+def test_it_reads_a_state_that_grew(case: tuple[Case, Weighting], splits: int) -> None:
+    """A ring of no slots is none to it: on a GPU there are none."""
+    check(case[0].as_grown(least_slots=1), splits, 1, case[1])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
 def test_heads_of_real_models(key_dim: int, value_dim: int, bits: int) -> None:
