@@ -1,23 +1,16 @@
-"""What several commands of `kvmix` take, and what they do with it."""
+"""What commands measure a model on, and how they compress it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
 from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
-from kvmix_compile.cli.loading import NAMES, LoadedModel, read_text
-from kvmix_compile.compiler import CALIBRATION_LENGTH, analyze
+from kvmix_compile.cli.loading import LoadedModel, read_text
+from kvmix_compile.compiler import CALIBRATION_LENGTH, analyze, apply
+from kvmix_compile.config import Config
 from kvmix_compile.passes.measure.importance import Importance
-
-ModelName = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help=f"A folder or name that transformers knows, or one of: {', '.join(NAMES)}."),
-]
-CalibrationFile = Annotated[
-    Path | None, typer.Option("--calibration", help="Text to measure importance on; else built-in English.")
-]
+from kvmix_compile.runtime.model import CompiledModel
 
 
 def calibration_rows(loaded: LoadedModel, calibration: Path | None) -> list[Tensor]:
@@ -31,3 +24,13 @@ def analyze_on(loaded: LoadedModel, calibration: Path | None) -> Importance:
     """The importance of a model's layers on the text of a file, else on what calibration does by default."""
     text = read_text(calibration) if calibration else None
     return analyze(loaded.model, tokenizer=loaded.tokenizer, calibration=text, progress=True)
+
+
+def compressed(loaded: LoadedModel, asked: Config) -> Any:
+    """The model compressed as asked for; one that was saved compressed, where nothing is asked for, as it is."""
+    if isinstance(loaded.model, CompiledModel) and asked == Config():
+        return loaded.model
+    return apply(
+        loaded.model, plan=asked.plan, budget=asked.budget, storage_budget=asked.storage_budget,
+        tokenizer=loaded.tokenizer, progress=True,
+    )  # fmt: skip
