@@ -144,6 +144,24 @@ def generate(
 
 
 @app.command()
+@done_by("kvmix_compile.cli.chat")
+def chat(
+    name: ModelName,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    plan: SavedPlan = None,
+    budget: Budget = None,
+    storage_budget: StorageBudget = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest token; else drawn, and the higher the freer.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="What is drawn begins with it.")] = 0,
+) -> None:
+    """Talk to MODEL: one compressed cache for the whole conversation, of which each turn reads only what is new."""
+    check_one_of(("--plan", plan), ("--budget", budget), ("--storage-budget", storage_budget))
+
+
+@app.command()
 @done_by("kvmix_compile.cli.serve")
 def serve(
     name: ModelName,

@@ -48,7 +48,7 @@ def choice(flag: str, names: Sequence[str], help: str) -> Any:
 
 def check_one_of(*options: tuple[str, object]) -> None:
     """Raise typer.BadParameter where more than one of these options, named beside their values, is given."""
-    given = [name for name, value in options if value]
+    given = [name for name, value in options if value is not None and value is not False]
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} exclude each other: choose one")
 

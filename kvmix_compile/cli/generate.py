@@ -1,5 +1,6 @@
 """`kvmix generate`: what a model writes with a compressed cache."""
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.measuring import compressed
-from kvmix_compile.cli.output import Stream, console_beside, write_json, write_plainly
+from kvmix_compile.cli.output import Stream, console_beside, write_json
 from kvmix_compile.cli.prompts import chat_prompt
 from kvmix_compile.cli.tables import CacheSize
 from kvmix_compile.config import Config
@@ -41,7 +42,7 @@ def generate(
     cache = KVMixCache(model)
     console = console_beside(json_file)
     start = perf_counter()
-    stream = Stream(tokenizer, write_plainly(console))
+    stream = Stream(tokenizer, partial(print, end="", flush=True, file=console.file))
     whole = model.generate(ids, cache=cache, streamer=stream, max_new_tokens=max_new_tokens, do_sample=False)
     seconds = perf_counter() - start
     console.print()

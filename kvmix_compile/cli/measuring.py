@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import typer
 from torch import Tensor
 
 from kvmix_compile.calibration import build_calibration
@@ -30,6 +31,10 @@ def compressed(loaded: LoadedModel, asked: Config) -> Any:
     """The model compressed as asked for; one that was saved compressed, where nothing is asked for, as it is."""
     if isinstance(loaded.model, CompiledModel) and asked == Config():
         return loaded.model
+    if asked.plan is None:
+        typer.echo(
+            "measuring what matters in the model; --plan, with a plan that `kvmix plan` saved, spares this", err=True
+        )
     return apply(
         loaded.model, plan=asked.plan, budget=asked.budget, storage_budget=asked.storage_budget,
         tokenizer=loaded.tokenizer, progress=True,

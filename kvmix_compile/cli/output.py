@@ -36,8 +36,3 @@ class Stream(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """transformers' interface: `text` follows what was handed on before."""
         self.write(text)
-
-
-def write_plainly(console: Console) -> Callable[[str], None]:
-    """Writes pieces of a text one behind the other, which the console takes for no markup and does not wrap."""
-    return lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True)

@@ -17,29 +17,38 @@ from kvmix_compile.runtime.cache import KVMixCache
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache occupies. `elements`: keys and values of all tokens held, counted one by one."""
+    """What a cache occupies. `elements`: keys and values of all tokens held, counted one by one. `room`: for how many
+    unquantized tokens of a row it has room, whether they are held or not.
+    """
 
     tokens: int
     elements: int
     nbytes: int
+    room: int
 
     @classmethod
     def of(cls, cache: KVMixCache) -> "CacheSize":
         """What a cache occupies now."""
         tokens = int(cache.lengths.sum())
         per_token = sum(site.key_elements + site.value_elements for site in cache.plan.sites)
-        return cls(tokens, tokens * per_token, cache.nbytes)
+        return cls(tokens, tokens * per_token, cache.nbytes, cache.plan.sinks + cache.plan.recent)
 
     def unquantized(self, itemsize: int = 2) -> int:
         """Bytes of the same elements at `itemsize` bytes each."""
         return self.elements * itemsize
 
-    def __str__(self) -> str:
+    @property
+    def compared(self) -> str:
+        """Its bytes against 16 bits. A short text takes more, as first and recent tokens have their room at once."""
+        held, sixteen = megabytes(self.nbytes), megabytes(self.unquantized())
         share = self.unquantized() / self.nbytes
-        return (
-            f"cache of {self.tokens} tokens: {megabytes(self.nbytes)}, {share:.2f} times smaller than in 16 bits "
-            f"({megabytes(self.unquantized())}); {8 * self.nbytes / self.elements:.2f} bits per element, all counted"
-        )
+        if share < 1:
+            return f"{held}, room for {self.room} unquantized tokens among it (16 bits: {sixteen})"
+        return f"{held}, {share:.2f} times smaller than in 16 bits ({sixteen})"
+
+    def __str__(self) -> str:
+        bits = 8 * self.nbytes / self.elements
+        return f"cache of {self.tokens} tokens: {self.compared}; {bits:.2f} bits per element, all counted"
 
 
 def megabytes(count: int) -> str:
