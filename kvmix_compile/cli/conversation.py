@@ -132,7 +132,7 @@ class Conversation:
             )[0].tolist()  # fmt: skip
         now.ids = whole[: now.cache.seen]  # without the last token, which is written and not read
         written = whole[len(ids) :]
-        text = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         self.messages = [*messages, {"role": "assistant", "content": text}]
         self._now, self._before = now, before
         return Answer(
