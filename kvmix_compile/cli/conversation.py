@@ -18,6 +18,9 @@ from kvmix_compile.runtime.cache import KVMixCache
 # What another answer is drawn at where answers are otherwise the likeliest ones, and would be the same again.
 RETRY_TEMPERATURE = 0.7
 
+# What might be said.
+SOMETHING: Message = {"role": "user", "content": "?"}
+
 
 @dataclass(frozen=True)
 class Style:
@@ -66,8 +69,7 @@ class Conversation:
     ) -> None:
         self.model, self.tokenizer, self.style = model, tokenizer, style or Style()
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        if system:
-            conversation_ids(tokenizer, self.messages)  # refused now rather than with the first turn
+        conversation_ids(tokenizer, [*self.messages, SOMETHING])  # what is refused is so now
         self._now = _Read(KVMixCache(model))
         self._before: _Read | None = None
         self._answers = 0
@@ -119,6 +121,9 @@ class Conversation:
         ids = conversation_ids(self.tokenizer, messages)
         room, had_read = self._room(len(ids)), bool(start.ids)
         before = self._going_on(start, ids)
+        kept = len(before.ids)
+        if before is not start:
+            self._read_on(before, ids[: self._settled(messages, ids)])
         now = copy.deepcopy(before)
         self._watch, self._answers = _Watch(), self._answers + 1
         given = torch.tensor([ids], device=now.cache.format.device)
@@ -137,8 +142,8 @@ class Conversation:
         self._now, self._before = now, before
         return Answer(
             text,
-            read=len(ids) - len(before.ids),
-            anew=had_read and not before.ids,
+            read=len(ids) - kept,
+            anew=had_read and not kept,
             written=len(written),
             ended=len(written) < room and not self._watch.stopped,
             rate=self._watch.rate(),
@@ -167,9 +172,19 @@ class Conversation:
         except CacheError:
             before = self._before
             usable = before is not None and len(before.ids) < len(ids) and before.ids == ids[: len(before.ids)]
-            return before if before is not None and usable else _Read(KVMixCache(self.model))
+            return copy.deepcopy(before) if before is not None and usable else _Read(KVMixCache(self.model))
         start.ids = ids[:shared]
         return start
+
+    def _settled(self, messages: list[Message], ids: list[int]) -> int:
+        """How many of a conversation's ids do not depend on what is said last: what the next turns can go back to."""
+        return min(_common(ids, conversation_ids(self.tokenizer, [*messages[:-1], SOMETHING])), len(ids) - 1)
+
+    def _read_on(self, read: _Read, ids: list[int]) -> None:
+        """Read what of these ids has not been read."""
+        if new := ids[len(read.ids) :]:
+            self.model(torch.tensor([new], device=read.cache.format.device), cache=read.cache, logits_to_keep=1)
+            read.ids = ids
 
 
 class _Watch(StoppingCriteria):
