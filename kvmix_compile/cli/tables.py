@@ -34,12 +34,15 @@ class CacheSize:
         """Bytes of the same elements at `itemsize` bytes each."""
         return self.elements * itemsize
 
-    def __str__(self) -> str:
+    @property
+    def beside_16_bits(self) -> str:
+        """Its bytes, and how they compare with those of 16 bits an element."""
         unquantized = self.unquantized()
-        return (
-            f"cache of {self.tokens} tokens: {megabytes(self.nbytes)}, {compared(self.nbytes, unquantized)} in 16 bits "
-            f"({megabytes(unquantized)}); {8 * self.nbytes / self.elements:.2f} bits per element, all counted"
-        )
+        return f"{megabytes(self.nbytes)}, {compared(self.nbytes, unquantized)} in 16 bits ({megabytes(unquantized)})"
+
+    def __str__(self) -> str:
+        bits = 8 * self.nbytes / self.elements
+        return f"cache of {self.tokens} tokens: {self.beside_16_bits}; {bits:.2f} bits per element, all counted"
 
 
 def compared(nbytes: int, other: int) -> str:

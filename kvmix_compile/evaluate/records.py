@@ -108,12 +108,6 @@ def circumstances(program: str, device: torch.device, packages: Iterable[str] = 
     }
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError, before anything is measured, where there is no folder to write to."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: give a file in a folder that exists")
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Raises InputError where the file cannot be written."""
     try:

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import kvmix_compile
+from kvmix_command.main import app
 from kvmix_compile import compiler
 from kvmix_compile.cli import loading
-from kvmix_compile.cli.commands import app
 from kvmix_compile.cli.efforts import EVERYTHING
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
@@ -84,6 +84,34 @@ def test_generate_streams_and_sizes_the_cache(plan: Path) -> None:
     assert 1 <= len(result.stdout.removesuffix("\n")) <= 8
     assert "cache of 30" in result.stderr
     assert "bits per element" in result.stderr
+
+
+def test_with_json_on_standard_output_nothing_else_is_there(tmp_path: Path, plan: Path) -> None:
+    found = kvmix("doctor", "tiny:llama", "--json", "-")
+    assert "MODEL can be compiled" in found.stderr
+    report = json.loads(found.stdout)
+    assert report["can_be_compiled"] and [site["kv_heads"] for site in report["sites"]] == [2, 2]
+
+    made = kvmix("plan", "tiny:llama", "--json", "-")
+    assert "code bits" in made.stderr
+    path = tmp_path / "made.json"
+    path.write_text(made.stdout)
+    assert kvmix_compile.Plan.load(path).as_json() == made.stdout
+
+    arguments = ["--prompt", TEXT[:300], "--plan", plan, "--max-new-tokens", 8]
+    written = kvmix("generate", "tiny:llama", *arguments, "--json", "-")
+    answer = json.loads(written.stdout)
+    assert answer["text"] == kvmix("generate", "tiny:llama", *arguments).stdout.removesuffix("\n")
+    assert answer["text"] in written.stderr
+    assert answer["prompt_tokens"] == 300 and 1 <= answer["tokens"] <= 8
+    assert answer["cache_bytes"] > 0 and answer["bits_per_element"] > 0 and answer["seconds"] > 0
+
+
+def test_what_is_wrong_with_a_model_is_in_its_json(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    assert kvmix("doctor", "tiny:bert", "--json", path).exit_code == 1
+    found = json.loads(path.read_text())
+    assert not found["can_be_compiled"] and "encoder" in found["problem"]
 
 
 def test_generate_takes_a_folder_and_a_prompt_file(tmp_path: Path, text: Path, plan: Path) -> None:
@@ -198,23 +226,12 @@ def test_eval_asks_for_passkeys_and_plots(tmp_path: Path, text: Path) -> None:
         (["plan", "tiny:llama", "--budget", "0.5"], "cannot be met"),
         (["plan", "tiny:llama", "--budget", "23"], "16 (nothing quantized) at most, not 23"),
         (["plan", "tiny:llama", "--budget", "nan"], "positive"),
-        (["plan", "tiny:llama", "--budget", "3", "--storage-budget", "3"], "either budget"),
-        (["plan", "tiny:llama", "--output", "no/such/folder/plan.json"], "a folder that exists"),
-        (["generate", "tiny:llama", "--prompt", " "], "the prompt is empty"),
         (["generate", "tiny:llama", "--prompt", "x", "--budget", "23"], "at most, not 23"),
         (["eval", "tiny:llama", "--budget", "23"], "at most, not 23"),
-        (["eval", "tiny:llama", "--policy", "best"], "there is no policy"),
-        (["plan", "tiny:llama", "--policy", "best"], "there is no policy"),
-        (["plan", "tiny:llama", "--calibration", "missing.txt"], "cannot read missing.txt"),
-        (["generate", "tiny:llama"], "give a prompt"),
         (["generate", "hand_written", "--prompt", "x"], "without a tokenizer"),
-        (["generate", "tiny:llama", "--prompt", "x", "--plan", "missing.json"], "cannot read the plan"),
         (["eval", "hand_written"], "without a tokenizer"),
-        (["eval", "tiny:llama", "--baseline", "atom"], "choose from kivi"),
         (["eval", "tiny:llama", "--passkey-depth", "2"], "from 0 (the beginning of the text) to 1"),
-        (["eval", "tiny:llama", "--json", "no/such/folder/results.json"], "a folder that exists"),
         (["eval", "tiny:llama", "--tokens", "64"], "the cache is never read"),
-        (["eval", "tiny:llama", "--quick", "--everything"], "exclude each other"),
         (["eval", "tiny:llama", "--ways", "600"], "choose a smaller --ways"),
         (["eval", "tiny:llama", "--writing", "600"], "choose a smaller --writing"),
     ],
@@ -242,8 +259,6 @@ def test_eval_and_generate_take_what_plan_takes(tmp_path: Path, text: Path, plan
     assert [row["configuration"] for row in found["results"]] == ["original", "plan.json"]
     arguments = ["--prompt", TEXT[:100], "--max-new-tokens", 2]
     assert kvmix("generate", "tiny:llama", *arguments, "--storage-budget", 3).exit_code == 0
-    refused = kvmix("generate", "tiny:llama", *arguments, "--storage-budget", 3, "--budget", 2)
-    assert refused.exit_code == 1 and "budget" in refused.stderr
 
 
 def test_a_name_that_is_nearly_right_is_recognised() -> None:

@@ -17,8 +17,9 @@ from openai import APIError, OpenAI
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from kvmix_command.main import app
 from kvmix_compile import KVMixCache
-from kvmix_compile.cli import commands, serve
+from kvmix_compile.cli import serve
 from kvmix_compile.cli.watch import Held, Watched
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from tests.helpers.toy_llama import RECENT, SINKS, ids, quantized
@@ -86,8 +87,8 @@ def test_a_chat_is_answered_and_streamed(client: OpenAI, expected: str) -> None:
 
 def test_the_command_serves_what_it_compressed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
-    monkeypatch.setattr(commands, "serve_model", lambda *arguments: served.extend(arguments))
-    done = CliRunner().invoke(commands.app, ["serve", str(folder), "--port", "8123"])
+    monkeypatch.setattr(serve, "serve_model", lambda *arguments: served.extend(arguments))
+    done = CliRunner().invoke(app, ["serve", str(folder), "--port", "8123"])
     assert done.exit_code == 0, done.output
     model, _, name, host, port = served
     assert model.kvmix_plan == quantized().kvmix_plan
@@ -97,12 +98,12 @@ def test_the_command_serves_what_it_compressed(folder: Path, monkeypatch: pytest
 
 def test_without_the_server_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
-    done = CliRunner().invoke(commands.app, ["serve", "tiny:llama"])
+    done = CliRunner().invoke(app, ["serve", "tiny:llama"])
     assert done.exit_code == 1 and "pip install 'kvmix-compile[serve]'" in done.stderr
 
 
 def test_a_compressed_folder_is_generated_from_as_it_is(folder: Path) -> None:
-    done = CliRunner().invoke(commands.app, ["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "4"])
+    done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "4"])
     assert done.exit_code == 0, done.output
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "kvmix"
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Each folder of modules, and where it lies in the installed package.
+# What the command line declares: a package of its own.
+COMMAND = "kvmix_command"
+# Each other folder of modules, and where it lies in the installed package.
 FOLDERS = {"kvmix_compile": "", "passes": "passes", "kernels": "kernels", "models_zoo": "models_zoo"}
 
 

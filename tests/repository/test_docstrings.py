@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.repository import ROOT, modules
+from tests.helpers.repository import COMMAND, ROOT, modules
 
-FILES = list(modules().values())
+FILES = [*modules().values(), *sorted((ROOT / COMMAND).glob("*.py"))]
 Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

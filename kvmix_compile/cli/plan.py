@@ -1,0 +1,34 @@
+"""`kvmix plan`: measure what matters in a model, and spend a budget of bits on it."""
+
+from pathlib import Path
+from time import perf_counter
+
+from kvmix_compile.cli.loading import load_model
+from kvmix_compile.cli.measuring import analyze_on
+from kvmix_compile.cli.output import STANDARD_OUTPUT, console_beside
+from kvmix_compile.cli.picture import plan_picture
+from kvmix_compile.config import Config
+
+
+def make_plan(
+    name: str,
+    budget: float | None,
+    storage_budget: float | None,
+    policy: str,
+    context: int | None,
+    calibration: Path | None,
+    output: Path | None,
+) -> None:
+    """Make a plan, show it, and save it where asked for."""
+    start = perf_counter()
+    config = Config(budget=budget, storage_budget=storage_budget, policy=policy, context=context).checked()  # type: ignore[arg-type]
+    importance = analyze_on(load_model(name), calibration)
+    plan = config.allocate(importance)
+    console = console_beside(output)
+    console.print(plan_picture(plan))
+    console.print(f"measured on {importance.tokens} tokens in {perf_counter() - start:.1f} s")
+    if output == STANDARD_OUTPUT:
+        print(plan.as_json(), end="")
+    elif output is not None:
+        plan.save(output)
+        console.print(f"saved to {output}")
