@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kvmix_compile.calibration import Calibration, build_calibration
 from kvmix_compile.config import Config, RecentWindow
-from kvmix_compile.errors import CompilationError, KVMixError, UnsupportedModelError
+from kvmix_compile.errors import CompilationError, KVMixError, PlanError, UnsupportedModelError
 from kvmix_compile.kernels.ambient import as_captured
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.model_check import check_model
 from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
 from kvmix_compile.passes.allocate.plan import Plan
@@ -21,9 +22,12 @@ from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.capture.export import capture
 from kvmix_compile.passes.capture.logits import follow_autocast
+from kvmix_compile.passes.capture.module_tree import module_tree
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.signature import cache_name, parameters_of
 from kvmix_compile.passes.capture.weights import check_weights
 from kvmix_compile.passes.match.sites import AttentionSite, Refusal, find_sites
+from kvmix_compile.passes.match.spread import check_heads_are_spread
 from kvmix_compile.passes.measure.exponents import described, with_fitting_exponents
 from kvmix_compile.passes.measure.importance import (
     Importance,
@@ -46,7 +50,6 @@ from kvmix_compile.runtime.changes import Steering
 from kvmix_compile.runtime.inductor import check_compiler
 from kvmix_compile.runtime.kept import Start
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
-from kvmix_compile.runtime.module_tree import module_tree
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.runtime.padding import takes_padding
 from kvmix_compile.runtime.program import Program, embedded_tokens
@@ -69,10 +72,15 @@ class Found:
         """Of each site's keys and values as the graph computes them."""
         return tuple(site.key.meta["val"].dtype for site in self.sites)
 
+    @property
+    def shapes(self) -> tuple[SiteShape, ...]:
+        """What each site caches, on all ranks together."""
+        return tuple(self.captured.whole(site.shape) for site in self.sites)
+
     @cached_property
     def own_cache_bytes(self) -> float | None:
         """What the model's own cache holds of a token; None where it keeps none."""
-        model = self.captured.model
+        model = self.captured.original
         with untouched(model):
             return original.cache_bytes(model, self.captured.random_ids(1, original.LONGER_TEXT))
 
@@ -141,20 +149,21 @@ def apply(
             CompilationError; each says what to do.
     """
     check_model(model)
-    config = Config(
-        plan=plan,
-        budget=budget,
-        storage_budget=storage_budget,
-        policy=policy,
-        tokenizer=tokenizer,
-        calibration=calibration,
-        recent_window=recent_window,
-        sinks=sinks,
-        recent=recent,
-        exact_chunks=exact_chunks,
-        context=context,
-        strict=strict,
-    ).checked()
+    with Ranks.of(model).together():
+        config = Config(
+            plan=plan,
+            budget=budget,
+            storage_budget=storage_budget,
+            policy=policy,
+            tokenizer=tokenizer,
+            calibration=calibration,
+            recent_window=recent_window,
+            sinks=sinks,
+            recent=recent,
+            exact_chunks=exact_chunks,
+            context=context,
+            strict=strict,
+        ).checked()
     return _applied(model, config, compile, verify, progress)
 
 
@@ -169,10 +178,14 @@ def _applied(
     model: Model, config: Config, compile: bool, verify: bool, progress: bool, twin: Model | None = None
 ) -> Model:
     """`twin`: what becomes the twin; None: a new one."""
-    if compile:
-        check_compiler(next(parameter.device for parameter in model.parameters()))
+    ranks = Ranks.of(model)
     report, given = Report(type(model).__name__), config.given_plan
-    text = None if given else _given_calibration(model, report, config)
+    with ranks.together():
+        if compile:
+            _check_not_spread(ranks)
+            check_compiler(next(parameter.device for parameter in model.parameters()))
+        text = None if given else _given_calibration(model, report, config)
+    _check_same_call(ranks, config, verify, text is None)
     with report.timed("look up"):
         start = Start.of(model)
         kept = None if given is None or config.strict else start.read(given, is_verified=verify)
@@ -192,6 +205,29 @@ def _applied(
     program = cast(CompiledModel, twin).kvmix_program
     start.write(given or program.plan, program)
     return _ready(twin, compile)
+
+
+def _check_not_spread(ranks: Ranks) -> None:
+    """Raise CompilationError for what Inductor is not yet asked to compile."""
+    if ranks.count > 1:
+        raise CompilationError(
+            f"the model's weights are spread over {ranks.count} processes, and Inductor does not compile such a graph "
+            "yet: call kvmix_compile.apply without compile=True"
+        )
+
+
+def _check_same_call(ranks: Ranks, config: Config, verify: bool, samples: bool) -> None:
+    """Raise PlanError where processes that work together were asked for different things. `samples`: whether the model
+    is to write what is measured on.
+    """
+    plan = config.given_plan and config.given_plan.as_json()
+    plain = {name: held for name, held in vars(config).items() if isinstance(held, bool | int | float | str)}
+    asked = ranks.told((plan, plain if plan is None else {}, verify, samples))
+    if any(other != asked[0] for other in asked):
+        raise PlanError(
+            "the processes that the model's weights are spread over asked for different plans, budgets or options: "
+            "call kvmix_compile in all of them with the same arguments"
+        )
 
 
 def _ready(twin: Model, compile: bool) -> Model:
@@ -229,11 +265,14 @@ def analyze(
     plans of it.
     """
     check_model(model)
-    config = Config(
-        tokenizer=tokenizer, calibration=calibration, recent_window=recent_window, sinks=sinks, recent=recent
-    ).checked()
-    report = Report(type(model).__name__)
-    text = _given_calibration(model, report, config)
+    ranks = Ranks.of(model)
+    with ranks.together():
+        config = Config(
+            tokenizer=tokenizer, calibration=calibration, recent_window=recent_window, sinks=sinks, recent=recent
+        ).checked()
+        report = Report(type(model).__name__)
+        text = _given_calibration(model, report, config)
+    _check_same_call(ranks, config, False, text is None)
     check_weights(model)
     with report.timed("capture"):
         captured = capture_to_measure(model, CALIBRATION_LENGTH)
@@ -324,6 +363,7 @@ def find_in(captured: Captured, report: Report) -> Found:
             f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
+    check_heads_are_spread(captured, sites.matched)
     return Found(captured, sites.matched)
 
 
@@ -345,7 +385,7 @@ def _checked_plan(found: Found, plan: Plan, report: Report, *, strict: bool = Fa
     fitted = plan.fitted(
         fingerprint(found.captured, found.sites),
         [site.layer for site in found.sites],
-        [site.shape for site in found.sites],
+        found.shapes,
         strict=strict,
     )
     if fitted.fingerprint != plan.fingerprint:
@@ -370,8 +410,9 @@ def _check_budget(found: Found, config: Config) -> None:
 
 
 def _verify(found: Found, report: Report) -> None:
-    with report.timed("verify"), untouched(found.captured.model):
-        report.verified = verify_rewrite(found.captured, found.sites)
+    captured = found.captured
+    with report.timed("verify"), captured.ranks.together(), untouched(captured.original):
+        report.verified = verify_rewrite(captured, found.sites)
 
 
 def _given_calibration(model: nn.Module, report: Report, config: Config) -> Calibration | None:
@@ -397,12 +438,12 @@ def _planned(importance: Importance, report: Report, config: Config) -> Plan:
 
 def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
     """`text`: what to measure on, made anew where it is longer than the model's context, or not yet made."""
-    model = found.captured.model
+    model, ranks = found.captured.original, found.captured.ranks
     length = min(CALIBRATION_LENGTH, found.captured.longest_context or CALIBRATION_LENGTH)
     if text is None or text.longest > length:
         text = _calibration(model, report, config, length)
     report.calibration = text.source
-    rows = [row.to(found.captured.parameter.device) for row in text.rows]
+    rows = [row.to(found.captured.parameter.device) for row in ranks.told(text.rows)[0]]
     sinks, recent = config.unquantized
     with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)
@@ -413,33 +454,36 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
     becomes it; None: a new one.
     """
     plan = plan.with_windows([site.window for site in found.sites])
-    parameter = found.captured.parameter
-    _compare_sizes(found, plan, report)
+    captured, parameter, ranks = found.captured, found.captured.parameter, found.captured.ranks
+    own_plan = plan.of_heads(ranks.number, ranks.count)
+    _compare_sizes(found, own_plan, report)
     with report.timed("rewrite"):
-        rewritten = rewrite(found.captured, found.sites, plan.stored_sites())
+        rewritten = rewrite(captured, found.sites, own_plan.stored_sites())
     report.notes += tuple(described(plan))
     report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,
         plan=plan,
+        own_plan=own_plan,
+        ranks=ranks,
         report=report,
         dtypes=found.dtypes,
         parameter_dtype=parameter.dtype,
-        weights=weights_fingerprint(model),
+        weights=weights_fingerprint(captured.model),
         device=parameter.device,
-        vocabulary=found.captured.vocabulary,
-        longest_context=found.captured.longest_context,
+        vocabulary=captured.vocabulary,
+        longest_context=captured.longest_context,
         returns_tensor=returns_tensor(model),
         cache_name=cache_name(model.forward),
-        logits_follow_autocast=follow_autocast(found.captured.graph),
+        logits_follow_autocast=follow_autocast(captured.graph),
         embedded=embedded_tokens(model),
-        steering=Steering.of(model, found.captured.reads, found.captured.written),
+        steering=Steering.of(captured.model, captured.reads, captured.written),
     )
     twin = cast(Model, attach(model, program, twin))
     with report.timed("numbering"), untouched(model):
-        program.numbering = _numbering(found.captured, cast(CompiledModel, twin))
+        program.numbering = _numbering(captured, cast(CompiledModel, twin))
         typing = [name for name in parameters_of(model.forward) if name.endswith("token_type_ids")]
-        program.zero_token_types = frozenset(name for name in typing if ignores_zeros(found.captured, name))
+        program.zero_token_types = frozenset(name for name in typing if ignores_zeros(captured, name))
     if not takes_padding(rewritten, program.numbering):
         reason = (
             "layers carry states into which it goes" if rewritten.carried else "the model counts its positions itself"

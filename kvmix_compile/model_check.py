@@ -5,6 +5,7 @@ from torch import nn
 
 from kvmix_compile.errors import CaptureError
 from kvmix_compile.passes.capture.export import check_capturable
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.runtime.model import CompiledModel
 
@@ -19,6 +20,11 @@ def check_model(model: object) -> None:
             f"the model is a {type(model).__name__}: load it first, as with "
             "transformers.AutoModelForCausalLM.from_pretrained(..)"
         )
+    with Ranks.of(model).together():
+        _check_module(model)
+
+
+def _check_module(model: nn.Module) -> None:
     if isinstance(model, CompiledModel):
         raise CaptureError(
             f"this {type(model).__name__} was compiled by kvmix_compile already: pass the original model, which is as "

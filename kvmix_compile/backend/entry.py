@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch.distributed.tensor import DTensor
 
 from kvmix_compile.backend.calls import packs_caches
 from kvmix_compile.backend.graph import StaticGraph
 from kvmix_compile.backend.left import check_left, say_what_is_left
 from kvmix_compile.backend.plan import Options, choose_plan
 from kvmix_compile.backend.storage import packed_cache
-from kvmix_compile.errors import KVMixError
+from kvmix_compile.errors import CaptureError, KVMixError
 from kvmix_compile.passes.capture.dynamo import check_whole, lower
 from kvmix_compile.passes.match.static_cache import find_cached_sites
 
@@ -39,6 +40,11 @@ def kvmix(
     """
     try:
         chosen = Options.parse(options or {})
+        if any(isinstance(given, DTensor) for given in inputs):
+            raise CaptureError(
+                "the model's weights are spread over processes (DTensor), which torch.compile's backend 'kvmix' does "
+                "not take: call kvmix_compile.apply(model)"
+            )
         compiler: Any = lookup_backend(chosen.backend)
         lowered = lower(module, inputs)
         sites = find_cached_sites(lowered)

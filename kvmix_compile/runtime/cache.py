@@ -175,11 +175,15 @@ class KVMixCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything the cache holds as a safetensors file, which `load` reads: a prompt that many texts begin
-        with is read once.
+        with is read once. Where a model's weights are spread over processes, all of them call it, and each writes a
+        file of its own: of "prompt.safetensors" the first of two writes "prompt-00001-of-00002.safetensors".
 
         Raises CacheError where the file cannot be written; what was at `path` before is then still there.
         """
-        cache_file.write(path, self._header(), self._named_tensors())
+        ranks = self.format.ranks
+        with ranks.together():
+            own_path = cache_file.path_of(path, ranks.number, ranks.count)
+            cache_file.write(own_path, self._header(), self._named_tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -188,9 +192,21 @@ class KVMixCache(Cache):
         Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
         weights, another plan or dtype.
         """
+        ranks = format_of(model).ranks
+        with ranks.together():
+            return cls._loaded(cache_file.path_of(path, ranks.number, ranks.count), model)
+
+    @classmethod
+    def _loaded(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
+        """The cache of this process alone."""
         header, tensors = cache_file.read(path)
         cache = cls(model, header.rollback)
         own = cache._header()
+        if (header.rank, header.ranks) != (own.rank, own.ranks):
+            raise CacheError(
+                f"{path} was saved by process {header.rank + 1} of {header.ranks}, and this is process {own.rank + 1} "
+                f"of {own.ranks}: keep the names that save gave to the files, and start as many processes"
+            )
         try:
             plan = Plan.from_json(header.plan)
         except PlanError as error:
@@ -260,6 +276,8 @@ class KVMixCache(Cache):
             seen=self.seen,
             furthest=self._furthest,
             counts_on=self.counts_on,
+            rank=self.format.ranks.number,
+            ranks=self.format.ranks.count,
         )
 
     # What it holds

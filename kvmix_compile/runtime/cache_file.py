@@ -33,7 +33,8 @@ class Header:
     """What a file says of its cache besides the tensors.
 
     model: its structure, as in a plan. weights: as `weights_fingerprint` gives it. plan: as JSON. dtypes: of each site.
-    The counters, and `counts_on`: as KVMixCache has them.
+    The counters, and `counts_on`: as KVMixCache has them. rank, ranks: which of how many processes saved it, where a
+    model's weights are spread over several.
     """
 
     model: str
@@ -44,6 +45,16 @@ class Header:
     seen: int
     furthest: int
     counts_on: bool = True
+    rank: int = 0
+    ranks: int = 1
+
+
+def path_of(path: str | os.PathLike[str], rank: int, ranks: int) -> Path:
+    """The file of one of several processes, numbered as transformers numbers the files of a checkpoint; for one alone,
+    `path` itself.
+    """
+    whole = Path(path)
+    return whole if ranks == 1 else whole.with_name(f"{whole.stem}-{rank + 1:05d}-of-{ranks:05d}{whole.suffix}")
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.single_nodes import CarriedState
 
 
@@ -16,7 +17,8 @@ class CacheFormat:
     plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
     of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with. carried:
     what layers carry from token to token besides. begins_whole: whether there is room for all first and recent tokens
-    from the beginning, as what is compiled for a state's sizes needs it.
+    from the beginning, as what is compiled for a state's sizes needs it. ranks: the processes whose caches belong
+    together; the plan is of this one's heads.
     """
 
     plan: Plan
@@ -25,6 +27,7 @@ class CacheFormat:
     weights: str = ""
     carried: tuple[CarriedState, ...] = ()
     begins_whole: bool = False
+    ranks: Ranks = Ranks()
 
     @property
     def carrying_layers(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.passes.untouched.assigned import assigned_names
@@ -191,6 +192,8 @@ def _itself(value: Any) -> Any:
 
 
 def _size(value: Any) -> Any:
+    if isinstance(value, DTensor):  # whose part a graph reads where it lies
+        return (value.dtype, tuple(value.shape), value.to_local().data_ptr())
     return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
 
 

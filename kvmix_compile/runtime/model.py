@@ -17,6 +17,7 @@ from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.captured import MODEL
+from kvmix_compile.passes.capture.module_tree import module_tree
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, caching, parameters_of
 from kvmix_compile.passes.rewrite.rewrite import rebind
 from kvmix_compile.report import Report
@@ -25,7 +26,6 @@ from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.changes import Changes
 from kvmix_compile.runtime.generating import Request
 from kvmix_compile.runtime.interface import OWN, with_signature_of
-from kvmix_compile.runtime.module_tree import module_tree
 from kvmix_compile.runtime.padding import check_padding, note_padding, put_back, read_padding
 from kvmix_compile.runtime.pickling import attributes_of_its_own, give_settings, rebuild, settings_of
 from kvmix_compile.runtime.positions import default_positions, given_positions
@@ -86,6 +86,7 @@ class CompiledModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A compiled model with weights of its own."""
+        self._check_whole("copied")
         self.kvmix_changes.check()
         program = self.kvmix_program
         model = copy.deepcopy(program.rewritten.module.get_submodule(MODEL), memo)
@@ -102,7 +103,16 @@ class CompiledModel(nn.Module):
         copied.__dict__.update(vars(self))
         return copied
 
+    def _check_whole(self, what: str) -> None:
+        """Raise InputError where other processes have parts of the weights."""
+        if self.kvmix_program.ranks.count > 1:
+            raise InputError(
+                f"a compiled model whose weights are spread over processes cannot be {what}: keep its plan "
+                "(model.kvmix_plan.save(..)), and call kvmix_compile.apply(model, plan=..) where it is needed"
+            )
+
     def __reduce__(self) -> tuple[Any, ...]:
+        self._check_whole("pickled")
         program = self.kvmix_program
         original = program.rewritten.module.get_submodule(MODEL)
         kept = (original, program.plan, program.inductor is not None, settings_of(self))
@@ -318,7 +328,7 @@ class CompiledModel(nn.Module):
                 "kvmix_compile.KVMixCache(model)"
             )
         held = cache.format
-        if (held.plan, held.dtypes, held.device) != (program.plan, program.dtypes, program.device):
+        if (held.plan, held.dtypes, held.device) != (program.own_plan, program.dtypes, program.device):
             raise InputError(
                 "this cache was made for a model with another plan, dtype or device; make one with "
                 "kvmix_compile.KVMixCache(model)"

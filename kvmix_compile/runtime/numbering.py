@@ -50,7 +50,7 @@ Run = Callable[[Numbering, Tensor, Tensor | None], Tensor]
 def find_numbering(captured: Captured, run: Run) -> Numbering:
     """How the captured model numbers slots. `run`: its twin."""
     trial = _Trial(captured, run, captured.random_ids(1, min(TOKENS, captured.longest_context or TOKENS)))
-    taken = parameters_of(captured.model.forward)
+    taken = parameters_of(captured.original.forward)
     numbering = Numbering("position_ids" in taken, "attention_mask" in taken)
     (share,) = trial.shares([numbering])
     numbering = replace(numbering, from_zero=share <= trial.tolerance)
@@ -68,7 +68,7 @@ def find_numbering(captured: Captured, run: Run) -> Numbering:
 
 def ignores_zeros(captured: Captured, name: str) -> bool:
     """Whether the argument `name` of its forward, `[batch, tokens]`, may be left out where all of it is zero."""
-    model, ids = captured.model, captured.random_ids(1, 1)
+    model, ids = captured.original, captured.random_ids(1, 1)
     with torch.no_grad():
         return torch.equal(_logits(model, ids, {}), _logits(model, ids, {name: torch.zeros_like(ids)}))
 
@@ -93,7 +93,7 @@ class _Trial:
         twins = [self._of_twin(numbering, mask) for numbering in numberings]
         if all(twin is None for twin in twins):
             return [torch.inf] * len(twins)
-        model = _logits(self.captured.model, self.ids, {} if mask is None else {"attention_mask": mask}).float()
+        model = _logits(self.captured.original, self.ids, {} if mask is None else {"attention_mask": mask}).float()
         is_token = torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
         return [torch.inf if twin is None else difference(twin[is_token], model[is_token]) for twin in twins]
 

@@ -33,7 +33,7 @@ class _Filling(StandIn):
 
     def __init__(self, program: Program, places: Places, cache: KVMixCache, padding: Padding, tokens: int) -> None:
         super().__init__(cache.seen)
-        self.stored = program.plan.stored_sites()
+        self.stored = program.own_plan.stored_sites()
         self.places, self.cache, self.padding, self.tokens = places, cache, padding, tokens
         self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
         self.filled: set[int] = set()

@@ -58,7 +58,7 @@ def _nearest(
     cached: Mapping[int, tuple[Tensor, Tensor]], site: int, expected: SiteState, held: KVMixCache, program: Program
 ) -> tuple[int, Place]:
     """The layer that caches what a site does, and how. Raises InputError where none does."""
-    layout, stored = held.layouts[site], program.plan.stored_sites()[site]
+    layout, stored = held.layouts[site], program.own_plan.stored_sites()[site]
     best, found = TOLERANCE[program.parameter_dtype], None
     for layer, pair in cached.items():
         for swapped in (False, True):

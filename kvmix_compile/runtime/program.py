@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kvmix_compile.errors import InputError
 from kvmix_compile.passes.allocate.plan import Plan
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.graph.devices import move_constants
 from kvmix_compile.passes.rewrite.rewrite import Rewritten
 from kvmix_compile.report import Report
@@ -20,11 +21,12 @@ from kvmix_compile.runtime.numbering import Numbering
 
 @dataclass
 class Program:
-    """What a compiled model runs. `dtypes`: of each site's keys and values as the graph computes them. `weights`: the
-    fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its cache.
-    `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them. `numbering`:
-    what positions that forward counts. `zero_token_types`: the arguments that type tokens and of which zeros, given to
-    it, change nothing.
+    """What a compiled model runs. `plan`: of the whole model. `own_plan`: what of it this process stores, one of the
+    `ranks` that the weights are spread over. `dtypes`: of each site's keys and values as the graph computes them.
+    `weights`: the fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its
+    cache. `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them.
+    `numbering`: what positions that forward counts. `zero_token_types`: the arguments that type tokens and of which
+    zeros, given to it, change nothing.
     `steering`: what of the original the graph does not follow. `inductor`: the rewritten graph compiled by Inductor,
     where that was asked for. Seen where it is first needed: `places`, where what that forward caches goes
     (own_forward.py); `ignored_in_steps` and `takes_rows`, what it makes of some arguments (taken.py).
@@ -32,6 +34,7 @@ class Program:
 
     rewritten: Rewritten
     plan: Plan
+    own_plan: Plan
     report: Report
     dtypes: tuple[torch.dtype, ...]
     parameter_dtype: torch.dtype
@@ -43,6 +46,7 @@ class Program:
     cache_name: str
     logits_follow_autocast: bool
     steering: Steering
+    ranks: Ranks = Ranks()
     embedded: int | None = None
     numbering: Numbering = Numbering()
     zero_token_types: frozenset[str] = frozenset()
@@ -89,7 +93,7 @@ class Program:
 
     def compile(self) -> InductorGraph:
         """Have Inductor compile the rewritten graph, when it is first called."""
-        self.inductor = InductorGraph(self.rewritten.module, self.plan.layouts(), self.dtypes, self.device)
+        self.inductor = InductorGraph(self.rewritten.module, self.own_plan.layouts(), self.dtypes, self.device)
         return self.inductor
 
     @property
@@ -98,7 +102,9 @@ class Program:
         # Inductor compiles for so many sinks. So does Triton, and for so many recent tokens: on a GPU each of the sizes
         # that a state grows through would compile its kernels anew, seconds each, for room that the text soon fills.
         begins_whole = self.inductor is not None or self.device.type == "cuda"
-        return CacheFormat(self.plan, self.dtypes, self.device, self.weights, self.rewritten.carried, begins_whole)
+        return CacheFormat(
+            self.own_plan, self.dtypes, self.device, self.weights, self.rewritten.carried, begins_whole, self.ranks
+        )
 
     @property
     def graph(self) -> Callable[..., Any]:

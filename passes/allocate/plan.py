@@ -85,6 +85,18 @@ class SitePlan(Shaped):
         untouched = Precision(UNQUANTIZED_BITS)
         return SitePlan(self.layer, self.shape, key=untouched, value=untouched)
 
+    def of_heads(self, number: int, count: int) -> SitePlan:
+        """As Plan.of_heads."""
+        heads = self.kv_heads // count
+        own = slice(number * heads, (number + 1) * heads)
+        return replace(
+            self,
+            shape=replace(self.shape, kv_heads=heads),
+            channel_tiers=self.channel_tiers[own],
+            key_exponents=self.key_exponents[own],
+            value_exponents=self.value_exponents[own],
+        )
+
     @property
     def channel_order(self) -> list[list[int]] | None:
         """For each head its key's channels, the most important tier first; None where all are kept alike."""
@@ -228,6 +240,10 @@ class Plan:
             for layout, dtype in zip(self.layouts(), dtypes, strict=True)
             if not 0 < layout.window <= tokens
         )
+
+    def of_heads(self, number: int, count: int) -> Plan:
+        """What one of `count` processes stores, `number` from 0, over which the heads of a site are spread evenly."""
+        return self if count == 1 else replace(self, sites=tuple(site.of_heads(number, count) for site in self.sites))
 
     def with_windows(self, windows: Sequence[int]) -> Plan:
         """The same plan for a model whose sites attend to so many tokens (0: to all). Those of which nothing is ever

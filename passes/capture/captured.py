@@ -1,12 +1,14 @@
 """Captured: a model as a graph, and all that follows from the graph alone, worked out once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.passes.capture import limits
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.single_nodes import SingleNode, StatefulModule
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.record import PassRecord
@@ -25,6 +27,9 @@ class Captured:
     `module` takes `(input_ids, position_ids, logit_positions)`: int64 `[batch, tokens]` twice and int64 `[logits]`,
     and gives `logits[batch, logits, vocabulary]`. `batch` and `tokens` are the symbolic sizes of `input_ids`. `reads`
     and `written`: which attributes the model's forward reads, and which it changes. `passes`: what made it of export's.
+
+    `original`: the model as its user calls it, and `ranks`: the processes that its weights are spread over. The graph
+    is then of what this one computes, and its sites have the heads that are this one's.
     """
 
     module: fx.GraphModule
@@ -34,6 +39,8 @@ class Captured:
     has_position_input: bool
     reads: Reads
     written: Written
+    original: nn.Module
+    ranks: Ranks = Ranks()
     passes: tuple[PassRecord, ...] = ()
 
     @property
@@ -42,7 +49,12 @@ class Captured:
 
     @property
     def model(self) -> nn.Module:
+        """What the graph reads weights of: the original, or of one that is spread what this process has of it."""
         return self.module.get_submodule(MODEL)
+
+    def whole(self, shape: SiteShape) -> SiteShape:
+        """That of a site, with the heads of all ranks."""
+        return replace(shape, kv_heads=shape.kv_heads * self.ranks.count)
 
     @property
     def stateful(self) -> tuple[StatefulModule, ...]:

@@ -16,7 +16,9 @@ from kvmix_compile.kernels.ambient import as_captured
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.logits import select_early
 from kvmix_compile.passes.capture.randomness import refuse_randomness
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.regions import inline_regions
+from kvmix_compile.passes.capture.shards import check_shards, local_view
 from kvmix_compile.passes.capture.signature import parameters_of
 from kvmix_compile.passes.capture.single_nodes import StatefulModule, give_modules, noted
 from kvmix_compile.passes.capture.stateful import find_stateful
@@ -85,6 +87,7 @@ def capture(model: nn.Module) -> Captured:
         CaptureError: the model is training, is an encoder-decoder, or cannot be exported with a dynamic sequence.
     """
     check_capturable(model)
+    original, model = model, local_view(model)
     stateful = find_stateful(model)
     before = names_held(model)
     with untouched(model) as written:
@@ -92,7 +95,7 @@ def capture(model: nn.Module) -> Captured:
         with noted(model, stateful), recorded_reads(model, written) as reads:
             program = _export(model, wrapper, stateful)
         added = added_since(before)
-    captured = _captured(program, wrapper, stateful, reads, written)
+    captured = _captured(program, wrapper, stateful, reads, written, original)
     make_real(model, added, lambda tokens: wrapper(*_example(model, 1, tokens, tokens)))
     return captured
 
@@ -166,6 +169,7 @@ def check_capturable(model: nn.Module) -> None:
             f"{type(model).__name__}.forward takes no `input_ids`; kvmix_compile needs a model that maps token ids "
             "to logits: where this one wraps another, pass that"
         )
+    check_shards(model)
 
 
 def first_line(error: Exception) -> str:
@@ -180,6 +184,7 @@ def _captured(
     stateful: Sequence[StatefulModule],
     reads: Reads,
     written: Written,
+    original: nn.Module,
 ) -> Captured:
     exported = program.graph_module
     passes = [recorded("regions", exported, lambda: inline_regions(exported))[0]]
@@ -211,6 +216,8 @@ def _captured(
         has_position_input="position_ids" in wrapper.parameters_taken,
         reads=reads,
         written=written,
+        original=original,
+        ranks=Ranks.of(original),
         passes=tuple(passes),
     )
 

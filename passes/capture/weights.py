@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_compile.kernels.ambient import as_captured
+from kvmix_compile.passes.capture.ranks import Ranks
+from kvmix_compile.passes.capture.shards import local_view
 from kvmix_compile.passes.errors import UnsupportedModelError
 
 
@@ -12,17 +14,22 @@ def check_weights(model: nn.Module) -> None:
     """Raise UnsupportedModelError, naming it, for a parameter with elements that are NaN, and for one that was made in
     inference mode, in which nothing can be measured.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise UnsupportedModelError(
-                f"the parameter {name} was made in torch.inference_mode(), and no gradient can be measured through it: "
-                "load or make the model outside of inference mode"
-            )
-        if _has_nan(parameter):
-            raise UnsupportedModelError(
-                f"the parameter {name} has elements that are NaN, so the model's logits are no numbers: load its "
-                "checkpoint again, or from another source"
-            )
+    with Ranks.of(model).together():
+        for name, parameter in local_view(model).named_parameters():
+            _check_weight(name, parameter)
+
+
+def _check_weight(name: str, parameter: Tensor) -> None:
+    if parameter.is_inference():
+        raise UnsupportedModelError(
+            f"the parameter {name} was made in torch.inference_mode(), and no gradient can be measured through it: "
+            "load or make the model outside of inference mode"
+        )
+    if _has_nan(parameter):
+        raise UnsupportedModelError(
+            f"the parameter {name} has elements that are NaN, so the model's logits are no numbers: load its "
+            "checkpoint again, or from another source"
+        )
 
 
 def _has_nan(parameter: Tensor) -> bool:

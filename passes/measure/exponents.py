@@ -103,7 +103,8 @@ class _Ranges(fx.Interpreter):
         value = super().run_node(node)
         if node in self.watched:
             heads = value[0, :, self.first :]
-            self.largest[node] = largest_of(heads @ there(heads.shape[-1], heads) if node in self.rotated else heads)
+            heads = heads @ there(heads.shape[-1], heads) if node in self.rotated else heads
+            self.largest[node] = self.captured.ranks.joined(largest_of(heads))
         return value
 
 

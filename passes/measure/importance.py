@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
+from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import is_packed
 from kvmix_compile.passes.allocate.plan import Plan, SitePlan
 from kvmix_compile.passes.allocate.policies import Policy, SiteImportance, allocate
@@ -163,12 +164,17 @@ def measure(
             total_loss += recorder.add(row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
+    for tally in (*keys, *values):
+        tally.join(captured.ranks)
     # Elements first: what is wrong with those of one layer is wrong with the gradients of all before it.
     for check in (Tally.check_elements, Tally.check_losses):
         for site, key, value in zip(sites, keys, values, strict=True):
             check(key, "keys", site.layer)
             check(value, "values", site.layer)
-    measured = tuple(_site_importance(*entry, rows=len(rows)) for entry in zip(sites, keys, values, strict=True))
+    measured = tuple(
+        _site_importance(site.layer, captured.whole(site.shape), key, value, rows=len(rows))
+        for site, key, value in zip(sites, keys, values, strict=True)
+    )
     return Importance(
         measured,
         fingerprint(captured, sites),
@@ -183,26 +189,27 @@ def measure(
 def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
     """A digest of the model's structure: its parameters' names and shapes, and its sites.
 
-    The same for every set of weights.
+    The same for every set of weights, and over however many ranks they are spread.
     """
-    parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.model.named_parameters()]
+    parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.original.named_parameters()]
+    count = captured.ranks.count
     parts += [
-        f"{attention.layer}{(site.query_heads, site.kv_heads, site.key_dim, site.value_dim)}"
+        f"{attention.layer}{(site.query_heads * count, site.kv_heads * count, site.key_dim, site.value_dim)}"
         for site in sites
         for attention in site.attentions
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _site_importance(site: AttentionSite, key: Tally, value: Tally, rows: int) -> SiteImportance:
+def _site_importance(layer: str, shape: SiteShape, key: Tally, value: Tally, rows: int) -> SiteImportance:
     key_losses, channel_tiers = key.losses(rows), tuple[str, ...]()
     tiers = key.tiers()
     if divided := key.losses_of_tiers(tiers, rows):
         key_losses |= divided
         channel_tiers = tuple("".join(map(str, of_head)) for of_head in tiers.tolist())
     return SiteImportance(
-        layer=site.layer,
-        shape=site.shape,
+        layer=layer,
+        shape=shape,
         key_gradient_norm=key.gradient_norm / rows,
         value_gradient_norm=value.gradient_norm / rows,
         key_sensitivity=key.where_saturated(key_losses, rows),
@@ -277,11 +284,11 @@ class _Recorder(fx.Interpreter):
         tokens = row.numel()
         sinks, recent = _state_in(tokens, sinks, recent)
         with torch.enable_grad():
-            loss = self._loss(row)
+            # Each rank has the loss, and what is differentiated is the sum over the ranks.
+            loss, ranks = self._loss(row), self.captured.ranks
             nodes = sorted(self.differentiated, key=lambda node: node.name)
-            gradients = dict(
-                zip(nodes, torch.autograd.grad(loss, [self.values[n] for n in nodes], retain_graph=True), strict=True)
-            )
+            slopes = torch.autograd.grad(loss / ranks.count, [self.values[n] for n in nodes], retain_graph=True)
+            gradients = dict(zip(nodes, slopes, strict=True))
             for site, pair, key, value in zip(self.sites, self.projections, keys, values, strict=True):
                 for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
                     tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
@@ -316,8 +323,8 @@ class _Recorder(fx.Interpreter):
     def _weight_gradient_norm(
         self, node: fx.Node, projection: Projection | None, gradients: dict[fx.Node, Tensor]
     ) -> float:
-        """||dL/dW|| of the rows of the projection's weights that make the keys or values; NaN where there is no
-        projection.
+        """||dL/dW|| of the rows of the projection's weights that make the keys or values, on all ranks; NaN where there
+        is no projection.
 
         From activations alone, dL/dW = (dL/dy)^T x, so that W may be quantized.
         """
@@ -325,9 +332,8 @@ class _Recorder(fx.Interpreter):
             return float("nan")
         slope = gradients[projection.output].flatten(0, -2)
         features = self._features(node, projection.output)
-        return (
-            (slope[:, features].T.float() @ self.values[projection.input].detach().flatten(0, -2).float()).norm().item()
-        )
+        gradient = slope[:, features].T.float() @ self.values[projection.input].detach().flatten(0, -2).float()
+        return self.captured.ranks.joined(gradient.norm()[None]).norm().item()
 
     def _features(self, node: fx.Node, output: fx.Node) -> Tensor:
         """Which output features of a projection the keys or values at `node` are made of: all, unless it is a

@@ -58,7 +58,7 @@ def _agrees(captured: Captured, tokens: int) -> bool:
     for length in (min(16, tokens), tokens):
         ids = captured.random_ids(1, length)
         positions = torch.arange(length, device=ids.device)
-        found, expected = captured.module(ids, positions[None], positions), logits_of(captured.model(ids))
+        found, expected = captured.module(ids, positions[None], positions), logits_of(captured.original(ids))
         difference = (found - expected).float().square().mean().sqrt() / expected.float().std()
         if not difference <= TOLERANCE[captured.parameter.dtype]:
             return False

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvmix_compile.kernels.format.packing import dequantize_block, quantize_block
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, CHANNEL_MULTIPLE, TIERS, Axis, Precision
 from kvmix_compile.passes.allocate.policies import PUBLISHED_GROUP
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.measure.exponents import check_finite, exponents_of, largest_of
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.stored_reads import JointReads, StoredReads
@@ -85,6 +86,18 @@ class Tally:
                     lost = readers.loss(error.flatten(1, 2), quantized)
                     self.read_again[candidate.bits] = self.read_again.get(candidate.bits, 0.0) + lost
             self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
+
+    def join(self, ranks: Ranks) -> None:
+        """Make this the tally of the heads of all ranks."""
+        if ranks.count == 1:
+            return
+        if self.largest is not None:
+            self.largest = ranks.joined(self.largest)
+        if self.sensitivity:
+            of_heads = ranks.joined(torch.stack(list(self.sensitivity.values()), dim=1)).unbind(1)
+            self.sensitivity = dict(zip(self.sensitivity, of_heads, strict=True))
+        of_ranks = ranks.told(self.read_again)
+        self.read_again = {bits: sum(lost[bits] for lost in of_ranks) for bits in self.read_again}
 
     @property
     def finest(self) -> tuple[Precision, ...]:

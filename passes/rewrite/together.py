@@ -21,7 +21,7 @@ def reads_together(captured: Captured) -> bool:
     tokens = min(TOKENS, captured.longest_context or TOKENS)
     ids, tolerance = captured.random_ids(1, tokens), TOLERANCE[captured.parameter.dtype]
     graph = captured.module(*captured.inputs(ids[0])).float()
-    if difference(graph, original.whole(captured.model, ids)) <= tolerance:
+    if difference(graph, original.whole(captured.original, ids)) <= tolerance:
         return False
-    one_by_one = original.in_chunks(captured.model, ids, [1] * tokens)
+    one_by_one = original.in_chunks(captured.original, ids, [1] * tokens)
     return one_by_one is not None and difference(graph, one_by_one) <= tolerance

@@ -97,7 +97,7 @@ class _Trial:
         """The difference where both read one token a call. Raises VerifyError where there is one."""
         tokens = min(ONE_BY_ONE, self.captured.longest_context or ONE_BY_ONE)
         ids = self.captured.random_ids(1, tokens)
-        expected = original.in_chunks(self.captured.model, ids, [1] * tokens)
+        expected = original.in_chunks(self.captured.original, ids, [1] * tokens)
         assert expected is not None  # or it would not have been seen to read together
         share = difference(self._run(ids, [1] * tokens), expected)
         if not share <= self._tolerance:
@@ -125,7 +125,7 @@ class _Trial:
         has one, and of one that is padded from the model on the whole row. Raises VerifyError where there is one.
         """
         padding = min(PADDING, chunks[0] - 1) if self._leaves_padding_out else 0
-        ids, model = self.captured.random_ids(2, sum(chunks)), self.captured.model
+        ids, model = self.captured.random_ids(2, sum(chunks)), self.captured.original
         first, second = self._of_first_row(ids[:1], chunks), original.whole(model, ids[1:, padding:])
         try:
             actual = self._run(ids, chunks, padding)
@@ -153,7 +153,7 @@ class _Trial:
         """What the first row is held against: the model in chunks; whole, where it keeps no cache, or goes on rightly
         from a state by single tokens alone.
         """
-        model, of_single_tokens = self.captured.model, any(one.stepwise for one in self.captured.stateful)
+        model, of_single_tokens = self.captured.original, any(one.stepwise for one in self.captured.stateful)
         in_chunks = None if of_single_tokens else original.in_chunks(model, ids, chunks)
         return original.whole(model, ids) if in_chunks is None else in_chunks
 
@@ -163,7 +163,7 @@ class _Trial:
         """The difference where both rows of the model are in chunks: of a model that computes something else in chunks
         than whole, as some that change their positions for long texts do, a twin does what it does.
         """
-        second = original.in_chunks(self.captured.model, ids[1:, padding:], chunks)
+        second = original.in_chunks(self.captured.original, ids[1:, padding:], chunks)
         if second is None:
             return torch.inf
         return max(difference(actual[:1], first), difference(actual[1:, padding:], second))
@@ -192,7 +192,7 @@ class _Trial:
         """The difference in one call; none where the model itself cannot be called so."""
         ids = self.captured.random_ids(rows, tokens)
         try:
-            expected = original.whole(self.captured.model, ids)
+            expected = original.whole(self.captured.original, ids)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError):
