@@ -27,7 +27,7 @@ from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.signature import cache_name, parameters_of
 from kvmix_compile.passes.capture.weights import check_weights
 from kvmix_compile.passes.match.sites import AttentionSite, Refusal, find_sites
-from kvmix_compile.passes.match.spread import check_heads_are_spread
+from kvmix_compile.passes.match.spread import with_spread_heads
 from kvmix_compile.passes.measure.exponents import described, with_fitting_exponents
 from kvmix_compile.passes.measure.importance import (
     Importance,
@@ -363,8 +363,7 @@ def find_in(captured: Captured, report: Report) -> Found:
             f"no attention was found in {name}, so there is no KV cache to compress; if it was loaded "
             "with an attn_implementation of its own, load it with attn_implementation='sdpa'"
         )
-    check_heads_are_spread(captured, sites.matched)
-    return Found(captured, sites.matched)
+    return Found(with_spread_heads(captured, sites.matched), sites.matched)
 
 
 def _reasons(refused: Sequence[Refusal]) -> str:
@@ -454,8 +453,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
     becomes it; None: a new one.
     """
     plan = plan.with_windows([site.window for site in found.sites])
-    captured, parameter, ranks = found.captured, found.captured.parameter, found.captured.ranks
-    own_plan = plan.of_heads(ranks.number, ranks.count)
+    captured, parameter, heads = found.captured, found.captured.parameter, found.captured.head_ranks
+    own_plan = plan.of_heads(heads.number, heads.count)
     _compare_sizes(found, own_plan, report)
     with report.timed("rewrite"):
         rewritten = rewrite(captured, found.sites, own_plan.stored_sites())
@@ -465,7 +464,7 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
         rewritten=rewritten,
         plan=plan,
         own_plan=own_plan,
-        ranks=ranks,
+        ranks=captured.ranks,
         report=report,
         dtypes=found.dtypes,
         parameter_dtype=parameter.dtype,

@@ -223,6 +223,8 @@ def _described(holder: _Holder, name: str, now: Any, then: Any) -> str:
         return f"{path} was replaced"
     if now is MISSING or then is MISSING:
         return f"{path} was {'removed' if now is MISSING else 'added'}"
+    if isinstance(now, tuple) and isinstance(then, tuple) and now[:2] == then[:2] and holder.kind in _TENSORS:
+        return f"{path}, of which other processes have parts, was replaced or moved"
     if isinstance(then, nn.Module):
         return f"{path} was replaced, a {type(then).__name__} by a {type(now).__name__},"
     shown = all(value is None or isinstance(value, (*_VALUES, tuple)) for value in (now, then))

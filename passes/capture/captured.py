@@ -29,7 +29,8 @@ class Captured:
     and `written`: which attributes the model's forward reads, and which it changes. `passes`: what made it of export's.
 
     `original`: the model as its user calls it, and `ranks`: the processes that its weights are spread over. The graph
-    is then of what this one computes, and its sites have the heads that are this one's.
+    is then of what this one computes. `head_ranks`: those that the heads of attention are spread over; the sites have
+    the heads that are this one's.
     """
 
     module: fx.GraphModule
@@ -41,6 +42,7 @@ class Captured:
     written: Written
     original: nn.Module
     ranks: Ranks = Ranks()
+    head_ranks: Ranks = Ranks()
     passes: tuple[PassRecord, ...] = ()
 
     @property
@@ -54,7 +56,7 @@ class Captured:
 
     def whole(self, shape: SiteShape) -> SiteShape:
         """That of a site, with the heads of all ranks."""
-        return replace(shape, kv_heads=shape.kv_heads * self.ranks.count)
+        return replace(shape, kv_heads=shape.kv_heads * self.head_ranks.count)
 
     @property
     def stateful(self) -> tuple[StatefulModule, ...]:

@@ -1,6 +1,10 @@
-"""Spread heads: of a model whose weights are spread over processes, whether each has heads of its own at a site."""
+"""Spread heads: of a model whose weights are spread over processes, whether attention's heads are too.
+
+Where they are, each process keeps the keys and values of some heads; where they are not, those of all.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
@@ -8,34 +12,59 @@ from torch.distributed.tensor import DTensor
 
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
-from kvmix_compile.passes.match.projections import find_projection, is_projection
+from kvmix_compile.passes.graph.dataflow import Dataflow
+from kvmix_compile.passes.match.projections import is_projection
 from kvmix_compile.passes.match.sites import AttentionSite
 
 
-def check_heads_are_spread(captured: Captured, sites: Sequence[AttentionSite]) -> None:
-    """Raise UnsupportedModelError, naming the layer, where processes do not each have keys and values of heads of their
-    own: where they come from weights of which each has all, or are exchanged behind them.
+def with_spread_heads(captured: Captured, sites: Sequence[AttentionSite]) -> Captured:
+    """The same, knowing over which ranks heads are spread.
+
+    Raises UnsupportedModelError, naming the layer, where those of queries are and those of keys and values are not, or
+    only some layers'.
     """
     if captured.ranks.count == 1:
-        return
-    for site in sites:
-        if site.values_are_keys or not all(_is_spread(node, captured) for node in (site.key, site.value)):
-            raise UnsupportedModelError(
-                f"{site.layer}: its keys and values are not spread over the {captured.ranks.count} processes by heads, "
-                "which is not supported: load the model on one device, or with a tp_plan that has k_proj and v_proj "
-                "'colwise'"
-            )
+        return captured
+    are_spread = {
+        (attention.layer, node): is_spread(node, captured)
+        for site in sites
+        for attention in site.attentions
+        for node in (attention.query, attention.key, attention.value)
+    }
+    if not any(are_spread.values()):
+        return captured
+    if not all(are_spread.values()):
+        layer = next(layer for (layer, _), its in are_spread.items() if not its)
+        raise UnsupportedModelError(
+            f"{layer}: some heads of queries, keys and values are spread over {captured.ranks.count} processes and "
+            "others are not, which is not supported: load the model on one device"
+        )
+    return replace(captured, head_ranks=captured.ranks)
 
 
-def _is_spread(node: fx.Node, captured: Captured) -> bool:
-    dataflow = captured.dataflow
-    projection = find_projection(node, dataflow)
-    if projection is None:
+def is_spread(node: fx.Node, captured: Captured) -> bool:
+    """Whether each process has other features there, made by its parts of weights; else all have the same."""
+    if captured.ranks.count == 1:
         return False
-    behind = dataflow.tokens_behind(node, through=lambda other: not is_projection(other, dataflow))
-    is_exchanged = any(other.target is torch.ops._c10d_functional.wait_tensor.default for other in behind)
-    weights = [source for source in projection.output.all_input_nodes if source.op == "get_attr"]
-    return not is_exchanged and any(_is_part(str(weight.target), captured.original) for weight in weights)
+    dataflow = captured.dataflow
+
+    def is_exchanged(other: fx.Node) -> bool:
+        return other.target is torch.ops._c10d_functional.wait_tensor.default
+
+    behind = dataflow.tokens_behind(
+        node, through=lambda other: not (is_exchanged(other) or is_projection(other, dataflow))
+    )
+    return any(
+        _is_part(str(weight.target), captured.original)
+        for projection in behind
+        if is_projection(projection, dataflow)
+        for weight in _weights(projection, dataflow)
+    )
+
+
+def _weights(projection: fx.Node, dataflow: Dataflow) -> set[fx.Node]:
+    constant = {source for source in projection.all_input_nodes if source not in dataflow.token_dependent}
+    return {node for node in constant.union(*map(dataflow.ancestors, constant)) if node.op == "get_attr"}
 
 
 def _is_part(target: str, model: nn.Module) -> bool:

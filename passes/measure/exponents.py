@@ -104,7 +104,7 @@ class _Ranges(fx.Interpreter):
         if node in self.watched:
             heads = value[0, :, self.first :]
             heads = heads @ there(heads.shape[-1], heads) if node in self.rotated else heads
-            self.largest[node] = self.captured.ranks.joined(largest_of(heads))
+            self.largest[node] = self.captured.head_ranks.joined(largest_of(heads))
         return value
 
 

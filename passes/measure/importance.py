@@ -32,6 +32,7 @@ from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
+from kvmix_compile.passes.match.spread import is_spread
 from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
@@ -165,7 +166,7 @@ def measure(
         predicted += row.numel() - 1
         on_row()
     for tally in (*keys, *values):
-        tally.join(captured.ranks)
+        tally.join(captured.head_ranks)
     # Elements first: what is wrong with those of one layer is wrong with the gradients of all before it.
     for check in (Tally.check_elements, Tally.check_losses):
         for site, key, value in zip(sites, keys, values, strict=True):
@@ -192,7 +193,7 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
     The same for every set of weights, and over however many ranks they are spread.
     """
     parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.original.named_parameters()]
-    count = captured.ranks.count
+    count = captured.head_ranks.count
     parts += [
         f"{attention.layer}{(site.query_heads * count, site.kv_heads * count, site.key_dim, site.value_dim)}"
         for site in sites
@@ -257,6 +258,7 @@ class _Recorder(fx.Interpreter):
         attentions = [attention for site in sites for attention in site.attentions]
         self.differentiated = {attention.output for attention in attentions}
         self.differentiated |= {projection.output for projection in found}
+        self.spread = {node for node in self.differentiated if is_spread(node, captured)}
         self.watched = self.differentiated | {projection.input for projection in found}
         self.watched |= {node for it in attentions for node in (it.query, it.key, it.value)}
         self.watched |= {it.sink_logits for it in attentions if it.sink_logits is not None}
@@ -271,6 +273,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
+        if node.target is torch.ops._c10d_functional.wait_tensor.default:
+            value = value.clone()  # which, unlike what it waited for, may be written to in place
         if node not in self.watched:
             return value
         if node in self.differentiated and not value.requires_grad:
@@ -284,11 +288,9 @@ class _Recorder(fx.Interpreter):
         tokens = row.numel()
         sinks, recent = _state_in(tokens, sinks, recent)
         with torch.enable_grad():
-            # Each rank has the loss, and what is differentiated is the sum over the ranks.
-            loss, ranks = self._loss(row), self.captured.ranks
+            loss = self._loss(row)
             nodes = sorted(self.differentiated, key=lambda node: node.name)
-            slopes = torch.autograd.grad(loss / ranks.count, [self.values[n] for n in nodes], retain_graph=True)
-            gradients = dict(zip(nodes, slopes, strict=True))
+            gradients = self._gradients(loss, nodes)
             for site, pair, key, value in zip(self.sites, self.projections, keys, values, strict=True):
                 for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
                     tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
@@ -320,6 +322,17 @@ class _Recorder(fx.Interpreter):
         logits = self.run(*self.captured.inputs(row))
         return F.cross_entropy(logits[0, :-1].float(), row[1:], reduction="sum")
 
+    def _gradients(self, loss: Tensor, nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Those of a loss that each rank has with respect to what nodes gave."""
+        # What is differentiated is the sum of the ranks' losses.
+        share = loss / self.captured.ranks.count
+        gradients = torch.autograd.grad(share, [self.values[node] for node in nodes], retain_graph=True)
+        # What all ranks compute alike changes in all of them at once.
+        return {
+            node: gradient if node in self.spread else self.captured.ranks.sum(gradient)
+            for node, gradient in zip(nodes, gradients, strict=True)
+        }
+
     def _weight_gradient_norm(
         self, node: fx.Node, projection: Projection | None, gradients: dict[fx.Node, Tensor]
     ) -> float:
@@ -333,7 +346,8 @@ class _Recorder(fx.Interpreter):
         slope = gradients[projection.output].flatten(0, -2)
         features = self._features(node, projection.output)
         gradient = slope[:, features].T.float() @ self.values[projection.input].detach().flatten(0, -2).float()
-        return self.captured.ranks.joined(gradient.norm()[None]).norm().item()
+        norm = gradient.norm()[None]
+        return (self.captured.ranks.joined(norm) if projection.output in self.spread else norm).norm().item()
 
     def _features(self, node: fx.Node, output: fx.Node) -> Tensor:
         """Which output features of a projection the keys or values at `node` are made of: all, unless it is a

@@ -1,0 +1,223 @@
+"""What two processes do with models whose weights are spread over them; test_tensor_parallel.py starts them with
+torchrun, once for all that it looks at.
+
+Each writes what it saw to FOLDER/rank-<its number>.pt. The first one also writes what the same models give on one
+device.
+"""
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+import kvmix_compile
+from kvmix_compile import KVMixCache, KVMixError
+from kvmix_compile.models_zoo.tiny import tiny
+from kvmix_compile.passes.capture.shards import local_view
+
+MODELS = ("llama", "qwen3", "gemma3", "mixtral")
+OPTIONS: dict[str, Any] = {"sinks": 4, "recent": 32}
+# Nothing here takes as long, and nothing is to hang.
+TIME_OUT = timedelta(seconds=60)
+
+
+def rows(count: int, tokens: int) -> Tensor:
+    return torch.randint(3, 128, (count, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def spread(folder: Path) -> Any:
+    """The model of a folder, its weights spread over both processes."""
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+
+
+def saved(name: str, folder: Path, rank: int, **settings: Any) -> Any:
+    """A tiny model, spread, that the first process saved."""
+    path = folder / "-".join([name, *map(str, settings.values())])
+    if rank == 0 and not path.exists():
+        tiny(name, **settings).save_pretrained(path)
+    distributed.barrier()
+    return spread(path)
+
+
+def given_by(twin: Any) -> dict[str, Any]:
+    """What a compiled model gives: its plan, logits of a prompt and of a step, texts, and the size of its cache."""
+    ids, cache = rows(2, 100), KVMixCache(twin)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    prompt = twin(ids, cache=cache).logits
+    return {
+        "plan": twin.kvmix_plan,
+        "logits": torch.cat([prompt, twin(ids[:, :1], cache=cache).logits], dim=1),
+        "bytes": cache.nbytes - cache.lengths.nbytes,
+        "text": twin.generate(ids, max_new_tokens=30, do_sample=False),
+        "padded": twin.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False),
+    }
+
+
+def refused(call: Callable[[], object]) -> str:
+    """What is said of a call that is refused; else empty."""
+    try:
+        call()
+    except KVMixError as error:
+        return str(error)
+    return ""
+
+
+def of_model(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    """Compiled by a budget: spread, and by the first process on one device."""
+    model, ids = saved(name, folder, rank), rows(1, 30)
+    with torch.no_grad():
+        before = model(ids).logits
+        twin = kvmix_compile.apply(model, budget=2.3, calibration=rows(2, 160), **OPTIONS)
+        untouched = torch.equal(before, model(ids).logits)
+    found = {"spread": given_by(twin), "untouched": untouched, "verified": twin.kvmix_report.verified}
+    if rank == 0:
+        alone = kvmix_compile.apply(tiny(name), budget=2.3, calibration=rows(2, 160), **OPTIONS)
+        alone.kvmix_plan.save(folder / f"{name}.json")
+        found["alone"] = given_by(alone)
+    distributed.barrier()
+    return found
+
+
+def of_importance(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    """Measured spread, and by the first process on one device."""
+    calibration = rows(2, 160)
+    found = {"spread": kvmix_compile.analyze(saved(name, folder, rank), calibration=calibration, **OPTIONS)}
+    if rank == 0:
+        found["alone"] = kvmix_compile.analyze(tiny(name), calibration=calibration, **OPTIONS)
+    distributed.barrier()
+    return found
+
+
+def of_weights(twin: Any, model: Any) -> dict[str, Any]:
+    """A weight that is changed in place, and one that gives way to another."""
+    ids, weight = rows(1, 40), model.model.layers[0].mlp.down_proj.weight
+    before = twin(ids).logits
+    with torch.no_grad():
+        weight.mul_(1.5)
+        follows = (twin(ids).logits - model(ids).logits).abs().max().item()
+        changed = not torch.equal(before, twin(ids).logits)
+        weight.div_(1.5)
+    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(weight.detach().clone())
+    replaced = refused(lambda: twin(ids))
+    model.model.layers[0].mlp.down_proj.weight = weight
+    return {"follows": follows, "changed": changed, "replaced": replaced}
+
+
+def of_caches(twin: Any, folder: Path, rank: int) -> dict[str, Any]:
+    """Saved, loaded and gone on from; and files that are each other's, and a damaged one."""
+    ids, cache, path = rows(2, 100), KVMixCache(twin), folder / "prompt.safetensors"
+    twin(ids, cache=cache)
+    cache.save(path)
+    loaded = KVMixCache.load(path, twin)
+    goes_on = torch.equal(twin(ids[:, :5], cache=loaded).logits, twin(ids[:, :5], cache=cache).logits)
+    files = [folder / f"prompt-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    others = files[1 - rank].read_bytes()
+    distributed.barrier()
+    files[rank].write_bytes(others)
+    swapped = refused(lambda: KVMixCache.load(path, twin))
+    cache.save(path)
+    if rank == 1:
+        files[1].write_bytes(others[: len(others) // 2])
+    damaged = refused(lambda: KVMixCache.load(path, twin))
+    return {"goes on": goes_on, "swapped": swapped, "damaged": damaged}
+
+
+def of_refusals(twin: Any, model: Any, folder: Path, rank: int) -> dict[str, str]:
+    """What each process says of what one or both cannot do."""
+    plan, ids = twin.kvmix_plan, rows(1, 40)
+    found = {
+        "a plan that one lacks": refused(
+            lambda: kvmix_compile.apply(model, plan=folder / ("llama.json" if rank else "none.json"))
+        ),
+        "other budgets": refused(lambda: kvmix_compile.apply(model, budget=2.3 + rank, calibration=rows(2, 160))),
+        "compile": refused(lambda: kvmix_compile.apply(model, plan=plan, compile=True)),
+        "copy": refused(lambda: copy.deepcopy(twin)),
+        "pickle": refused(lambda: pickle.dumps(twin)),
+        "backend": refused(lambda: torch.compile(model, backend="kvmix", options={"plan": plan})(ids)),
+    }
+    norm = model.model.norm.weight
+    with torch.no_grad():
+        norm_before = norm.clone()
+        norm[0] = torch.nan if rank else norm[0]
+        found["a weight of one is NaN"] = refused(lambda: kvmix_compile.apply(model, plan=plan))
+        norm.copy_(norm_before)
+    rules = model.tp_plan
+    model.tp_plan = {**rules, "model.norm": "sequence_parallel"}
+    found["a style"] = refused(lambda: kvmix_compile.apply(model, plan=plan))
+    model.tp_plan = {name: style for name, style in rules.items() if "o_proj" not in name}
+    found["no style"] = refused(lambda: kvmix_compile.apply(model, plan=plan))
+    model.tp_plan = rules
+    for what, settings in (("one head", {"num_key_value_heads": 1}), ("odd", {"vocab_size": 129})):
+        other = saved("llama", folder, rank, **settings)
+        found[what] = refused(lambda other=other: kvmix_compile.apply(other, plan=plan))
+    return found
+
+
+class Toy(nn.Module):
+    """A module for every style that one linear layer or embedding can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding_rowwise, self.embedding_colwise = nn.Embedding(6, 8, padding_idx=5), nn.Embedding(6, 8)
+        self.colwise, self.rowwise = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.rowwise_rep, self.rowwise_split_input = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.colwise_rep, self.colwise_gather_output = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.moe_identity_expert, self.all_reduce = nn.Identity(), nn.Identity()
+        self.replicate = nn.LayerNorm(8)
+        self.tp_plan = {name: name for name, _ in self.named_children()}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding_rowwise(ids) + self.embedding_colwise(ids)
+        x = self.rowwise(self.colwise(x)) + self.rowwise_rep(x) + self.rowwise_split_input(x)
+        x = self.all_reduce(self.moe_identity_expert(self.replicate(x)))
+        return self.colwise_rep(x) - self.colwise_gather_output(x)
+
+
+def of_styles() -> dict[str, Any]:
+    """Every one of the toy's: alone, as transformers computes it, and as a graph would be made of it."""
+    torch.manual_seed(0)
+    toy, ids = Toy(), torch.arange(6)[None]
+    with torch.no_grad():
+        alone = toy(ids)
+        rules = {
+            name: rule
+            for rule in toy.tp_plan
+            for name in [*(f"{rule}.{part}" for part, _ in toy.get_submodule(rule).named_parameters()), rule]
+        }
+        apply_tensor_parallelism(toy, init_device_mesh("cpu", (2,)), {name: name.split(".")[0] for name in rules})
+        return {"alone": alone, "transformers": toy(ids), "view": local_view(toy)(ids)}
+
+
+def main(folder: Path) -> None:
+    distributed.init_process_group("gloo", timeout=TIME_OUT)
+    rank = distributed.get_rank()
+    found: dict[str, Any] = {"styles": of_styles()}
+    for name in MODELS:
+        found[name] = of_model(name, folder, rank)
+    model = spread(folder / "llama")
+    twin = kvmix_compile.apply(model, plan=folder / "llama.json")
+    found["by the plan of one device"] = {"spread": given_by(twin)}
+    found["weights"] = of_weights(twin, model)
+    found["caches"] = of_caches(twin, folder, rank)
+    found["refusals"] = of_refusals(twin, model, folder, rank)
+    found["on its own words"] = kvmix_compile.analyze(model, **OPTIONS).allocate(budget=2.3)
+    # Of the one each process has some of the heads, of the other all.
+    found["importance"] = {name: of_importance(name, folder, rank) for name in ("llama", "phi3")}
+    torch.save(found, folder / f"rank-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
