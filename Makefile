@@ -32,9 +32,9 @@ demo: $(READY)
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST)
 
-# Triton kernels carried out as they are compiled for sm_80 and sm_90, each choice of options once.
+# Triton kernels compiled for sm_80 and sm_90, and carried out as they are compiled, each choice of options once.
 test-compiled: $(READY)
-	@$(VENV)/bin/python -m pytest -n auto -m choices tests/kernels/gpu/test_compiled.py
+	@$(VENV)/bin/python -m pytest -n auto -m choices tests/kernels/gpu/test_compiled.py tests/kernels/gpu/test_triton_compile.py
 
 # The other end of the range: a shorter run on the oldest releases, in an environment of their own.
 test-releases:

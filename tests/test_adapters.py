@@ -1,6 +1,7 @@
 """Adapters of peft: on the model before it is compiled, merged into it, and put on the compiled model."""
 
 import warnings
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import kvmix_compile
-from kvmix_compile import KVMixCache, compiler
+from kvmix_compile import KVMixCache, Plan, compiler
 from kvmix_compile.errors import CaptureError, InputError, PlanError
 from kvmix_compile.models_zoo.tiny import tiny
 from tests.helpers.toy_llama import ids, lossless, original
 
-PLAN = lossless().kvmix_plan
+
+@cache
+def plan() -> Plan:
+    """Of the toy, without quantization."""
+    return lossless().kvmix_plan
 
 
 def with_adapter(seed: int = 1, name: str = "default", **options: object) -> peft.PeftModel:
@@ -49,33 +54,33 @@ def expected() -> Tensor:
 
 def test_a_model_with_an_adapter_is_compiled_by_the_plan_of_its_base(expected: Tensor) -> None:
     model = with_adapter(task_type="CAUSAL_LM")
-    whole = kvmix_compile.apply(model, plan=PLAN)
+    whole = kvmix_compile.apply(model, plan=plan())
     assert torch.equal(text(whole), text(model)) and isinstance(whole, peft.PeftModel)
     assert any("another version of this model" in note for note in whole.kvmix_report.notes)
     assert [site.layer for site in whole.kvmix_plan.sites] == [site.layer for site in whole.kvmix_report.sites]
-    assert text(kvmix_compile.apply(with_adapter().base_model.model, plan=PLAN)).equal(expected)
+    assert text(kvmix_compile.apply(with_adapter().base_model.model, plan=plan())).equal(expected)
 
 
 def test_strict_refuses_the_plan_of_the_base() -> None:
     with pytest.raises(PlanError, match="another version of this model.*leave strict out"):
-        kvmix_compile.apply(with_adapter().base_model.model, plan=PLAN, strict=True)
+        kvmix_compile.apply(with_adapter().base_model.model, plan=plan(), strict=True)
     with pytest.raises(PlanError, match="strict is about a plan"):
         kvmix_compile.apply(original(), strict=True)
 
 
 def test_a_merged_adapter_leaves_the_model_as_the_plan_knows_it(expected: Tensor) -> None:
-    twin = kvmix_compile.apply(with_adapter().merge_and_unload(), plan=PLAN, strict=True)
+    twin = kvmix_compile.apply(with_adapter().merge_and_unload(), plan=plan(), strict=True)
     assert torch.equal(text(twin), expected) and not twin.kvmix_report.notes
 
 
 def test_what_only_wraps_a_model_says_what_to_pass() -> None:
     with pytest.raises(CaptureError, match="takes no `input_ids`.*wraps another, pass that"):
-        kvmix_compile.apply(with_adapter(), plan=PLAN)
+        kvmix_compile.apply(with_adapter(), plan=plan())
 
 
 def test_an_adapter_is_loaded_into_a_compiled_model(adapter: Path, expected: Tensor) -> None:
     model = tiny("llama")  # its weights are frozen, and shared
-    twin = kvmix_compile.apply(model, plan=PLAN)
+    twin = kvmix_compile.apply(model, plan=plan())
     before = KVMixCache(twin)
     twin(ids(2, 50), past_key_values=before)
     twin.load_adapter(adapter)
@@ -89,7 +94,7 @@ def test_an_adapter_is_loaded_into_a_compiled_model(adapter: Path, expected: Ten
 
 
 def test_peft_wraps_a_compiled_model_and_switches_its_adapter(adapter: Path, expected: Tensor) -> None:
-    twin = kvmix_compile.apply(tiny("llama"), plan=PLAN)
+    twin = kvmix_compile.apply(tiny("llama"), plan=plan())
     wrapped = peft.PeftModel.from_pretrained(twin, adapter)
     twin.kvmix_refresh()
     assert torch.equal(text(wrapped), expected)
@@ -103,7 +108,7 @@ def test_peft_wraps_a_compiled_model_and_switches_its_adapter(adapter: Path, exp
 
 
 def test_a_refresh_that_fails_leaves_the_model_as_it_was() -> None:
-    twin = kvmix_compile.apply(original(), plan=PLAN)
+    twin = kvmix_compile.apply(original(), plan=plan())
     logits, program = twin(ids(1, 40)).logits, twin.kvmix_program
     with (
         mock.patch.object(compiler, "capture", side_effect=CaptureError("it cannot be captured")),
@@ -114,7 +119,7 @@ def test_a_refresh_that_fails_leaves_the_model_as_it_was() -> None:
 
 
 def test_hooks_of_a_compiled_model_run_around_its_graph_after_a_refresh() -> None:
-    twin, calls = kvmix_compile.apply(original(), plan=PLAN), list[int]()
+    twin, calls = kvmix_compile.apply(original(), plan=plan()), list[int]()
     handle = twin.register_forward_hook(lambda module, given, found: calls.append(1))
     twin.kvmix_refresh()
     twin(ids(1, 9))

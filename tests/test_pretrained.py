@@ -141,10 +141,33 @@ def test_one_that_was_compiled_is_compiled_again(folder: Path) -> None:
     assert applied.call_args.kwargs == {"compile": True, "verify": True} and asked.to_dict()["compile"]
 
 
-def test_who_has_not_imported_it_is_told(compressed: Path) -> None:
+def test_who_has_not_imported_it_is_told_and_the_code_of_a_trusted_folder_does(compressed: Path) -> None:
     script = f"""
 from transformers import AutoModelForCausalLM
-print(hasattr(AutoModelForCausalLM.from_pretrained({str(compressed)!r}), "kvmix_plan"))
+for trusted in (False, True):
+    model = AutoModelForCausalLM.from_pretrained({str(compressed)!r}, trust_remote_code=trusted)
+    print(hasattr(model, "kvmix_plan"), type(model).__name__, model.config.architectures)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False" and "Unknown quantization type, got kvmix" in done.stderr
+    named = "LlamaForCausalLM ['LlamaForCausalLM']"
+    assert done.stdout.splitlines() == [f"False {named}", f"True {named}"]
+    assert "Unknown quantization type, got kvmix" in done.stderr
+
+
+def test_a_folder_that_was_loaded_by_its_code_is_saved_with_it(compressed: Path, tmp_path: Path) -> None:
+    trusted = AutoModelForCausalLM.from_pretrained(compressed, trust_remote_code=True)
+    trusted.save_pretrained(tmp_path / "again")
+    for again in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=again)
+        assert model.kvmix_plan == quantized().kvmix_plan
+        assert torch.equal(model(ids(1, 90)).logits, quantized()(ids(1, 90)).logits)
+
+
+def test_classes_that_are_not_transformers_are_saved_by_their_own_code_alone(tmp_path: Path) -> None:
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = Own(tiny("llama").config).eval()
+    compiler.apply(model, plan=quantized().kvmix_plan).save_pretrained(tmp_path)
+    assert not (tmp_path / "kvmix.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from kvmix_compile.config import Config
 from kvmix_compile.passes.untouched.reach import held_by, hold
 
 # What makes a module a compiled model, besides its class.
@@ -18,7 +19,6 @@ def refresh(twin: Any, original: type[nn.Module], *, verify: bool) -> None:
     Raises what `kvmix_compile.apply` raises.
     """
     from kvmix_compile.compiler import apply_in_place
-    from kvmix_compile.config import Config
 
     program = twin.kvmix_program
     with _as_before_it_was_compiled(twin, original):

@@ -1,11 +1,17 @@
-"""Saving: a compiled model in a folder of transformers', its weights as any model's and its plan in config.json."""
+"""Saving: a compiled model in a folder of transformers', its weights as any model's and its plan in config.json.
+
+A program that never imports kvmix_compile, such as transformers' own server, loads it compressed where it trusts the
+folder's code (trust_remote_code): that is a file which imports it.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmix_compile.errors import InputError
@@ -13,8 +19,26 @@ from kvmix_compile.passes.allocate.plan import Plan
 
 # What transformers calls the way in which the model of a folder is compressed.
 METHOD = "kvmix"
-# Where its configurations keep that.
-ATTRIBUTE = "quantization_config"
+# Where its configurations keep that, and which code is the folder's.
+ATTRIBUTE, CODE = "quantization_config", "auto_map"
+
+# The folder's code: classes that are transformers' own, by their names, in a file that imports kvmix_compile.
+FILE = "kvmix.py"
+SOURCE = '''"""Where transformers trusts this folder's code, it loads the model with a compressed KV cache."""
+
+import kvmix_compile  # noqa: F401  # knows what config.json says of the cache
+import transformers
+
+
+class {config}(transformers.{config}):
+    """As it is."""
+
+
+class {model}(transformers.{model}):
+    """As it is."""
+
+    config_class = {config}
+'''
 
 
 def record(plan: Plan, compile: bool) -> dict[str, Any]:
@@ -28,27 +52,44 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs:
 
     Raises InputError where config.json already says how the weights are quantized.
     """
-    program = self.kvmix_program
-    with _saying(self.config, record(program.plan, program.inductor is not None)):
-        return PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
+    program, config = self.kvmix_program, self.config
+    said = {ATTRIBUTE: record(program.plan, program.inductor is not None)}
+    names = _own_classes(self)
+    if names:
+        said[CODE] = {auto: f"{Path(FILE).stem}.{name}" for auto, name in names.items()}
+    with _saying(config, said):
+        saved = PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
+    if names:
+        code = SOURCE.format(config=names["AutoConfig"], model=names["AutoModelForCausalLM"])
+        Path(save_directory, FILE).write_text(code, encoding="utf-8")
+    return saved
+
+
+def _own_classes(model: Any) -> dict[str, str]:
+    """What classes of transformers' the configuration and model are of, by what loads them; empty where they are of
+    others, whose code transformers saves itself.
+    """
+    config, (_, original) = type(model.config), type(model).__bases__
+    if transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None) is not original:
+        return {}
+    return {"AutoConfig": config.__name__, "AutoModelForCausalLM": original.__name__}
 
 
 @contextmanager
 def _saying(config: PreTrainedConfig, said: dict[str, Any]) -> Iterator[None]:
     held = vars(config)
-    before = held.get(ATTRIBUTE)
-    method = getattr(before, "quant_method", METHOD)
+    method = getattr(held.get(ATTRIBUTE), "quant_method", METHOD)
     if method != METHOD:
         raise InputError(
             "save_pretrained cannot keep the plan, as config.json says how the weights are quantized "
             f"({getattr(method, 'value', method)}): save the original model, and the plan beside it with "
             "model.kvmix_plan.save(..)"
         )
-    held[ATTRIBUTE] = said
+    before = {name: held[name] for name in said if name in held}
+    held.update(said)
     try:
         yield
     finally:
-        if before is None:
-            del held[ATTRIBUTE]
-        else:
-            held[ATTRIBUTE] = before
+        for name in said:
+            del held[name]
+        held.update(before)

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.cli import serve
 from kvmix_compile.cli.watch import Held, Watched
 from kvmix_compile.models_zoo.characters import character_tokenizer
-from tests.helpers.toy_llama import RECENT, SINKS, ids, quantized
+from tests.helpers.toy_llama import RECENT, SINKS, ids, original, quantized
 
 PROMPT = "One ring to rule them all, one ring to find them. " * 5
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -192,3 +193,23 @@ def test_a_browser_shows_the_page(client: OpenAI, tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert f'<h2 id="tokens">{tokens} tokens</h2>' in shown
     assert shown.count('class="held"') == len(quantized().kvmix_plan.sites)
+
+
+def test_transformers_own_server_answers_with_a_compressed_folder(folder: Path, expected: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", str(folder), "--trust-remote-code", "--port", str(port)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
+        OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=20) as client,
+    ):
+        try:
+            answer = client.completions.create(prompt=PROMPT, **GREEDY | {"model": str(folder)})
+        finally:
+            server.terminate()
+    assert answer.choices[0].text == expected
+    given = character_tokenizer()(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
+    texts = [model.generate(given, max_new_tokens=12, do_sample=False).tolist() for model in (quantized(), original())]
+    assert texts[0] != texts[1], "the original would have answered the same"

@@ -19,6 +19,7 @@ from kvmix_compile.errors import VerifyError
 from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime import kept
+from tests.helpers.one_capture import applied, zoo
 from tests.helpers.toy_llama import ids, quantized, quantized_twin
 
 
@@ -39,6 +40,11 @@ def plan(name: str = "llama") -> Plan:
     return quantized_twin(name).kvmix_plan
 
 
+def first(name: str = "llama", **options: object) -> PreTrainedModel:
+    """Compiled as in a first process, except that other tests have captured the model."""
+    return applied(zoo(name), **{"plan": plan(name), **options})
+
+
 def second(name: str = "llama", **options: object) -> PreTrainedModel:
     """Compiled as in a second process: nothing is captured."""
     with mock.patch.object(compiler, "capture", side_effect=AssertionError("it was captured")):
@@ -46,30 +52,30 @@ def second(name: str = "llama", **options: object) -> PreTrainedModel:
 
 
 def test_the_second_start_gives_the_same_and_captures_nothing(folder: Path) -> None:
-    first = kvmix_compile.apply(tiny("llama"), plan=plan())
+    before = first()
     assert len(files(folder)) == 1
     again = second()
-    assert torch.equal(again(ids(2, 300)).logits, first(ids(2, 300)).logits)
+    assert torch.equal(again(ids(2, 300)).logits, before(ids(2, 300)).logits)
     mask = torch.ones(2, 90, dtype=torch.int64)
     mask[0, :5] = 0
     given = {"attention_mask": mask, "max_new_tokens": 50, "do_sample": False}
-    assert torch.equal(again.generate(ids(2, 90), **given), first.generate(ids(2, 90), **given))
+    assert torch.equal(again.generate(ids(2, 90), **given), before.generate(ids(2, 90), **given))
     assert len(files(folder)) == 1
 
 
 def test_what_is_known_of_the_model_is_kept_with_it() -> None:
-    first = kvmix_compile.apply(tiny("llama"), plan=plan())
+    before = first()
     again = second()
     for name in ("sites", "verified", "notes", "passes", "own_cache_bytes", "token_bytes"):
-        assert getattr(again.kvmix_report, name) == getattr(first.kvmix_report, name)
+        assert getattr(again.kvmix_report, name) == getattr(before.kvmix_report, name)
     assert again.kvmix_plan == plan() and "look up" in again.kvmix_report.seconds
     assert not {"capture", "verify"} & again.kvmix_report.seconds.keys()
-    ours, theirs = again.kvmix_program, first.kvmix_program
+    ours, theirs = again.kvmix_program, before.kvmix_program
     assert (ours.format, ours.numbering, ours.steering) == (theirs.format, theirs.numbering, theirs.steering)
 
 
 def test_a_twin_of_a_second_start_is_as_any(tmp_path: Path) -> None:
-    kvmix_compile.apply(tiny("llama"), plan=plan())
+    first()
     again = second()
     expected = again(ids(2, 120)).logits
     for other in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
@@ -86,21 +92,21 @@ def test_a_twin_of_a_second_start_is_as_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpt_oss", "bloom", "deepseek_v3", "qwen3_next"])
 def test_other_graphs_are_kept_too(name: str) -> None:
-    first = kvmix_compile.apply(tiny(name), plan=plan(name))
-    assert torch.equal(second(name)(ids(2, 150)).logits, first(ids(2, 150)).logits)
+    before = first(name)
+    assert torch.equal(second(name)(ids(2, 150)).logits, before(ids(2, 150)).logits)
 
 
 def test_measuring_a_budget_keeps_what_its_plan_gives() -> None:
-    first = kvmix_compile.apply(tiny("llama"), budget=3, calibration=ids(1, 100))
+    before = first(plan=None, budget=3, calibration=ids(1, 100))
     with mock.patch.object(compiler, "capture", side_effect=AssertionError("it was captured")):
-        again = kvmix_compile.apply(tiny("llama"), plan=first.kvmix_plan)
-    assert torch.equal(again(ids(2, 300)).logits, first(ids(2, 300)).logits)
+        again = kvmix_compile.apply(tiny("llama"), plan=before.kvmix_plan)
+    assert torch.equal(again(ids(2, 300)).logits, before(ids(2, 300)).logits)
 
 
 def test_another_model_and_another_plan_are_captured(folder: Path) -> None:
-    kvmix_compile.apply(tiny("llama"), plan=plan())
+    first()
     kvmix_compile.apply(tiny("llama").to(torch.bfloat16), plan=plan())
-    kvmix_compile.apply(tiny("llama"), budget=3, calibration=ids(1, 100))
+    first(plan=None, budget=3, calibration=ids(1, 100))
     other = tiny("llama")
     with torch.no_grad():
         other.model.norm.weight[3] = 2
@@ -110,7 +116,7 @@ def test_another_model_and_another_plan_are_captured(folder: Path) -> None:
 
 def test_what_does_not_give_the_models_logits_is_not_used(folder: Path) -> None:
     with mock.patch.object(kept, "digest", return_value="of any model"):
-        kvmix_compile.apply(tiny("llama"), plan=plan())
+        first()
         other = tiny("llama")
         for layer in other.model.layers:
             layer.self_attn.scaling *= 2
@@ -122,24 +128,24 @@ def test_what_does_not_give_the_models_logits_is_not_used(folder: Path) -> None:
 
 def test_what_reads_other_tensors_is_not_used() -> None:
     with mock.patch.object(kept, "digest", return_value="of any model"):
-        kvmix_compile.apply(tiny("llama"), plan=plan())
+        first()
         twin = kvmix_compile.apply(tiny("llama").double(), plan=plan())
     assert "capture" in twin.kvmix_report.seconds and twin(ids(1, 9)).logits.dtype == torch.float64
 
 
 def test_what_was_not_verified_is_not_taken_for_verified(folder: Path) -> None:
-    kvmix_compile.apply(tiny("llama"), plan=plan(), verify=False)
+    first(verify=False)
     second(verify=False)
-    verified = kvmix_compile.apply(tiny("llama"), plan=plan())
+    verified = first()
     assert verified.kvmix_report.verified is not None and len(files(folder)) == 1
     assert second().kvmix_report.verified == second(verify=False).kvmix_report.verified is not None
 
 
 def test_a_damaged_file_gives_way_to_a_new_one(folder: Path) -> None:
-    kvmix_compile.apply(tiny("llama"), plan=plan())
+    first()
     (file,) = files(folder)
     file.write_bytes(file.read_bytes()[:1000])
-    kvmix_compile.apply(tiny("llama"), plan=plan())
+    first()
     assert files(folder) == [file]
     second()
 
@@ -147,16 +153,16 @@ def test_a_damaged_file_gives_way_to_a_new_one(folder: Path) -> None:
 def test_nothing_is_kept_where_it_is_switched_off_or_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("KVMIX_KEEP", "0")
-        kvmix_compile.apply(tiny("llama"), plan=plan())
+        first()
     with pytest.raises(VerifyError), mock.patch.object(compiler, "verify_rewrite", side_effect=VerifyError("no")):
-        kvmix_compile.apply(tiny("llama"), plan=plan())
+        first()
     assert not files(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KVMIX_CACHE", str(tmp_path / "file"))
-    twin = kvmix_compile.apply(tiny("llama"), plan=plan())
+    twin = first()
     assert torch.equal(twin(ids(1, 90)).logits, quantized()(ids(1, 90)).logits)
 
 
@@ -166,16 +172,16 @@ def test_the_oldest_files_go_first(folder: Path, monkeypatch: pytest.MonkeyPatch
         (folder / f"{age}.pt").write_text("")
         os.utime(folder / f"{age}.pt", (100 - age, 100 - age))
     monkeypatch.setattr(kept, "MOST_FILES", 3)
-    kvmix_compile.apply(tiny("llama"), plan=plan())
+    first()
     left = {file.name for file in files(folder)}
     assert len(left) == 3 and {"0.pt", "1.pt"} < left
 
 
 def test_a_model_that_is_no_transformers_model_is_kept() -> None:
-    first = kvmix_compile.apply(hand_written(), budget=4, calibration=ids(1, 60))
+    before = kvmix_compile.apply(hand_written(), budget=4, calibration=ids(1, 60))
     with mock.patch.object(compiler, "capture", side_effect=AssertionError("it was captured")):
-        again = kvmix_compile.apply(hand_written(), plan=first.kvmix_plan)
-    assert torch.equal(again(ids(2, 60)), first(ids(2, 60)))
+        again = kvmix_compile.apply(hand_written(), plan=before.kvmix_plan)
+    assert torch.equal(again(ids(2, 60)), before(ids(2, 60)))
 
 
 def test_another_process_finds_it_when_a_folder_is_loaded(tmp_path: Path) -> None:

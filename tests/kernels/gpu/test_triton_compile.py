@@ -27,6 +27,9 @@ from tests.kernels.ahead_of_time import (  # noqa: E402
 )
 from tests.kernels.gpu.instructions import first_loop  # noqa: E402
 
+# `make test` compiles for the one, `make test-compiled` for the other.
+CHIPS = [80, pytest.param(90, marks=pytest.mark.choices)]
+
 # (key bits, value bits, scale bits, key_dim, value_dim, dtype): every width, dimension and dtype at least once.
 CONFIGURATIONS = [
     (1, 8, 4, 64, 64, "fp16"),
@@ -46,7 +49,7 @@ def precisions(key_bits: int, value_bits: int, scale_bits: int, value_dim: int) 
     return Precision(key_bits, 32, scale_bits), Precision(value_bits, group, scale_bits)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("key_bits", "value_bits", "scale_bits", "key_dim", "value_dim", "dtype"), CONFIGURATIONS)
 def test_decoding(
     chip: int, key_bits: int, value_bits: int, scale_bits: int, key_dim: int, value_dim: int, dtype: str
@@ -58,7 +61,7 @@ def test_decoding(
     check_decoding(chip, compiled)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("important_bits", "bits", "scale_bits", "dim"),
     [((4, 4), 2, 4, 64), ((4,), 2, 4, 64), ((3, 3), 2, 16, 80), ((4, 3), 2, 4, 128), ((8, 8), 4, 4, 256)],
@@ -74,7 +77,7 @@ def test_decoding_with_important_channels(
     check_decoding(chip, compiled)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("extras", "dim"),
     [
@@ -125,7 +128,7 @@ def test_the_loop_over_packed_blocks_is_short(
     check_decoding(chip, compiled)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
     compiled = compile_attend(chip, Precision(2, 32, 4), Precision(2, 32, 4), dim, dim, "bf16", tokens=64)
@@ -133,7 +136,7 @@ def test_chunks_of_many_tokens(chip: int, dim: int) -> None:
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("key_bits", "value_bits", "scale_bits", "dim", "important_bits", "windowed"),
     [
