@@ -28,6 +28,7 @@ settings.load_profile("kvmix")
 # The files that take longest, ten seconds and more. They come first: begun last, one of them would keep one process
 # busy and the others idle.
 LONGEST = (
+    "distributed/test_tensor_parallel.py",
     "kernels/gpu/test_triton_interpreter.py",
     "backend/test_backend.py",
     "kernels/gpu/test_triton_compile.py",

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as distributed
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvmix_compile import KVMixCache
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.signature import CACHE_NAMES, cache_name, parameters_of
 
 RELEASES = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -51,6 +54,11 @@ CALLED: dict[str, tuple[str, ...]] = {
     "torch._guards:TracingContext.get": (),
     "torch._inductor:compile": (),
     "torch.fx.experimental.symbolic_shapes:statically_known_true": (),
+    # passes/capture/ranks.py and shards.py.
+    "torch.distributed._functional_collectives:all_reduce": ("reduceOp", "group"),
+    "torch.distributed._functional_collectives:AsyncCollectiveTensor.trigger_wait": (),
+    "torch.ops:_c10d_functional.wait_tensor.default": (),
+    "transformers.integrations.tensor_parallel:replace_layer_number_by_wildcard": ("name",),
     # passes/rewrite/lengths.py: an expression of sizes as Python writes it.
     "torch.utils._sympy.printers:PythonPrinter": (),
 }  # fmt: skip
@@ -113,3 +121,15 @@ def test_export_says_what_it_assumed_of_sizes_and_where() -> None:
     (guard,) = size.node.shape_env.guards
     assert guard.expr.free_symbols == {size.node.expr}, RELEASES
     assert guard.sloc.framework_loc.filename == __file__, RELEASES
+
+
+def test_what_processes_add_up_is_differentiated() -> None:
+    """passes/measure/importance.py needs it, and takes it for the gradient of the sum of all processes' losses."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = Ranks(mesh=init_device_mesh("cpu", (1,)))
+        given = torch.ones(3, requires_grad=True)
+        (gradient,) = torch.autograd.grad((ranks.sum(given) * 2).sum(), given)
+    finally:
+        distributed.destroy_process_group()
+    assert gradient.tolist() == [2.0, 2.0, 2.0], RELEASES

@@ -146,6 +146,22 @@ def test_a_window_that_recent_tokens_hold_is_kept_as_it_is() -> None:
     assert PLAN.with_windows([1, 1]).code_bits == PLAN.with_windows([1, 1]).storage_bits == 16
 
 
+def test_processes_store_the_heads_of_a_plan_between_them() -> None:
+    tiers = ("0123" * 8, "3210" * 8, "0132" * 8, "1023" * 8)
+    key, value = Precision(2, 32, 4, (8, 4, 3)), Precision(4, 32, 4)
+    whole = SitePlan("a", SiteShape(4, 32, 32), key, value, tiers, key_exponents=(1, 2, 3, 4), values_rotated=True)
+    other = SitePlan("b", SiteShape(4, 32, 32, window=8), value, value)
+    plan = Plan((whole, other), "fisher", "0", sinks=4, recent=32)
+    parts = [plan.of_heads(number, 2) for number in range(2)]
+    assert [site.kv_heads for part in parts for site in part.sites] == [2, 2, 2, 2]
+    assert sum((part.sites[0].channel_tiers for part in parts), ()) == tiers
+    assert [part.sites[0].key_exponents for part in parts] == [(1, 2), (3, 4)]
+    assert [part.sites[0].value_exponents for part in parts] == [(), ()]
+    # Each counts the tokens of a row anew.
+    assert sum(part.cache_bytes(500) for part in parts) == plan.cache_bytes(500) + torch.int64.itemsize
+    assert plan.of_heads(0, 1) is plan
+
+
 def test_means_are_weighted_by_elements() -> None:
     # Keys: 128 elements of 3 bits and 128 of 4; values: 128 of 2 bits and 64 of 16.
     assert PLAN.key_bits == 3.5
