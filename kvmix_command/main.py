@@ -26,6 +26,7 @@ from kvmix_command.known import (
     TASKS,
     TOKENS,
 )
+from kvmix_command.launched import check_one_process, first_one_speaks
 from kvmix_command.options import (
     Budget,
     CalibrationFile,
@@ -67,7 +68,8 @@ def done_by(module: str) -> Callable[[Callable[..., None]], Callable[..., None]]
         @functools.wraps(declared)
         def command(**given: Any) -> None:
             declared(**given)
-            getattr(import_module(module), declared.__name__)(**given)
+            with first_one_speaks():
+                getattr(import_module(module), declared.__name__)(**given)
 
         command.done_by = module  # type: ignore[attr-defined]  # for the test that holds the two together
         return command
@@ -190,6 +192,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="What is drawn begins with it.")] = 0,
 ) -> None:
     """Talk to MODEL: one compressed cache for the whole conversation, of which each turn reads only what is new."""
+    check_one_process("chat")
     check_one_of(("--plan", plan), ("--budget", budget), ("--storage-budget", storage_budget))
 
 
@@ -207,6 +210,7 @@ def serve(
 
     The server is transformers'. It generates for one request at a time.
     """
+    check_one_process("serve")
     check_one_of(("--plan", plan), ("--budget", budget), ("--storage-budget", storage_budget))
 
 
@@ -286,4 +290,5 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
 ) -> None:  # fmt: skip
     """Bits against predictions, through the cache: of MODEL as it is, at each budget or plan, and of baselines."""
+    check_one_process("eval")
     check_one_of(("--quick", quick), ("--everything", everything))

@@ -459,6 +459,12 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
     with report.timed("rewrite"):
         rewritten = rewrite(captured, found.sites, own_plan.stored_sites())
     report.notes += tuple(described(plan))
+    if captured.ranks.count > 1:
+        kept = "all heads" if heads.count == 1 else f"one of {heads.count} parts of the heads"
+        report.notes += (
+            f"the model is spread over {captured.ranks.count} processes, each of which keeps the keys and values of "
+            f"{kept}: heads and sizes are those of one process",
+        )
     report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,

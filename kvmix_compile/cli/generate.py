@@ -39,6 +39,7 @@ def generate(
     text = chat_prompt(tokenizer, text) if wrapped else text
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not wrapped)["input_ids"]
     model = compressed(loaded, asked)
+    ids = ids.to(model.kvmix_program.device)
     cache = KVMixCache(model)
     console = console_beside(json_file)
     start = perf_counter()

@@ -11,7 +11,9 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
+from kvmix_command.launched import processes
 from kvmix_compile.errors import KVMixError
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.gguf import load_gguf, load_gguf_tokenizer
@@ -39,7 +41,9 @@ class LoadError(KVMixError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on the CPU, and its tokenizer where it has one."""
+    """A model in evaluation mode, and its tokenizer where it has one. On the CPU, unless torchrun started several
+    processes, over whose devices it is spread.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -57,6 +61,12 @@ def load_model(name: str) -> LoadedModel:
 
     Raises LoadError, saying what there is, where it cannot be loaded.
     """
+    path = Path(name).expanduser()
+    if processes() > 1 and (name in NAMES or path.suffix == GGUF):
+        raise LoadError(
+            f"cannot load {name} in {processes()} processes: torchrun spreads what is a folder with a transformers "
+            "model, or a name that transformers knows"
+        )
     try:
         if name == "smollm2":
             return LoadedModel(*load_smollm2())
@@ -64,7 +74,6 @@ def load_model(name: str) -> LoadedModel:
             return LoadedModel(PLAIN[name](), None)
         if name.startswith(TINY_PREFIX):
             return LoadedModel(tiny(name.removeprefix(TINY_PREFIX)), character_tokenizer())
-        path = Path(name).expanduser()
         if path.suffix in (GGUF, SAFETENSORS) and not path.is_file():
             raise LoadError(f"cannot load {name}: there is no such file")
         if path.suffix == GGUF:
@@ -79,7 +88,8 @@ def load_model(name: str) -> LoadedModel:
 
 
 def _from_pretrained(name: str | Path, **options: Any) -> LoadedModel:
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **options)
+    spread = {"distributed_config": DistributedConfig(tp_size=processes())} if processes() > 1 else {}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **spread, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError):

@@ -132,6 +132,12 @@ def test_what_is_refused_is_refused_by_all_in_the_same_words(ranks: list[dict[st
     assert first == second
 
 
+def test_the_command_line_writes_once_what_one_device_writes(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["command"] for rank in ranks)
+    assert first["output"] == first["alone"] != ""
+    assert second["output"] == ""
+
+
 def test_each_style_computes_what_transformers_does(ranks: list[dict[str, Any]]) -> None:
     for found in (rank["styles"] for rank in ranks):
         assert largest(found["transformers"], found["alone"]) < 1e-5

@@ -9,7 +9,9 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import kvmix_compile
+from kvmix_command.main import app
 from kvmix_compile import KVMixCache, KVMixError
+from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.shards import local_view
 
@@ -165,6 +169,25 @@ def of_refusals(twin: Any, model: Any, folder: Path, rank: int) -> dict[str, str
     return found
 
 
+def of_command(folder: Path, rank: int) -> dict[str, Any]:
+    """`kvmix generate` in both processes, and what is written on one device."""
+    tokenizer, prompt, output = character_tokenizer(), "The text that is gone on from.", StringIO()
+    if rank == 0:
+        tokenizer.save_pretrained(folder / "llama")
+    distributed.barrier()
+    words = ["generate", folder / "llama", "--plan", folder / "llama.json", "--prompt", prompt, "--max-new-tokens", 20]
+    with redirect_stdout(output):
+        app([str(word) for word in words], standalone_mode=False)
+    found = {"output": output.getvalue().strip()}
+    if rank == 0:
+        alone = kvmix_compile.apply(tiny("llama"), plan=folder / "llama.json")
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        written = alone.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        found["alone"] = tokenizer.decode(written, skip_special_tokens=True).strip()
+    distributed.barrier()
+    return found
+
+
 class Toy(nn.Module):
     """A module for every style that one linear layer or embedding can have."""
 
@@ -215,6 +238,7 @@ def main(folder: Path) -> None:
     found["on its own words"] = kvmix_compile.analyze(model, **OPTIONS).allocate(budget=2.3)
     # Of the one each process has some of the heads, of the other all.
     found["importance"] = {name: of_importance(name, folder, rank) for name in ("llama", "phi3")}
+    found["command"] = of_command(folder, rank)
     torch.save(found, folder / f"rank-{rank}.pt")
     distributed.destroy_process_group()
 
