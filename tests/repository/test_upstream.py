@@ -58,6 +58,8 @@ CALLED: dict[str, tuple[str, ...]] = {
     "torch.distributed._functional_collectives:all_reduce": ("reduceOp", "group"),
     "torch.distributed._functional_collectives:AsyncCollectiveTensor.trigger_wait": (),
     "torch.ops:_c10d_functional.wait_tensor.default": (),
+    # kvmix_compile/cli/loading.py.
+    "transformers.distributed.configuration_utils:DistributedConfig": ("tp_size",),
     "transformers.integrations.tensor_parallel:replace_layer_number_by_wildcard": ("name",),
     # passes/rewrite/lengths.py: an expression of sizes as Python writes it.
     "torch.utils._sympy.printers:PythonPrinter": (),
