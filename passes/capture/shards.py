@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 from kvmix_compile.passes.capture.module_tree import module_tree
@@ -55,17 +56,11 @@ def check_shards(model: nn.Module) -> None:
         style = _style_of(model, name) or _style_of(model, name.rpartition(".")[0])
         if isinstance(parameter, DTensor):
             _check_parameter(name, parameter, style, ranks)
+            _check_heads(name, parameter, style, model, ranks)
     for name, module in model.named_modules():
         style = _style_of(model, name)
         if style is not None:
             _check_module(name, module, style)
-    config: Any = getattr(model, "config", None)
-    heads = getattr(config and config.get_text_config(decoder=True), "num_key_value_heads", None)
-    if isinstance(heads, int) and heads % ranks.count:
-        raise CaptureError(
-            f"{heads} key and value heads cannot be spread evenly over {ranks.count} processes: start as many as "
-            "divide them"
-        )
 
 
 def _check_parameter(name: str, parameter: DTensor, style: str | None, ranks: Ranks) -> None:
@@ -80,6 +75,23 @@ def _check_parameter(name: str, parameter: DTensor, style: str | None, ranks: Ra
         raise CaptureError(
             f"the parameter {name}, {list(parameter.shape)}, is not spread evenly over {ranks.count} processes: start "
             "as many as divide it"
+        )
+
+
+def _check_heads(name: str, parameter: DTensor, style: str | None, model: nn.Module, ranks: Ranks) -> None:
+    """Raise CaptureError for a projection to keys or values whose heads would be cut: so many rows stay in parts."""
+    config = getattr(model, "config", None)
+    if style != "colwise" or not isinstance(config, PreTrainedConfig):
+        return
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int) or heads % ranks.count == 0:
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if parameter.shape[0] == heads * head_dim:
+        raise CaptureError(
+            f"the {heads} heads that {name} projects to cannot be spread evenly over {ranks.count} processes: start as "
+            "many as divide them"
         )
 
 

@@ -122,7 +122,10 @@ def test_a_file_of_another_process_or_a_damaged_one_is_refused_in_all(ranks: lis
         ("pickle", "cannot be pickled"),
         ("a style", "model.norm is spread over processes in a way that kvmix_compile does not know"),
         ("no style", "o_proj.weight is spread over processes otherwise than by the model's tp_plan"),
-        ("one head", "1 key and value heads cannot be spread evenly over 2 processes"),
+        (
+            "one head",
+            "heads that model.layers.0.self_attn.k_proj.weight projects to cannot be spread evenly over 2 processes",
+        ),
         ("odd", "model.embed_tokens.weight, [129, 128], is not spread evenly over 2 processes"),
     ],
 )
