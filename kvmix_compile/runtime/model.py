@@ -162,7 +162,9 @@ class CompiledModel(nn.Module):
         given = one_of({"cache": cache, "past_key_values": past_key_values})
         seen = self._check_cache(given)
         if seen == 0:
-            self.kvmix_changes.check()
+            with program.ranks.together():
+                self.kvmix_changes.check()
+            program.check_same_text(input_ids)
         options = self._check_options(kwargs)
         with as_captured():
             position_ids, left = left_to_own_forward(program, super().forward, input_ids, position_ids, options, seen)

@@ -91,6 +91,17 @@ class Program:
                 "prompt, or continue with a new cache"
             )
 
+    def check_same_text(self, input_ids: Tensor | None) -> None:
+        """Raise InputError, in all processes that the weights are spread over, where they were given different texts."""
+        if self.ranks.count == 1 or not isinstance(input_ids, Tensor):
+            return
+        given = self.ranks.told((tuple(input_ids.shape), hash(tuple(input_ids.flatten().tolist()))))
+        if any(other != given[0] for other in given):
+            raise InputError(
+                f"the {self.ranks.count} processes that the model's weights are spread over were given different token "
+                "ids: pass the same ones in all, and seed them alike where they sample"
+            )
+
     def compile(self) -> InductorGraph:
         """Have Inductor compile the rewritten graph, when it is first called."""
         self.inductor = InductorGraph(self.rewritten.module, self.own_plan.layouts(), self.dtypes, self.device)

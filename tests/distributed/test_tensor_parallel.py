@@ -118,6 +118,7 @@ def test_a_file_of_another_process_or_a_damaged_one_is_refused_in_all(ranks: lis
         ("other budgets", "asked for different plans, budgets or options"),
         ("compile", "spread over 2 processes, and Inductor does not compile such a graph"),
         ("backend", "which torch.compile's backend 'kvmix' does not take"),
+        ("other texts", "were given different token ids"),
         ("copy", "cannot be copied"),
         ("pickle", "cannot be pickled"),
         ("a style", "model.norm is spread over processes in a way that kvmix_compile does not know"),

@@ -147,6 +147,7 @@ def of_refusals(twin: Any, model: Any, folder: Path, rank: int) -> dict[str, str
         ),
         "other budgets": refused(lambda: kvmix_compile.apply(model, budget=2.3 + rank, calibration=rows(2, 160))),
         "compile": refused(lambda: kvmix_compile.apply(model, plan=plan, compile=True)),
+        "other texts": refused(lambda: twin(ids + rank)),
         "copy": refused(lambda: copy.deepcopy(twin)),
         "pickle": refused(lambda: pickle.dumps(twin)),
         "backend": refused(lambda: torch.compile(model, backend="kvmix", options={"plan": plan})(ids)),
