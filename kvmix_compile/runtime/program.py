@@ -92,7 +92,7 @@ class Program:
             )
 
     def check_same_text(self, input_ids: Tensor | None) -> None:
-        """Raise InputError, in all processes that the weights are spread over, where they were given different texts."""
+        """Raise InputError, in all processes that the weights are spread over, where their texts are not the same."""
         if self.ranks.count == 1 or not isinstance(input_ids, Tensor):
             return
         given = self.ranks.told((tuple(input_ids.shape), hash(tuple(input_ids.flatten().tolist()))))
