@@ -23,6 +23,8 @@ ROOMS = (
 LAZY = {
     # A compiled model is unpickled by applying its plan to its original again, and whatever pickles is in the runtime.
     ("runtime.pickling", "compiler"),
+    # One is refreshed by applying its plan to itself.
+    ("runtime.refresh", "compiler"),
 }
 
 
