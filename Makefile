@@ -18,7 +18,7 @@ PYTEST ?= -n auto --dist loadfile --no-loadscope-reorder
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 # What meets other libraries' interfaces; the arithmetic below them is the same.
 RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_docs.py runtime/test_model.py \
-  runtime/test_generation.py runtime/test_carried.py runtime/test_inductor.py backend/test_backend.py \
+  runtime/test_generation.py runtime/test_carried.py runtime/test_inductor.py runtime/test_kept.py backend/test_backend.py \
   passes/capture/test_capture.py passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 CLIENTS_VENV ?= .venv-clients
