@@ -1,16 +1,23 @@
 """What each of several devices holds."""
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from kvmix_compile.errors import UnsupportedModelError
+from kvmix_compile.fit.caches import unquantized
 from kvmix_compile.fit.devices import share
 from kvmix_compile.fit.sketch import Sketch, sketch
 from kvmix_compile.fit.weightless import weightless
 from tests.helpers.one_capture import zoo
+from tests.helpers.repository import ROOT
+
+ROWS, TOKENS = 2, 50
 
 
 @cache
@@ -54,3 +61,15 @@ def test_a_model_that_transformers_does_not_divide_is_refused() -> None:
     model = zoo("hand_written")
     with pytest.raises(UnsupportedModelError, match="no plan to divide HandWritten.*--devices 1"):
         share(model, sketch(model), 2)
+
+
+def test_it_is_what_each_of_two_processes_holds(tmp_path: Path) -> None:
+    zoo("llama").save_pretrained(tmp_path)
+    program = ["-m", "tests.fit.run_divided", tmp_path, ROWS, TOKENS]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *program]
+    done = subprocess.run(list(map(str, torchrun)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    weights, held = map(int, done.stdout.split())
+    found = share(*drawn("llama"), 2)
+    assert found.weight_bytes == weights
+    assert ROWS * unquantized("float32", found.cached).row_bytes(TOKENS) == held
