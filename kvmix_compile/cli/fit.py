@@ -45,10 +45,13 @@ def fit(
 
 
 def _tokens(context: int | None, drawn: Sketch) -> int:
-    """Raises LoadError where no number of tokens is told, and the model has none."""
+    """Raises LoadError where no number of tokens is told, by the model neither."""
     tokens = context or drawn.longest_context
     if tokens is None:
-        raise LoadError("this model takes texts of any length: say with --context how many tokens the cache is to hold")
+        raise LoadError(
+            "the configuration does not say how many tokens this model takes: say with --context how many the cache is "
+            "to hold"
+        )
     return tokens
 
 

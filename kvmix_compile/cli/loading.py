@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +34,8 @@ NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in TOYS), *PLAIN)
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 # How long huggingface.co has to answer the first question: a slow line does, and one that is down is soon given up.
 HUB_SECONDS = 5
+# Of what others say is wrong, in a message of ours.
+MESSAGE_CHARACTERS = 300
 
 
 class LoadError(KVMixError):
@@ -94,8 +97,10 @@ def load_on_paper(name: str, dtype: torch.dtype | None) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(path if path.exists() else name, **options)
         return weightless(config, dtype or config.dtype or torch.bfloat16)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise LoadError(f"cannot make a model of the configuration of {name}: {error}") from error
+    except (ImportError, OSError, ValueError, KeyError, StrictDataclassError) as error:
+        # transformers may list every architecture that it has.
+        reason = shorten(str(error), MESSAGE_CHARACTERS, placeholder=" ..")
+        raise LoadError(f"cannot make a model of the configuration of {name}: {reason}") from error
 
 
 def _from_pretrained(name: str | Path, **options: Any) -> LoadedModel:

@@ -1,6 +1,7 @@
 """`kvmix fit`: what it prints, writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,20 @@ def test_what_cannot_be_told_is_refused(arguments: list[object], reason: str) ->
     assert reason in result.stderr
 
 
-def test_a_configuration_of_no_language_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+@pytest.mark.parametrize(
+    ("configuration", "reason"),
+    [
+        ('{"model_type": "vit"}', "Unrecognized configuration class"),
+        ('{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7}', "not a multiple"),
+        ("{", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_of_no_language_model_is_refused(tmp_path: Path, configuration: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(configuration)
     result = kvmix("fit", tmp_path)
     assert result.exit_code == 1
-    assert "cannot make a model of the configuration" in result.stderr
+    assert re.search(f"cannot make a model of the configuration of .*{reason}", result.stderr)
+    assert len(result.stderr) < 600
 
 
 def test_the_perplexities_are_those_that_were_measured() -> None:
