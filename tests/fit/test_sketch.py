@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kvmix_compile.compiler import find
 from kvmix_compile.errors import CaptureError
 from kvmix_compile.fit import sketch as sketching
+from kvmix_compile.fit.layers import Layers, find_layers
 from kvmix_compile.fit.sketch import Sketch, sketch
 from kvmix_compile.fit.weightless import weightless
 from kvmix_compile.models_zoo.tiny import tiny
@@ -70,23 +72,21 @@ def test_all_layers_are_captured_of_a_model_that_does_not_run_with_few(monkeypat
     assert len(drawn.sites) == 3
 
 
-def test_all_layers_are_captured_where_two_of_a_kind_are_found_to_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = counting_captures(monkeypatch)
-    config = tiny("gemma3", **ALTERNATING).config
-    monkeypatch.setattr(sketching, "find_layers", lambda model: _blind(model))
-    drawn = sketch(weightless(config, torch.float32))
-    assert captured == [2, 4]
-    assert [site.window for site in drawn.sites] == [24, 0, 24, 0]
-
-
-def _blind(model: Any) -> Any:
-    """The layers of a model, taken to be all of one kind."""
-    from kvmix_compile.fit.layers import find_layers
-
+def taken_to_be_alike(model: nn.Module) -> Layers:
+    """The layers of a model, said to be all of one kind."""
     found = find_layers(model)
     assert found is not None
     vars(found)["kinds"] = ("the same",) * len(found.modules)
     return found
+
+
+def test_all_layers_are_captured_where_two_of_a_kind_are_found_to_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = counting_captures(monkeypatch)
+    config = tiny("gemma3", **ALTERNATING).config
+    monkeypatch.setattr(sketching, "find_layers", taken_to_be_alike)
+    drawn = sketch(weightless(config, torch.float32))
+    assert captured == [2, 4]
+    assert [site.window for site in drawn.sites] == [24, 0, 24, 0]
 
 
 def test_a_model_that_is_no_list_of_layers_is_captured_whole() -> None:
