@@ -15,7 +15,7 @@ ROOMS = (
     "passes.measure", "passes",
     "errors", "english", "progress", "config", "report",
     "runtime", "calibration", "model_check", "compiler", "pretrained",
-    "models_zoo", "backend", "evaluate", "cli",
+    "fit", "models_zoo", "backend", "evaluate", "cli",
     "",  # kvmix_compile itself, which only hands names on
 )  # fmt: skip
 
