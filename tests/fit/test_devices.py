@@ -15,7 +15,6 @@ from kvmix_compile.fit.devices import share
 from kvmix_compile.fit.sketch import Sketch, sketch
 from kvmix_compile.fit.weightless import weightless
 from tests.helpers.one_capture import zoo
-from tests.helpers.repository import ROOT
 
 ROWS, TOKENS = 2, 50
 
@@ -65,9 +64,9 @@ def test_a_model_that_transformers_does_not_divide_is_refused() -> None:
 
 def test_it_is_what_each_of_two_processes_holds(tmp_path: Path) -> None:
     zoo("llama").save_pretrained(tmp_path)
-    program = ["-m", "tests.fit.run_divided", tmp_path, ROWS, TOKENS]
+    program = [Path(__file__).with_name("run_divided.py"), tmp_path, ROWS, TOKENS]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *program]
-    done = subprocess.run(list(map(str, torchrun)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, torchrun)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     weights, held = map(int, done.stdout.split())
     found = share(*drawn("llama"), 2)
