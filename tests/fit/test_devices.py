@@ -1,5 +1,6 @@
 """What each of several devices holds."""
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +16,7 @@ from kvmix_compile.fit.devices import share
 from kvmix_compile.fit.sketch import Sketch, sketch
 from kvmix_compile.fit.weightless import weightless
 from tests.helpers.one_capture import zoo
+from tests.helpers.repository import ROOT
 
 ROWS, TOKENS = 2, 50
 
@@ -66,7 +68,8 @@ def test_it_is_what_each_of_two_processes_holds(tmp_path: Path) -> None:
     zoo("llama").save_pretrained(tmp_path)
     program = [Path(__file__).with_name("run_divided.py"), tmp_path, ROWS, TOKENS]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *program]
-    done = subprocess.run(list(map(str, torchrun)), capture_output=True, text=True, timeout=300)
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, torchrun)), env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     weights, held = map(int, done.stdout.split())
     found = share(*drawn("llama"), 2)
