@@ -18,11 +18,12 @@ PYTEST ?= -n auto --dist loadfile --no-loadscope-reorder
 OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0
 # What meets other libraries' interfaces; the arithmetic below them is the same.
 RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_docs.py runtime/test_model.py \
-  runtime/test_generation.py runtime/test_carried.py runtime/test_inductor.py backend/test_backend.py \
+  runtime/test_generation.py runtime/test_carried.py runtime/test_inductor.py runtime/test_kept.py backend/test_backend.py \
   passes/capture/test_capture.py passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
+CLIENTS_VENV ?= .venv-clients
 
-.PHONY: demo test test-compiled test-releases check docs fuzz sweep instructions ptx gpu clean
+.PHONY: demo test test-compiled test-releases clients check docs fuzz sweep instructions ptx gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -43,6 +44,13 @@ test-releases:
 	@$(OLD_VENV)/bin/python -m pip --quiet --disable-pip-version-check install -c $(OLD_VENV)/constraints.txt \
 	  $(OLDEST) -e '.[test]'
 	@$(OLD_VENV)/bin/python -m pytest $(PYTEST) $(RELEASE_TESTS)
+
+# The tools of docs/clients.md, in an environment of their own: LangChain's asks for an older huggingface_hub.
+clients:
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt torch==2.13.0
+	@$(CLIENTS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt -e '.[test,clients]'
+	@$(CLIENTS_VENV)/bin/python -m pytest -q tests/clients 'tests/repository/test_docs.py::test_examples_run[docs/clients.md]'
 
 # The links in kvmix_compile/ show mypy the folders where users import them.
 check: $(READY)

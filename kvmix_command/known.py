@@ -14,6 +14,9 @@ MODELS = (
     "tiny:bert", "tiny:t5", "tiny:mamba", "hand_written", "fused_arange", "convolution",
 )  # fmt: skip
 
+# kvmix_compile.cli.fit.DTYPES.
+DTYPES = ("bfloat16", "float16", "float32")
+
 # kvmix_compile.config.
 DEFAULT_BUDGET = 2.3
 POLICIES = ("fisher", "kvmix", "uniform")

@@ -1,4 +1,5 @@
-"""The commands, `kvmix doctor`, `plan`, `report`, `generate`, `chat`, `serve` and `eval`: what each takes and says.
+"""The commands, `kvmix doctor`, `fit`, `plan`, `report`, `generate`, `chat`, `serve` and `eval`: what each takes and
+says.
 
 The body of a command is what can be checked before anything is imported. What it does is a function of the same name
 and with the same parameters, in kvmix_compile.cli.
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 from kvmix_command.known import (
     BASELINES,
     DEFAULT_POLICY,
+    DTYPES,
     PACKAGES,
     PASSKEY_LENGTH,
     POLICIES,
@@ -39,6 +41,8 @@ from kvmix_command.options import (
     StorageBudget,
     check_one_of,
     choice,
+    memory_bytes,
+    models_and_folders,
     writable,
 )
 
@@ -96,6 +100,38 @@ def kvmix(
 @done_by("kvmix_compile.cli.doctor")
 def doctor(name: ModelName, json_file: JsonFile = None) -> None:
     """What is found in MODEL, layer by layer, and why anything is not. Exits with 1 where it cannot be compiled."""
+
+
+@app.command()
+@done_by("kvmix_compile.cli.fit")
+def fit(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A config.json, a folder with one, a name that transformers knows, or one of the models zoo: of a "
+            "model nothing is loaded but its configuration.",
+            autocompletion=models_and_folders,
+        ),
+    ],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in each row of the cache (default: as many as MODEL takes).")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the cache: texts at a time.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Devices among which transformers divides MODEL.")] = 1,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE", parser=memory_bytes,
+            help="Of each device, such as 80GB or 80GiB: then also the largest batch and context that fit.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, choice("--dtype", DTYPES, "Of MODEL's weights and keys and values (default: as it is kept)")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """How large MODEL's cache is at 16 bits, at fp8 and at several budgets, and how many tokens fit; on paper."""
 
 
 @app.command("plan")

@@ -1,5 +1,6 @@
 """What several commands take, and what of it can be checked before anything is loaded."""
 
+import re
 from collections.abc import Iterator, Sequence
 from os import W_OK, access
 from pathlib import Path
@@ -11,12 +12,26 @@ from kvmix_command.known import DEFAULT_BUDGET, MODELS, POLICIES
 
 STANDARD_OUTPUT = Path("-")
 
+# A number of bytes as people write it: 80GB is eighty times a thousand million, 80GiB eighty times 2**30.
+_MEMORY = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<prefix>[KMGT])(?P<binary>i)?)?B", re.IGNORECASE)
+_PREFIXES = "KMGT"
+
 
 def writable(path: Path | None) -> Path | None:
     """The path as it is. Raises typer.BadParameter where no file can be made there."""
     if path is not None and path != STANDARD_OUTPUT and not (path.parent.is_dir() and access(path.parent, W_OK)):
         raise typer.BadParameter(f"cannot write {path}: give a file in a folder that exists and can be written to")
     return path
+
+
+def memory_bytes(written: str) -> int:
+    """How many bytes that is. Raises typer.BadParameter where it is no number of bytes, or none at all."""
+    read = _MEMORY.fullmatch(written.strip())
+    power = _PREFIXES.index(read["prefix"].upper()) + 1 if read and read["prefix"] else 0
+    count = int(float(read["number"]) * (1024 if read["binary"] else 1000) ** power) if read else 0
+    if not count:
+        raise typer.BadParameter(f"{written} is no number of bytes: write 80GB (80 * 1000**3) or 80GiB (80 * 1024**3)")
+    return count
 
 
 def models_and_folders(incomplete: str) -> Iterator[str]:

@@ -39,10 +39,12 @@ def _check_module(model: nn.Module) -> None:
 
 def _check_weights(model: nn.Module) -> None:
     weights = list(model.parameters())
-    if any(weight.device.type == "meta" for weight in weights):
+    held = (*model.named_parameters(), *model.named_buffers())
+    absent = next((name for name, tensor in held if tensor.is_meta), None)
+    if absent is not None:
         raise CaptureError(
-            "weights of the model are not in memory but offloaded, or on the meta device: load it onto one device, "
-            "without offloading (device_map={'': 0} or {'': 'cpu'})"
+            f"{absent} of the model is not in memory but offloaded, or on the meta device: load the model onto one "
+            "device, without offloading (device_map={'': 0} or {'': 'cpu'})"
         )
     for path, module in model.named_modules():
         if any(isinstance(held, torch.ScriptObject) for held in vars(module).values()):

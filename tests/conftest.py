@@ -55,6 +55,9 @@ LONGEST = (
     "passes/measure/test_exponents.py",
     "kernels/test_attend.py",
     "evaluate/test_evaluation.py",
+    "fit/test_caches.py",
+    "fit/test_devices.py",
+    "cli/test_fit.py",
 )
 
 

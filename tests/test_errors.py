@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -59,6 +61,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[KVMixError], str]] = {
     "compiled by torch": (lambda: torch.compile(tiny("llama"), backend="eager"), CaptureError, r"model\._orig_mod"),
     "in parallel": (lambda: nn.DataParallel(tiny("llama")), CaptureError, r"a DataParallel wraps.*model\.module"),
     "not in memory": (lambda: tiny("llama").to("meta"), CaptureError, r"offloaded.*onto one device"),
+    "offloaded to memory": (
+        lambda: cpu_offload(tiny("llama"), execution_device="cpu"),
+        CaptureError,
+        r"model\.embed_tokens\.weight of the model is not in memory but offloaded.*onto one device",
+    ),
+    "offloaded to a disk": (lambda: offloaded_to_a_disk(), CaptureError, r"not in memory but offloaded"),
     "packed weights": (lambda: with_packed_weights(), CaptureError, r"q_proj.*packed for torch\.ao.*before it was"),
     "no weights": (lambda: Weightless().eval(), CaptureError, r"no floating-point parameter"),
 }
@@ -71,6 +79,11 @@ def with_packed_weights() -> nn.Module:
         packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(torch.ones(8, 8), 0.1, 0, torch.qint8))
     model.model.layers[0].self_attn.q_proj.packed = packed
     return model
+
+
+def offloaded_to_a_disk() -> nn.Module:
+    with TemporaryDirectory() as folder:  # where nothing is read again
+        return disk_offload(tiny("llama"), folder, execution_device="cpu")
 
 
 class Weightless(nn.Module):

@@ -5,16 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from kvmix_command.launched import processes
 from kvmix_compile.errors import KVMixError
+from kvmix_compile.fit.weightless import weightless
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.gguf import load_gguf, load_gguf_tokenizer
 from kvmix_compile.models_zoo.plain import convolution, fused_arange, hand_written
@@ -33,6 +36,8 @@ NAMES = ("smollm2", *(f"{TINY_PREFIX}{name}" for name in TOYS), *PLAIN)
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 # How long huggingface.co has to answer the first question: a slow line does, and one that is down is soon given up.
 HUB_SECONDS = 5
+# Of what others say is wrong, in a message of ours.
+MESSAGE_CHARACTERS = 300
 
 
 class LoadError(KVMixError):
@@ -85,6 +90,26 @@ def load_model(name: str) -> LoadedModel:
         raise LoadError(f"there is no model {name}; the models zoo has {', '.join(NAMES)}") from error
     except (ImportError, OSError, ValueError) as error:
         raise LoadError(f"cannot load {name}: {error}") from error
+
+
+def load_on_paper(name: str, dtype: torch.dtype | None) -> nn.Module:
+    """The model that `name` stands for, as in load_model, or that a config.json describes, without its weights. Of
+    the models zoo, and of a GGUF file, with them.
+
+    dtype: None: the one that it is kept in. Raises LoadError, saying what there is, where there is no such model.
+    """
+    path = Path(name).expanduser()
+    if name in NAMES or name.startswith(TINY_PREFIX) or path.suffix == GGUF:
+        model = load_model(name).model
+        return model if dtype is None else model.to(dtype)
+    options: dict[str, Any] = {} if path.exists() else _how_to_download(name)
+    try:
+        config = AutoConfig.from_pretrained(path if path.exists() else name, **options)
+        return weightless(config, dtype or config.dtype or torch.bfloat16)
+    except (ImportError, OSError, ValueError, KeyError, StrictDataclassError) as error:
+        # transformers may list every architecture that it has.
+        reason = shorten(str(error), MESSAGE_CHARACTERS, placeholder=" ..")
+        raise LoadError(f"cannot make a model of the configuration of {name}: {reason}") from error
 
 
 def _from_pretrained(name: str | Path, **options: Any) -> LoadedModel:

@@ -23,4 +23,6 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     """How much the worst token's logits differ, `[.., tokens, vocabulary]`, as a share of their standard deviation."""
     if actual.shape != expected.shape:
         return torch.inf
+    if torch.equal(actual, expected):  # without a standard deviation, perhaps
+        return 0.0
     return ((actual - expected).square().mean(-1).sqrt().max() / expected.std()).item()

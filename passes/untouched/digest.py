@@ -82,7 +82,8 @@ def _of_namespace(names: Names) -> Iterator[str]:
         # Python's own notes of a class or file are no code: paths, documentation, what pickling found.
         if value is MISSING or (name.startswith("__") and not callable(value)):
             continue
-        yield f"{label}.{name} = {_told(value)}"
+        # Tables of a file are looked up in, and may be made in the order of a set, another in every process.
+        yield f"{label}.{name} = {_listed(sorted(_entries(value, DEPTH))) if isinstance(value, dict) else _told(value)}"
 
 
 def _told(value: Any, depth: int = DEPTH) -> str:
@@ -107,12 +108,16 @@ def _told(value: Any, depth: int = DEPTH) -> str:
     if isinstance(value, functools.partial):
         return _told((value.func, value.args, value.keywords), depth - 1)
     if isinstance(value, dict):
-        return _listed(f"{_told(key, depth - 1)}: {_told(held, depth - 1)}" for key, held in held_by(value).items())
+        return _listed(_entries(value, depth))
     if isinstance(value, set | frozenset):
         return _listed(sorted(_told(held, depth - 1) for held in value))
     if isinstance(value, Container | tuple):
         return _listed(_told(held, depth - 1) for held in value)
     return _name(value)
+
+
+def _entries(table: dict[Any, Any], depth: int) -> Iterator[str]:
+    return (f"{_told(key, depth - 1)}: {_told(held, depth - 1)}" for key, held in held_by(table).items())
 
 
 def _listed(told: Iterable[str]) -> str:

@@ -23,19 +23,17 @@ from kvmix_compile import KVMixCache
 from kvmix_compile.cli import serve
 from kvmix_compile.cli.watch import Held, Watched
 from kvmix_compile.models_zoo.characters import character_tokenizer
+from tests.helpers.chats import chat_tokenizer
 from tests.helpers.toy_llama import RECENT, SINKS, ids, original, quantized
 
 PROMPT = "One ring to rule them all, one ring to find them. " * 5
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 GREEDY: dict[str, Any] = {"model": "toy", "max_tokens": 12, "temperature": 0}
 CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    made = character_tokenizer()
-    made.chat_template = TEMPLATE
-    return made
+    return chat_tokenizer()
 
 
 @pytest.fixture(scope="module")

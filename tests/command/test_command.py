@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from kvmix_command import main
 from kvmix_command.known import MODELS
 from kvmix_command.main import app
-from kvmix_command.options import models_and_folders
+from kvmix_command.options import memory_bytes, models_and_folders
 from tests.helpers.repository import ROOT
 
 HEAVY = ("torch", "transformers", "kvmix_compile", "numpy")
@@ -69,6 +69,10 @@ def kvmix(*arguments: object) -> Result:
         (["plan", "--calibration", "missing.txt"], "'missing.txt' does not exist"),
         (["plan", "--context", "0"], "Invalid value for '--context'"),
         (["doctor", "--json", "no/such/folder/found.json"], "a folder that exists"),
+        (["fit", "--memory", "80"], "80 is no number of bytes: write 80GB"),
+        (["fit", "--memory", "0GB"], "0GB is no number of bytes"),
+        (["fit", "--batch", "0"], "Invalid value for '--batch'"),
+        (["fit", "--dtype", "int4"], "there is no dtype int4; choose from bfloat16, float16, float32"),
         (["generate"], "give a prompt"),
         (["generate", "--prompt", "x", "--prompt-file", __file__], "give a prompt: either"),
         (["generate", "--prompt", " "], "the prompt is empty"),
@@ -93,6 +97,14 @@ def test_what_cannot_be_meant_is_refused(arguments: list[str], message: str) -> 
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5 tb", 15 * 10**11), ("512kB", 512_000), ("7B", 7)],
+)
+def test_memory_is_read_as_it_is_written(written: str, count: int) -> None:
+    assert memory_bytes(written) == count
 
 
 def test_models_are_completed(tmp_path: Path) -> None:

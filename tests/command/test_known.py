@@ -9,7 +9,7 @@ import typer
 from kvmix_command import known
 from kvmix_command.main import app
 from kvmix_compile import config
-from kvmix_compile.cli import efforts, loading
+from kvmix_compile.cli import efforts, fit, loading
 from kvmix_compile.evaluate import passkey, puzzles, records, tasks
 from kvmix_compile.evaluate.baselines import BASELINES
 from kvmix_compile.passes.allocate.policies import POLICIES
@@ -18,6 +18,7 @@ from kvmix_compile.passes.allocate.policies import POLICIES
 def test_names_are_those_that_there_are() -> None:
     assert known.MODELS == loading.NAMES
     assert tuple(POLICIES) == known.POLICIES
+    assert tuple(fit.DTYPES) == known.DTYPES
     assert known.BASELINES == BASELINES
     assert tuple(puzzles.PUZZLES) == known.TASKS
     assert known.PACKAGES == records.PACKAGES

@@ -15,7 +15,7 @@ ROOMS = (
     "passes.measure", "passes",
     "errors", "english", "progress", "config", "report",
     "runtime", "calibration", "model_check", "compiler", "pretrained",
-    "models_zoo", "backend", "evaluate", "cli",
+    "fit", "models_zoo", "backend", "evaluate", "cli",
     "",  # kvmix_compile itself, which only hands names on
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ ROOMS = (
 LAZY = {
     # A compiled model is unpickled by applying its plan to its original again, and whatever pickles is in the runtime.
     ("runtime.pickling", "compiler"),
-    # As above: captured anew, it is compiled by its own plan.
+    # One is refreshed by applying its plan to itself.
     ("runtime.refresh", "compiler"),
 }
 

@@ -122,6 +122,15 @@ def test_another_number_in_the_code_is_seen() -> None:
     assert digest(model(2.0)) == digest(model(2.0)) != digest(model(2.5))
 
 
+def test_a_files_tables_are_told_whatever_their_order() -> None:
+    def model(table: str) -> nn.Module:
+        namespace: dict[str, type[nn.Module]] = {"Module": nn.Module}
+        exec(f"TABLE = {table}\nclass Own(Module):\n def forward(self, x): return x * TABLE['a']", namespace)
+        return namespace["Own"]()
+
+    assert digest(model("{'a': 1, 'b': 2}")) == digest(model("{'b': 2, 'a': 1}")) != digest(model("{'a': 2, 'b': 1}"))
+
+
 class Closing(nn.Module):
     """Does what the function that it holds does."""
 
