@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,7 @@ from kvmix_compile.errors import VerifyError
 from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime import kept
-from tests.helpers.one_capture import applied, zoo
+from tests.helpers.one_capture import applied
 from tests.helpers.toy_llama import ids, quantized, quantized_twin
 
 
@@ -40,9 +41,15 @@ def plan(name: str = "llama") -> Plan:
     return quantized_twin(name).kvmix_plan
 
 
+@cache
+def model(name: str) -> PreTrainedModel:
+    """Those that all tests share bear marks of having generated, which a digest tells."""
+    return tiny(name)
+
+
 def first(name: str = "llama", **options: object) -> PreTrainedModel:
-    """Compiled as in a first process, except that other tests have captured the model."""
-    return applied(zoo(name), **{"plan": plan(name), **options})
+    """Compiled as in a first process, except that it is captured once in all."""
+    return applied(model(name), **{"plan": plan(name), **options})
 
 
 def second(name: str = "llama", **options: object) -> PreTrainedModel:
