@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvmix_compile.errors import CacheError
 from kvmix_compile.passes.files import replacing
+from kvmix_compile.passes.untouched.digest import sampled
 
 FORMAT = "kvmix-cache"
 # To be raised when the bytes of a state change their meaning (kernels/format/packing.py, kernels/format/state.py), or
@@ -23,9 +24,6 @@ FORMAT = "kvmix-cache"
 VERSION = 4
 # Versions that are still read, and in which other words each named tensors.
 OLDER: dict[str, dict[str, str]] = {"2": {"tail_": "recent_"}, "3": {}}
-
-# Elements of each weight by which two checkpoints are told apart.
-SAMPLED_ELEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {getattr(tensor, 'dtype', None)} {getattr(tensor, 'shape', None)}".encode())
         # A weight that is stored as something else than its elements has no cheap sample of them.
         if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
-            elements = tensor.detach().reshape(-1)
-            sample = elements[:: -(-len(elements) // SAMPLED_ELEMENTS)].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().data)
+            digest.update(sampled(tensor))
     return digest.hexdigest()
 
 

@@ -20,14 +20,12 @@ from torch import Tensor, fx, nn
 
 from kvmix_compile.kernels.cache_folder import cache_folder
 from kvmix_compile.passes.allocate.plan import Plan
-from kvmix_compile.passes.capture.captured import MODEL
-from kvmix_compile.passes.capture.export import bind
-from kvmix_compile.passes.capture.single_nodes import SingleNode, StatefulModule
+from kvmix_compile.passes.capture.single_nodes import StatefulModule
 from kvmix_compile.passes.files import replacing
 from kvmix_compile.passes.graph.plain import PlainNode, as_graph, as_plain
 from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
 from kvmix_compile.passes.rewrite import original
-from kvmix_compile.passes.rewrite.rewrite import Rewritten
+from kvmix_compile.passes.rewrite.rewrite import Rewritten, constants, over, single_nodes
 from kvmix_compile.passes.untouched.digest import digest
 from kvmix_compile.passes.untouched.untouched import untouched
 from kvmix_compile.runtime.cache import KVMixCache
@@ -67,8 +65,8 @@ class Kept:
         module = program.rewritten.module
         return cls(
             nodes=as_plain(module.graph),
-            constants=dict(module.named_buffers(recurse=False)),
-            single_nodes={name: one.stateful for name, one in module.named_children() if isinstance(one, SingleNode)},
+            constants=constants(program.rewritten),
+            single_nodes=single_nodes(program.rewritten),
             reads=dict(_reads(module)),
             rewritten={name: held for name, held in _fields(program.rewritten).items() if name != "module"},
             program={name: held for name, held in _fields(program).items() if name not in _MADE_ANEW},
@@ -76,13 +74,7 @@ class Kept:
 
     def of_model(self, model: nn.Module) -> Program:
         """The program again. Raises LookupError, or AttributeError, where the model has not what the graph reads."""
-        root = nn.Module()
-        root.add_module(MODEL, model)
-        for name, stateful in self.single_nodes.items():
-            root.add_module(name, SingleNode(model, stateful))
-        for name, constant in self.constants.items():
-            root.register_buffer(name, constant, persistent=False)
-        module = bind(root, as_graph(self.nodes))
+        module = over(model, as_graph(self.nodes), self.single_nodes, self.constants)
         if dict(_reads(module)) != self.reads:
             raise LookupError("the model's tensors are others")
         device = next(parameter.device for parameter in model.parameters() if parameter.is_floating_point())
@@ -171,8 +163,7 @@ def _own_code() -> str:
 def _gives_logits_of(program: Program, model: nn.Module) -> bool:
     """Whether a program gives the model's own logits for a short text and a step of decoding."""
     length = min(sum(CHUNKS), program.longest_context or sum(CHUNKS))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(program.vocabulary, (1, length), generator=generator).to(program.device)
+    ids = program.random_ids(length)
     with untouched(model):
         expected = original.whole(model, ids)
     held, logits = KVMixCache(program.format), []

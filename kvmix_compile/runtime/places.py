@@ -40,7 +40,7 @@ def find_places(model: Any, forward: Callable[..., Any]) -> Places:
     """
     program: Program = model.kvmix_program
     length = 1 if program.numbering.together else min(TOKENS, program.longest_context or TOKENS)
-    ids = torch.randint(program.vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(program.device)
+    ids = program.random_ids(length)
     positions = {"position_ids": torch.arange(length, device=ids.device)[None]} if program.numbering.is_input else {}
     recording, held = _Recording(), KVMixCache(model)
     forward(input_ids=ids, **{program.cache_name: recording}, **caching(forward, True), **positions)

@@ -83,6 +83,11 @@ class Program:
             if self.inductor is not None:
                 self.compile()
 
+    def random_ids(self, tokens: int) -> Tensor:
+        """Token ids to try the model on, int64 `[1, tokens]`, the same each time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary, (1, tokens), generator=generator).to(self.device)
+
     def check_length(self, tokens: int) -> None:
         """Raise InputError for a text of more tokens than the model has positions."""
         if self.longest_context is not None and tokens > self.longest_context:

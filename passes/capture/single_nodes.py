@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -163,10 +163,6 @@ class SingleNode(nn.Module):
         self.stateful = stateful
         # Not a submodule: it is one of the model already.
         self._module = (model.get_submodule(stateful.path),)
-
-    def over(self, model: nn.Module) -> Self:
-        """The same of another model, a copy of its own."""
-        return type(self)(model, self.stateful)
 
     def forward(self, states: Sequence[Tensor | None], starts: Tensor | None, *given: Tensor) -> tuple[Tensor, ...]:
         """As the class says."""

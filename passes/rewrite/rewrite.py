@@ -5,7 +5,7 @@ The mask and everything only it needed dies, and the graph gains the cache's ten
 prefill, chunked prefill and decode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from kvmix_compile.kernels.weighting import Weighting
 from kvmix_compile.passes.allocate.plan import StoredSite
 from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
-from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode
+from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode, StatefulModule
 from kvmix_compile.passes.graph.edit import accept_any_strides, add_inputs, clean_up, copy_of
 from kvmix_compile.passes.graph.record import PassRecord, recorded
 from kvmix_compile.passes.match.masks import ScoreFunction
@@ -92,15 +92,32 @@ def rewrite(
 
 def rebind(rewritten: Rewritten, model: nn.Module) -> Rewritten:
     """The same graph over the weights of `model`, which must be a copy of the model that it was made from."""
+    graph, _ = copy_of(rewritten.module.graph)
+    return replace(rewritten, module=over(model, graph, single_nodes(rewritten), constants(rewritten)))
+
+
+def single_nodes(rewritten: Rewritten) -> dict[str, StatefulModule]:
+    """What stateful modules its graph calls, by their names in it."""
+    children = rewritten.module.named_children()
+    return {name: child.stateful for name, child in children if isinstance(child, SingleNode)}
+
+
+def constants(rewritten: Rewritten) -> dict[str, Tensor]:
+    """The graph's own tensors, by their names in it."""
+    return dict(rewritten.module.named_buffers(recurse=False))
+
+
+def over(
+    model: nn.Module, graph: fx.Graph, stateful: Mapping[str, StatefulModule], own: Mapping[str, Tensor]
+) -> fx.GraphModule:
+    """A rewritten graph over a model that it is right for, with its single nodes and constants."""
     root = nn.Module()
     root.add_module(MODEL, model)
-    for name, child in rewritten.module.named_children():
-        if isinstance(child, SingleNode):
-            root.add_module(name, child.over(model))
-    for name, buffer in rewritten.module.named_buffers(recurse=False):
-        root.register_buffer(name, buffer, persistent=False)
-    graph, _ = copy_of(rewritten.module.graph)
-    return replace(rewritten, module=bind(root, graph))
+    for name, one in stateful.items():
+        root.add_module(name, SingleNode(model, one))
+    for name, constant in own.items():
+        root.register_buffer(name, constant, persistent=False)
+    return bind(root, graph)
 
 
 def rewrite_site(

@@ -29,7 +29,7 @@ from kvmix_compile.passes.untouched.reach import (
 
 # Tensors of up to so many bytes are told apart by all of their elements: what constants of a graph are worked out from.
 SMALL = 2**20
-# Elements by which larger ones are told apart, as in kvmix_compile/runtime/cache_file.py.
+# Elements by which larger ones are told apart.
 SAMPLED_ELEMENTS = 64
 
 # Containers in each other that are looked into; transformers' registries refer to each other.
@@ -49,6 +49,12 @@ def digest(model: nn.Module) -> str | None:
     for line in sorted(set(_lines(model))):
         told.update(f"{line}\n".encode())
     return told.hexdigest()
+
+
+def sampled(tensor: Tensor, most: int = SAMPLED_ELEMENTS) -> memoryview:
+    """The bytes of at most so many of the elements of a tensor that has any, evenly apart, wherever it is."""
+    elements = tensor.detach().reshape(-1)
+    return elements[:: -(-len(elements) // most)].cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -146,8 +152,5 @@ def _of_tensor(tensor: Tensor) -> str:
     told = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
     if tensor.layout is not torch.strided or tensor.device.type == "meta" or not tensor.numel():
         return told
-    elements = tensor.detach().reshape(-1)
-    if tensor.nbytes > SMALL:
-        elements = elements[:: -(-len(elements) // SAMPLED_ELEMENTS)]
-    held = elements.cpu().contiguous().view(torch.uint8).numpy().data
+    held = sampled(tensor, tensor.numel() if tensor.nbytes <= SMALL else SAMPLED_ELEMENTS)
     return f"{told} {tensor.stride()} {hashlib.sha256(held).hexdigest()}"

@@ -31,6 +31,12 @@ GREEDY: dict[str, Any] = {"model": "toy", "max_tokens": 12, "temperature": 0}
 CHROMIUM = shutil.which("chromium")
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return chat_tokenizer()
@@ -46,9 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(tokenizer: PreTrainedTokenizerFast) -> Iterator[OpenAI]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = serve.serve_model(quantized(), tokenizer, "toy", "localhost", port, wait=False)
     with OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=20) as client:
         yield client
@@ -194,9 +198,7 @@ def test_a_browser_shows_the_page(client: OpenAI, tmp_path: Path) -> None:
 
 
 def test_transformers_own_server_answers_with_a_compressed_folder(folder: Path, expected: str) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = str(Path(sys.executable).with_name("transformers"))
     command = [program, "serve", str(folder), "--trust-remote-code", "--port", str(port)]
     with (
