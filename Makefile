@@ -22,6 +22,9 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/capture/test_capture.py passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 CLIENTS_VENV ?= .venv-clients
+# Those with tests that take minutes to compile, which `make test` leaves out.
+COMPILED_TESTS := $(addprefix tests/,kernels/gpu/test_compiled.py kernels/gpu/test_triton_compile.py \
+  distributed/test_compiled_ranks.py)
 
 .PHONY: demo test test-compiled test-releases clients check docs fuzz sweep instructions ptx gpu clean
 
@@ -33,9 +36,10 @@ demo: $(READY)
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST)
 
-# Triton kernels compiled for sm_80 and sm_90, and carried out as they are compiled, each choice of options once.
+# Triton kernels compiled for sm_80 and sm_90, and carried out as they are compiled, each choice of options once; and what
+# Inductor compiles in two processes.
 test-compiled: $(READY)
-	@$(VENV)/bin/python -m pytest -n auto -m choices tests/kernels/gpu/test_compiled.py tests/kernels/gpu/test_triton_compile.py
+	@$(VENV)/bin/python -m pytest -n auto -m choices $(COMPILED_TESTS)
 
 # The other end of the range: a shorter run on the oldest releases, in an environment of their own.
 test-releases:

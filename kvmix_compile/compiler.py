@@ -182,10 +182,9 @@ def _applied(
     report, given = Report(type(model).__name__), config.given_plan
     with ranks.together():
         if compile:
-            _check_not_spread(ranks)
             check_compiler(next(parameter.device for parameter in model.parameters()))
         text = None if given else _given_calibration(model, report, config)
-    _check_same_call(ranks, config, verify, text is None)
+    _check_same_call(ranks, config, text is None, verify, compile)
     with report.timed("look up"):
         start = Start.of(model)
         kept = None if given is None or config.strict else start.read(given, is_verified=verify)
@@ -207,22 +206,13 @@ def _applied(
     return _ready(twin, compile)
 
 
-def _check_not_spread(ranks: Ranks) -> None:
-    """Raise CompilationError for what Inductor is not yet asked to compile."""
-    if ranks.count > 1:
-        raise CompilationError(
-            f"the model's weights are spread over {ranks.count} processes, and Inductor does not compile such a graph "
-            "yet: call kvmix_compile.apply without compile=True"
-        )
-
-
-def _check_same_call(ranks: Ranks, config: Config, verify: bool, samples: bool) -> None:
+def _check_same_call(ranks: Ranks, config: Config, samples: bool, verify: bool = False, compile: bool = False) -> None:
     """Raise PlanError where processes that work together were asked for different things. `samples`: whether the model
     is to write what is measured on.
     """
     plan = config.given_plan and config.given_plan.as_json()
     plain = {name: held for name, held in vars(config).items() if isinstance(held, bool | int | float | str)}
-    asked = ranks.told((plan, plain if plan is None else {}, verify, samples))
+    asked = ranks.told((plan, plain if plan is None else {}, samples, verify, compile))
     if any(other != asked[0] for other in asked):
         raise PlanError(
             "the processes that the model's weights are spread over asked for different plans, budgets or options: "
@@ -272,7 +262,7 @@ def analyze(
         ).checked()
         report = Report(type(model).__name__)
         text = _given_calibration(model, report, config)
-    _check_same_call(ranks, config, False, text is None)
+    _check_same_call(ranks, config, text is None)
     check_weights(model)
     with report.timed("capture"):
         captured = capture_to_measure(model, CALIBRATION_LENGTH)

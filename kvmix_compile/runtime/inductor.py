@@ -2,7 +2,8 @@
 
 Batch, tokens and the room of the cache are symbols in what is compiled, so a growing context compiles nothing anew.
 What is compiled reads the weights that the model had then; they may change in place. On a CUDA device steps
-of decoding are replayed from CUDA graphs.
+of decoding are replayed from CUDA graphs, unless the weights are spread over ranks. These compile at one time, each
+a graph of its own part of the weights, and all with the same collectives in the same order.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from kvmix_compile.errors import CompilationError
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.passes.capture.export import first_line
+from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.graph.symbols import symbolic_size
 from kvmix_compile.runtime.cuda_graph import Replaying
 
@@ -44,7 +46,8 @@ class _Compiled:
 class InductorGraph:
     """Called with the arguments of `Rewritten.module`, and gives what that gives.
 
-    Raises CompilationError where there is nothing to compile with.
+    Raises CompilationError where there is nothing to compile with, and where Inductor fails, in all ranks where it does
+    in one.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class InductorGraph:
         layouts: Sequence[StateLayout],
         dtypes: Sequence[torch.dtype],
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         check_compiler(device)
+        self.ranks = ranks or Ranks()
         self.module, self.layouts, self.dtypes, self.device = module, tuple(layouts), tuple(dtypes), device
         windows = [layout.window for layout in layouts]
         # Sites of one window have the same sizes: the first one's are looked at.
@@ -83,7 +88,8 @@ class InductorGraph:
 
     def _graph(self, decoding: bool) -> _Compiled:
         if decoding not in self._compiled:
-            self._compiled[decoding] = self._compile(decoding)
+            with self.ranks.together():
+                self._compiled[decoding] = self._compile(decoding)
         return self._compiled[decoding]
 
     def _compile(self, decoding: bool) -> _Compiled:
@@ -114,7 +120,8 @@ class InductorGraph:
                 f"Inductor could not compile the model: {first_line(error)}. Call kvmix_compile.apply without "
                 "compile=True"
             ) from error
-        replayed = decoding and self.device.type == "cuda"
+        # Whether collectives can be replayed was not tried.
+        replayed = decoding and self.device.type == "cuda" and self.ranks.count == 1
         call = Replaying(graph) if replayed else lambda given, state: graph(*given, *state)
         return _Compiled(call, _holds(mode, (batch, tokens, logits, *blocks.values(), *slots.values())))
 

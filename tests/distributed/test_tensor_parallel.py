@@ -1,9 +1,5 @@
 """Models whose weights are spread over two processes: as on one device, in half the cache."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +7,8 @@ import torch
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from kvmix_compile.passes.capture.shards import STYLES
+from tests.distributed.starting import seen_by_ranks
 from tests.distributed.two_ranks import MODELS
-from tests.helpers.repository import ROOT
-
-# In seconds: a third of this is what it takes on two slow cores.
-TIME_OUT = 240
 
 # The largest difference of logits between the sums of two processes and those of one.
 ROUNDING = 1e-4
@@ -26,18 +19,7 @@ ONE_CODE = 0.02
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("two_ranks.py")
-    found = subprocess.run(
-        [*torchrun, script, folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIME_OUT,
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return seen_by_ranks("two_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 def largest(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -116,7 +98,8 @@ def test_a_file_of_another_process_or_a_damaged_one_is_refused_in_all(ranks: lis
         ("a plan that one lacks", "none.json: No such file"),
         ("a weight of one is NaN", "model.norm.weight has elements that are NaN"),
         ("other budgets", "asked for different plans, budgets or options"),
-        ("compile", "spread over 2 processes, and Inductor does not compile such a graph"),
+        ("one compiles", "asked for different plans, budgets or options"),
+        ("no compiler in one", "compile=True needs a C++ compiler"),
         ("backend", "which torch.compile's backend 'kvmix' does not take"),
         ("other texts", "were given different token ids"),
         ("copy", "cannot be copied"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -146,12 +147,14 @@ def of_refusals(twin: Any, model: Any, folder: Path, rank: int) -> dict[str, str
             lambda: kvmix_compile.apply(model, plan=folder / ("llama.json" if rank else "none.json"))
         ),
         "other budgets": refused(lambda: kvmix_compile.apply(model, budget=2.3 + rank, calibration=rows(2, 160))),
-        "compile": refused(lambda: kvmix_compile.apply(model, plan=plan, compile=True)),
+        "one compiles": refused(lambda: kvmix_compile.apply(model, plan=plan, compile=rank == 1)),
         "other texts": refused(lambda: twin(ids + rank)),
         "copy": refused(lambda: copy.deepcopy(twin)),
         "pickle": refused(lambda: pickle.dumps(twin)),
         "backend": refused(lambda: torch.compile(model, backend="kvmix", options={"plan": plan})(ids)),
     }
+    with inductor_config.patch({"cpp.cxx": ("g++", "none")[rank]}):
+        found["no compiler in one"] = refused(lambda: kvmix_compile.apply(model, plan=plan, compile=True))
     norm = model.model.norm.weight
     with torch.no_grad():
         norm_before = norm.clone()
