@@ -13,19 +13,24 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the first of them, or the only one: the one that writes files and to standard output."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
 def check_one_process(command: str) -> None:
     """Raise typer.BadParameter where there are several."""
     if (count := processes()) > 1:
         raise typer.BadParameter(
-            f"kvmix {command} works in one process, and torchrun started {count}: doctor, plan, report and generate "
-            "spread MODEL over several"
+            f"kvmix {command} works in one process, and torchrun started {count}: doctor, plan, report, generate, chat "
+            "and eval spread MODEL over several"
         )
 
 
 @contextmanager
 def first_one_speaks() -> Iterator[None]:
     """Around what a command does: standard output is that of the first process. Errors are everybody's."""
-    if processes() == 1 or os.environ["RANK"] == "0":
+    if is_first():
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -228,7 +228,6 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="What is drawn begins with it.")] = 0,
 ) -> None:
     """Talk to MODEL: one compressed cache for the whole conversation, of which each turn reads only what is new."""
-    check_one_process("chat")
     check_one_of(("--plan", plan), ("--budget", budget), ("--storage-budget", storage_budget))
 
 
@@ -326,5 +325,4 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="A folder for plots: frontier, divergences, layers.")] = None,
 ) -> None:  # fmt: skip
     """Bits against predictions, through the cache: of MODEL as it is, at each budget or plan, and of baselines."""
-    check_one_process("eval")
     check_one_of(("--quick", quick), ("--everything", everything))

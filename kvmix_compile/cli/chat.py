@@ -12,7 +12,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers.utils import logging
 
+from kvmix_command.launched import is_first, processes
 from kvmix_compile.cli.conversation import Answer, Conversation, Style
+from kvmix_compile.cli.hearing import heard_by_all
 from kvmix_compile.cli.loading import load_model
 from kvmix_compile.cli.measuring import compressed
 from kvmix_compile.cli.tables import CacheSize
@@ -47,7 +49,10 @@ def chat(
     tokenizer = loaded.require_tokenizer()
     model = compressed(loaded, asked)
     conversation = Conversation(model, tokenizer, Style(max_new_tokens, temperature, seed), system)
-    talk(conversation, Console(), read_line)
+    if processes() > 1:
+        # Ctrl-C is torchrun's, which ends all processes and waits until they have ended.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    talk(conversation, Console(), heard_by_all(read_line))
 
 
 def read_line() -> str:
@@ -133,7 +138,12 @@ def _note(console: Console, text: str, style: str = "dim") -> None:
 
 @contextmanager
 def _interruptible(conversation: Conversation) -> Iterator[None]:
-    """Ctrl-C ends an answer behind the token that is being written; a second one ends it where it is."""
+    """Ctrl-C ends an answer behind the token that is being written; a second one ends it where it is. Not where it ends
+    the process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         if conversation.is_stopped:
@@ -164,6 +174,8 @@ def _show(answer: Answer, conversation: Conversation, console: Console) -> None:
 def _save(name: str, conversation: Conversation) -> None:
     if not name:
         raise InputError("give a file to save to: /save FILE")
+    if not is_first():
+        return
     try:
         Path(name).expanduser().write_text(json.dumps(conversation.messages, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from kvmix_command.launched import is_first
 from kvmix_compile.cli.efforts import EVERYTHING, QUICK, USUAL, Effort
 from kvmix_compile.cli.loading import LoadedModel, load_model, read_text
 from kvmix_compile.cli.measuring import analyze_on, calibration_rows
@@ -115,7 +116,7 @@ def evaluate(
 
     _show(console_beside(json_file), name, found)
     write_json(json_file, record(name, found, importance, plans, packages(effort.baselines)))
-    if plots is not None:
+    if plots is not None and is_first():
         _plot(plots, found.texts, importance, plans)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from kvmix_command.launched import is_first
 from kvmix_compile.evaluate import records
 
 STANDARD_OUTPUT = Path("-")
@@ -19,10 +20,12 @@ def console_beside(json_file: Path | None) -> Console:
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """For programs, where they asked for it. Raises InputError where the file cannot be written."""
+    """For programs, where they asked for it; of several processes by the first. Raises InputError where the file cannot
+    be written.
+    """
     if path == STANDARD_OUTPUT:
         print(json.dumps(content, indent=2))
-    elif path is not None:
+    elif path is not None and is_first():
         records.write_json(path, content)
 
 

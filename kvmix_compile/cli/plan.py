@@ -3,6 +3,7 @@
 from pathlib import Path
 from time import perf_counter
 
+from kvmix_command.launched import is_first
 from kvmix_compile.cli.loading import load_model
 from kvmix_compile.cli.measuring import analyze_on
 from kvmix_compile.cli.output import STANDARD_OUTPUT, console_beside
@@ -29,6 +30,6 @@ def make_plan(
     console.print(f"measured on {importance.tokens} tokens in {perf_counter() - start:.1f} s")
     if output == STANDARD_OUTPUT:
         print(plan.as_json(), end="")
-    elif output is not None:
+    elif output is not None and is_first():
         plan.save(output)
         console.print(f"saved to {output}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from kvmix_command.launched import is_first
 from kvmix_compile.cli.loading import load_model, read_text
 from kvmix_compile.cli.page import page
 from kvmix_compile.compiler import examine
@@ -40,7 +41,8 @@ def report(
     else:
         if examined is not None and evaluation is not None:
             _check_same_model(name, evaluation, found)
-        _write(html, page(name, found, examined, evaluation))
+        if is_first():
+            _write(html, page(name, found, examined, evaluation))
         typer.echo(f"saved to {html}")
     if found.problem is not None:
         raise typer.Exit(1)

@@ -119,10 +119,24 @@ def test_what_is_refused_is_refused_by_all_in_the_same_words(ranks: list[dict[st
     assert first == second
 
 
-def test_the_command_line_writes_once_what_one_device_writes(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["command"] for rank in ranks)
-    assert first["output"] == first["alone"] != ""
-    assert second["output"] == ""
+def test_the_first_process_writes_what_one_device_writes(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["commands"] for rank in ranks)
+    assert first["generate"] == first["generated alone"] != ""
+    assert first["perplexities"] == pytest.approx(first["perplexities alone"], rel=1e-3)
+    assert "perplexity" in first["eval"]
+    assert second["generate"] == second["eval"] == ""
+
+
+def test_what_is_said_to_the_first_process_all_answer(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["commands"] for rank in ranks)
+    assert first["said"] == first["said alone"] != ""
+    assert "tokens held" in first["chat"] and "saved to" in first["chat"]
+    assert second["chat"] == ""
+
+
+def test_a_server_is_refused_in_several_processes(ranks: list[dict[str, Any]]) -> None:
+    for found in (rank["commands"] for rank in ranks):
+        assert "kvmix serve works in one process, and torchrun started 2" in found["serve"]
 
 
 def test_each_style_computes_what_transformers_does(ranks: list[dict[str, Any]]) -> None:

@@ -6,17 +6,20 @@ device.
 """
 
 import copy
+import json
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as distributed
+import typer
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,12 +30,14 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 import kvmix_compile
 from kvmix_command.main import app
 from kvmix_compile import KVMixCache, KVMixError
+from kvmix_compile.cli.conversation import Conversation, Style
 from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.shards import local_view
 
 MODELS = ("llama", "qwen3", "gemma3", "mixtral")
 OPTIONS: dict[str, Any] = {"sinks": 4, "recent": 32}
+PROMPT = "The text that is gone on from."
 # Nothing here takes as long, and nothing is to hang.
 TIME_OUT = timedelta(seconds=60)
 
@@ -173,23 +178,52 @@ def of_refusals(twin: Any, model: Any, folder: Path, rank: int) -> dict[str, str
     return found
 
 
-def of_command(folder: Path, rank: int) -> dict[str, Any]:
-    """`kvmix generate` in both processes, and what is written on one device."""
-    tokenizer, prompt, output = character_tokenizer(), "The text that is gone on from.", StringIO()
-    if rank == 0:
-        tokenizer.save_pretrained(folder / "llama")
-    distributed.barrier()
-    words = ["generate", folder / "llama", "--plan", folder / "llama.json", "--prompt", prompt, "--max-new-tokens", 20]
-    with redirect_stdout(output):
+def written_by(words: Sequence[object], typed: str = "") -> str:
+    """What a command writes to standard output in this process, where a user types this, in the first one alone."""
+    output = StringIO()
+    with patch.object(sys, "stdin", StringIO(typed)), redirect_stdout(output):
         app([str(word) for word in words], standalone_mode=False)
-    found = {"output": output.getvalue().strip()}
+    distributed.barrier()
+    return output.getvalue().strip()
+
+
+def of_commands(folder: Path, rank: int) -> dict[str, Any]:
+    """Commands in both processes, and what the first process gets on one device."""
+    tokenizer, path, said, measured = character_tokenizer(), folder / "llama", folder / "said.json", folder / "eval.json"
+    text = folder / "text.txt"
+    if rank == 0:
+        tokenizer.save_pretrained(path)
+        text.write_text(PROMPT * 12)
+    distributed.barrier()
+    by_plan = [path, "--plan", folder / "llama.json"]
+    found: dict[str, Any] = {
+        "generate": written_by(["generate", *by_plan, "--prompt", PROMPT, "--max-new-tokens", 20]),
+        "chat": written_by(["chat", *by_plan, "--max-new-tokens", 20], f"{PROMPT}\n/save {said}\n" * (rank == 0)),
+        "eval": written_by(["eval", *by_plan, "--text", text, "--calibration", text, "--json", measured]),
+        "serve": refused_words(["serve", *by_plan]),
+    }
     if rank == 0:
         alone = kvmix_compile.apply(tiny("llama"), plan=folder / "llama.json")
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         written = alone.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
-        found["alone"] = tokenizer.decode(written, skip_special_tokens=True).strip()
+        found["generated alone"] = tokenizer.decode(written, skip_special_tokens=True).strip()
+        found["said"] = json.loads(said.read_text())[-1]["content"]
+        found["said alone"] = Conversation(alone, tokenizer, Style(max_new_tokens=20)).say(PROMPT, lambda _: None).text
+        results = json.loads(measured.read_text())["texts"][0]["results"]
+        found["perplexities"] = [result["perplexity"] for result in results]
+        whole = tokenizer(text.read_text(), return_tensors="pt")["input_ids"][0]
+        found["perplexities alone"] = [kvmix_compile.perplexity(model, whole) for model in (tiny("llama"), alone)]
     distributed.barrier()
     return found
+
+
+def refused_words(words: Sequence[object]) -> str:
+    """What is said of a command that is refused before anything is loaded."""
+    try:
+        app([str(word) for word in words], standalone_mode=False)
+    except typer.BadParameter as error:
+        return error.format_message()
+    return ""
 
 
 class Toy(nn.Module):
@@ -242,7 +276,7 @@ def main(folder: Path) -> None:
     found["on its own words"] = kvmix_compile.analyze(model, **OPTIONS).allocate(budget=2.3)
     # Of the one each process has some of the heads, of the other all.
     found["importance"] = {name: of_importance(name, folder, rank) for name in ("llama", "phi3")}
-    found["command"] = of_command(folder, rank)
+    found["commands"] = of_commands(folder, rank)
     torch.save(found, folder / f"rank-{rank}.pt")
     distributed.destroy_process_group()
 
