@@ -29,8 +29,8 @@ class Captured:
     and `written`: which attributes the model's forward reads, and which it changes. `passes`: what made it of export's.
 
     `original`: the model as its user calls it, and `ranks`: the processes that its weights are spread over. The graph
-    is then of what this one computes. `head_ranks`: those that the heads of attention are spread over; the sites have
-    the heads that are this one's.
+    is then of what this one computes. `head_ranks`: those that the heads of keys and values are spread over, and
+    `query_ranks` those of queries; the sites have the heads that are this one's.
     """
 
     module: fx.GraphModule
@@ -43,6 +43,7 @@ class Captured:
     original: nn.Module
     ranks: Ranks = Ranks()
     head_ranks: Ranks = Ranks()
+    query_ranks: Ranks = Ranks()
     passes: tuple[PassRecord, ...] = ()
 
     @property

@@ -1,6 +1,7 @@
 """Spread heads: of a model whose weights are spread over processes, whether attention's heads are too.
 
-Where they are, each process keeps the keys and values of some heads; where they are not, those of all.
+Where they are, each process keeps the keys and values of some heads; where they are not, those of all. Where only the
+heads of queries are, and all of them read the same row, as in multi-head latent attention, each keeps that row.
 """
 
 from collections.abc import Sequence
@@ -20,26 +21,25 @@ from kvmix_compile.passes.match.sites import AttentionSite
 def with_spread_heads(captured: Captured, sites: Sequence[AttentionSite]) -> Captured:
     """The same, knowing over which ranks heads are spread.
 
-    Raises UnsupportedModelError, naming the layer, where those of queries are and those of keys and values are not, or
-    only some layers'.
+    Raises UnsupportedModelError, naming the layer, where only some are, and they are not those of all queries, which
+    read one head of keys and values.
     """
     if captured.ranks.count == 1:
         return captured
-    are_spread = {
-        (attention.layer, node): is_spread(node, captured)
-        for site in sites
-        for attention in site.attentions
-        for node in (attention.query, attention.key, attention.value)
-    }
-    if not any(are_spread.values()):
+    attentions = [attention for site in sites for attention in site.attentions]
+    queries = {attention.query: attention.layer for attention in attentions}
+    stored = {node: attention.layer for attention in attentions for node in (attention.key, attention.value)}
+    layers = {node: layer for node, layer in (queries | stored).items() if not is_spread(node, captured)}
+    if not layers:
+        return replace(captured, head_ranks=captured.ranks, query_ranks=captured.ranks)
+    if len(layers) == len(queries | stored):
         return captured
-    if not all(are_spread.values()):
-        layer = next(layer for (layer, _), its in are_spread.items() if not its)
-        raise UnsupportedModelError(
-            f"{layer}: some heads of queries, keys and values are spread over {captured.ranks.count} processes and "
-            "others are not, which is not supported: load the model on one device"
-        )
-    return replace(captured, head_ranks=captured.ranks)
+    if layers.keys() == stored.keys() and all(site.kv_heads == 1 for site in sites):
+        return replace(captured, query_ranks=captured.ranks)
+    raise UnsupportedModelError(
+        f"{next(iter(layers.values()))}: some heads of queries, keys and values are spread over "
+        f"{captured.ranks.count} processes and others are not, which is not supported: load the model on one device"
+    )
 
 
 def is_spread(node: fx.Node, captured: Captured) -> bool:

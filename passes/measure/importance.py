@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import compress
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
@@ -33,6 +32,7 @@ from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.match.spread import is_spread
+from kvmix_compile.passes.measure.loss import summed_cross_entropy
 from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
@@ -166,7 +166,7 @@ def measure(
         predicted += row.numel() - 1
         on_row()
     for tally in (*keys, *values):
-        tally.join(captured.head_ranks)
+        tally.join(captured.head_ranks, captured.query_ranks)
     # Elements first: what is wrong with those of one layer is wrong with the gradients of all before it.
     for check in (Tally.check_elements, Tally.check_losses):
         for site, key, value in zip(sites, keys, values, strict=True):
@@ -193,10 +193,11 @@ def fingerprint(captured: Captured, sites: Sequence[AttentionSite]) -> str:
     The same for every set of weights, and over however many ranks they are spread.
     """
     parts = [f"{name}{tuple(parameter.shape)}" for name, parameter in captured.original.named_parameters()]
-    count = captured.head_ranks.count
+    queries = captured.query_ranks.count
+    shapes = [(site, captured.whole(site.shape)) for site in sites]
     parts += [
-        f"{attention.layer}{(site.query_heads * count, site.kv_heads * count, site.key_dim, site.value_dim)}"
-        for site in sites
+        f"{attention.layer}{(site.query_heads * queries, whole.kv_heads, site.key_dim, site.value_dim)}"
+        for site, whole in shapes
         for attention in site.attentions
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -319,8 +320,8 @@ class _Recorder(fx.Interpreter):
         value.add(rotated, of_values[0], sinks, predictions, of_values[1])
 
     def _loss(self, row: Tensor) -> Tensor:
-        logits = self.run(*self.captured.inputs(row))
-        return F.cross_entropy(logits[0, :-1].float(), row[1:], reduction="sum")
+        (logits,) = self.run(*self.captured.inputs(row, logits=slice(None, -1)))
+        return summed_cross_entropy(logits, row[1:])
 
     def _gradients(self, loss: Tensor, nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
         """Those of a loss that each rank has with respect to what nodes gave."""

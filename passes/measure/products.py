@@ -19,6 +19,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
 # What products are made of by the time that they are computed, in the forward pass and in the backward pass.
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
+# Elements of the weights that there is a copy of at a time: those of a large vocabulary would take a gigabyte and more.
+PART = 2**24
 
 
 def products_in_float32(model: nn.Module) -> AbstractContextManager[Any]:
@@ -34,5 +36,24 @@ class _ProductsInFloat32(TorchDispatchMode):
         kwargs = kwargs or {}
         if function not in _PRODUCTS or args[0].dtype not in _HALF or args[0].device.type != "cpu":
             return function(*args, **kwargs)
+        if function is _aten.mm.default and args[1].numel() > PART:
+            return _in_parts(*args)
         args_in_float32, kwargs_in_float32 = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return function(*args_in_float32, **kwargs_in_float32).to(args[0].dtype)
+
+
+def _in_parts(inputs: Tensor, weights: Tensor) -> Tensor:
+    """`inputs @ weights`, of as many columns, or rows, of the weights at a time as PART allows."""
+    rows, columns = weights.shape
+    if columns >= rows:
+        product = inputs.new_empty(len(inputs), columns)
+        inputs, width = inputs.float(), max(1, PART // rows)
+        for part, some in zip(product.split(width, dim=1), weights.split(width, dim=1), strict=True):
+            part.copy_(inputs @ some.float())
+        return product
+    height = max(1, PART // columns)
+    parts = zip(inputs.split(height, dim=1), weights.split(height), strict=True)
+    total = torch.zeros(len(inputs), columns, device=inputs.device)
+    for part, some in parts:
+        total.addmm_(part.float(), some.float())
+    return total.to(inputs.dtype)

@@ -87,16 +87,19 @@ class Tally:
                     self.read_again[candidate.bits] = self.read_again.get(candidate.bits, 0.0) + lost
             self.sensitivity[candidate] = self.sensitivity.get(candidate, 0) + loss
 
-    def join(self, ranks: Ranks) -> None:
-        """Make this the tally of the heads of all ranks."""
-        if ranks.count == 1:
+    def join(self, heads: Ranks, readers: Ranks) -> None:
+        """Make this the tally of the heads of all ranks, and of all queries that read them: what both are spread over;
+        one rank, where each has all of them.
+        """
+        if readers.count == 1:
             return
         if self.largest is not None:
-            self.largest = ranks.joined(self.largest)
+            self.largest = heads.joined(self.largest)
         if self.sensitivity:
-            of_heads = ranks.joined(torch.stack(list(self.sensitivity.values()), dim=1)).unbind(1)
-            self.sensitivity = dict(zip(self.sensitivity, of_heads, strict=True))
-        of_ranks = ranks.told(self.read_again)
+            lost = torch.stack(list(self.sensitivity.values()), dim=1)
+            lost = readers.sum(lost) if heads.count == 1 else heads.joined(lost)
+            self.sensitivity = dict(zip(self.sensitivity, lost.unbind(1), strict=True))
+        of_ranks = readers.told(self.read_again)
         self.read_again = {bits: sum(lost[bits] for lost in of_ranks) for bits in self.read_again}
 
     @property
