@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvmix_compile
@@ -106,8 +107,14 @@ def measure(shape: str, layers: int, dtype: str, rows: int, device: torch.device
     with device:
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     calibration = torch.randint(config.vocab_size, (rows, CALIBRATION_LENGTH))
-    meter = Meter(device)
-    timed = Report.timed
+    meter = metered_apply(model, calibration, device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return {"shape": shape, "layers": layers, "weights": weights, "seconds": meter.seconds, "peak_bytes": meter.peaks}
+
+
+def metered_apply(model: nn.Module, calibration: Tensor, device: torch.device) -> Meter:
+    """What each stage of `apply` takes."""
+    meter, timed = Meter(device), Report.timed
 
     @contextmanager
     def metered(report: Report, stage: str) -> Iterator[None]:
@@ -116,8 +123,7 @@ def measure(shape: str, layers: int, dtype: str, rows: int, device: torch.device
 
     with patch.object(Report, "timed", metered), meter.stage(WHOLE):
         kvmix_compile.apply(model, budget=2.3, calibration=calibration)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return {"shape": shape, "layers": layers, "weights": weights, "seconds": meter.seconds, "peak_bytes": meter.peaks}
+    return meter
 
 
 def in_own_process(shape: str, layers: int, arguments: Sequence[str]) -> dict[str, Any]:

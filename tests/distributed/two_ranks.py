@@ -35,7 +35,19 @@ from kvmix_compile.models_zoo.characters import character_tokenizer
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.passes.capture.shards import local_view
 
-MODELS = ("llama", "qwen3", "gemma3", "mixtral")
+# In all but the last, each process has half of the heads of keys and values.
+LATENTS = "deepseek_v3"
+MODELS = ("llama", "qwen3", "gemma3", "mixtral", LATENTS)
+# What differs from the model's own plan, which leaves this one's attention whole: heads of queries are spread, and all
+# read the latents that each process keeps.
+TP_PLANS: dict[str, dict[str, str]] = {
+    LATENTS: {
+        "model.layers.*.self_attn.q_b_proj": "colwise",
+        "model.layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "model.layers.*.self_attn.kv_b_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+    }
+}
 OPTIONS: dict[str, Any] = {"sinks": 4, "recent": 32}
 PROMPT = "The text that is gone on from."
 # Nothing here takes as long, and nothing is to hang.
@@ -46,9 +58,10 @@ def rows(count: int, tokens: int) -> Tensor:
     return torch.randint(3, 128, (count, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def spread(folder: Path) -> Any:
-    """The model of a folder, its weights spread over both processes."""
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+def spread(folder: Path, tp_plan: dict[str, str] | None = None) -> Any:
+    """The model of a folder, its weights spread over both processes, by its own plan but for these rules."""
+    config = DistributedConfig(tp_size=2, tp_plan=tp_plan)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
 
 
 def saved(name: str, folder: Path, rank: int, **settings: Any) -> Any:
@@ -57,7 +70,7 @@ def saved(name: str, folder: Path, rank: int, **settings: Any) -> Any:
     if rank == 0 and not path.exists():
         tiny(name, **settings).save_pretrained(path)
     distributed.barrier()
-    return spread(path)
+    return spread(path, TP_PLANS.get(name))
 
 
 def given_by(twin: Any) -> dict[str, Any]:
@@ -189,7 +202,12 @@ def written_by(words: Sequence[object], typed: str = "") -> str:
 
 def of_commands(folder: Path, rank: int) -> dict[str, Any]:
     """Commands in both processes, and what the first process gets on one device."""
-    tokenizer, path, said, measured = character_tokenizer(), folder / "llama", folder / "said.json", folder / "eval.json"
+    tokenizer, path, said, measured = (
+        character_tokenizer(),
+        folder / "llama",
+        folder / "said.json",
+        folder / "eval.json",
+    )
     text = folder / "text.txt"
     if rank == 0:
         tokenizer.save_pretrained(path)
