@@ -36,7 +36,7 @@ def _has_nan(parameter: Tensor) -> bool:
     # Weights that are stored as something else than their elements answer for themselves.
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.is_meta:
         return False
-    # Reads the weights once and makes nothing of their size, as a sum of 16-bit ones in float32 would. Infinities of both
-    # signs add up to NaN, too. There are no sums in 8 bits.
+    # Reads the weights once and makes nothing of their size, as a sum of 16-bit ones in float32 would. Infinities of
+    # both signs add up to NaN, too. There are no sums in 8 bits.
     total = parameter.sum(dtype=torch.float32 if parameter.itemsize == 1 else None)
     return bool(total.isnan()) and bool(parameter.isnan().any())
