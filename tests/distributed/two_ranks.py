@@ -202,13 +202,8 @@ def written_by(words: Sequence[object], typed: str = "") -> str:
 
 def of_commands(folder: Path, rank: int) -> dict[str, Any]:
     """Commands in both processes, and what the first process gets on one device."""
-    tokenizer, path, said, measured = (
-        character_tokenizer(),
-        folder / "llama",
-        folder / "said.json",
-        folder / "eval.json",
-    )
-    text = folder / "text.txt"
+    tokenizer, path = character_tokenizer(), folder / "llama"
+    text, said, measured = folder / "text.txt", folder / "said.json", folder / "eval.json"
     if rank == 0:
         tokenizer.save_pretrained(path)
         text.write_text(PROMPT * 12)
