@@ -42,13 +42,14 @@ class FloatFormat:
         scaled = elements / scale
         return (_in_blocks(scaled, self.block) if self.block else e4m3(scaled)) * scale
 
-    def fitting_scale(self, largest: float) -> float:
-        """The scale that brings a tensor's largest element to E4M3's, as Model-Optimizer calibrates both formats."""
-        return largest / E4M3_MAX if largest > 0 else 1.0
-
 
 FP8 = FloatFormat("fp8", bits=8)
 NVFP4 = FloatFormat("nvfp4", bits=4, block=NVFP4_BLOCK)
+
+
+def fitting_scale(largest: float) -> float:
+    """The scale that brings a tensor's largest element to E4M3's, as Model-Optimizer calibrates either format."""
+    return largest / E4M3_MAX if largest > 0 else 1.0
 
 
 def e4m3(elements: Tensor) -> Tensor:
