@@ -57,7 +57,8 @@ def plan_for_engine(
     asked.check()
     console = console_beside(output)
     if exported is not None:
-        plan = read_metadata(exported, layers_of(load_on_paper(name, None)))
+        found = read_metadata(exported)
+        plan = found.plan(layers_of(load_on_paper(name, None)))
         console.print(_formats_table(plan.layers))
         measured = None
     else:

@@ -6,6 +6,7 @@ config.json as `quantization_config`. 0.47 writes one format for all layers, und
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,31 @@ def metadata(plan: EnginePlan) -> dict[str, Any]:
     }
 
 
-def read_metadata(path: Path, layers: Sequence[tuple[tuple[str, ...], SiteShape]]) -> EnginePlan:
-    """The plan that a checkpoint's metadata says, for a model of these layers: their names, and what they cache.
+@dataclass(frozen=True)
+class Exported:
+    """What a checkpoint's metadata says. formats: by layer, those at 16 bits left out; or one, of all layers."""
 
-    path: of hf_quant_config.json, a config.json, or a folder that has one of them.
+    path: Path
+    formats: Mapping[str, CacheFormat] | CacheFormat
 
-    Raises PlanError where the file cannot be read, says nothing of the cache, or is of another model.
+    def plan(self, layers: Sequence[tuple[tuple[str, ...], SiteShape]]) -> EnginePlan:
+        """For the model that it is of, whose layers have these names and cache this. Raises PlanError for another."""
+        named = {name for names, _ in layers for name in names}
+        strange = [] if isinstance(self.formats, CacheFormat) else [name for name in self.formats if name not in named]
+        if strange:
+            raise PlanError(f"{self.path} is of another model: it has {strange[0]}, and this one {layers[0][0][0]}")
+        return EnginePlan(tuple(EngineLayer(names, shape, self._kept(names)) for names, shape in layers))
+
+    def _kept(self, names: Sequence[str]) -> CacheFormat | None:
+        return self.formats if isinstance(self.formats, CacheFormat) else self.formats.get(names[0])
+
+
+def read_metadata(path: Path) -> Exported:
+    """What hf_quant_config.json, a config.json, or a folder with one of them says.
+
+    Raises PlanError where the file cannot be read, or says nothing of the cache that is known here.
     """
-    formats = _formats_in(_section_of(path), path)
-    named = {name for names, _ in layers for name in names}
-    if isinstance(formats, Mapping) and (strange := [name for name in formats if name not in named]):
-        raise PlanError(f"{path} is of another model: it has {strange[0]}, and this one {layers[0][0][0]}")
-
-    def kept(names: tuple[str, ...]) -> CacheFormat | None:
-        return formats.get(names[0]) if isinstance(formats, Mapping) else formats
-
-    return EnginePlan(tuple(EngineLayer(names, shape, kept(names)) for names, shape in layers))
+    return Exported(path, _formats_in(_section_of(path), path))
 
 
 def _section_of(path: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ LAYERS = [((f"model.layers.{number}.self_attn",), SHAPE) for number in range(4)]
 def read(tmp_path: Path, document: Any, name: str = "hf_quant_config.json") -> EnginePlan:
     path = tmp_path / name
     path.write_text(document if isinstance(document, str) else json.dumps(document))
-    return read_metadata(path, LAYERS)
+    return read_metadata(path).plan(LAYERS)
 
 
 def test_a_plan_is_written_as_model_optimizer_writes_it() -> None:
@@ -48,7 +48,7 @@ def test_a_plan_is_written_as_model_optimizer_writes_it() -> None:
 def test_what_was_written_is_read_back(tmp_path: Path, kept: tuple[str | None, ...]) -> None:
     plan = plan_of(*kept)
     assert read(tmp_path, metadata(plan)) == plan
-    assert read_metadata(tmp_path, LAYERS) == plan  # by its folder
+    assert read_metadata(tmp_path).plan(LAYERS) == plan  # by its folder
 
 
 def test_a_config_has_it_too(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_config_has_it_too(tmp_path: Path) -> None:
     assert read(tmp_path, {"quantization_config": section}, "config.json") == plan_of(
         "fp8", None, "nvfp4", "fp8_k_nvfp4_v"
     )
-    assert read_metadata(tmp_path, LAYERS).layers[0].kept is not None
+    assert read_metadata(tmp_path).plan(LAYERS).layers[0].kept is not None
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, document: Any, reason: s
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot read"):
-        read_metadata(tmp_path / "none.json", LAYERS)
+        read_metadata(tmp_path / "none.json")

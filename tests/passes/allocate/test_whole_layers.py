@@ -1,4 +1,4 @@
-"""Which layers stay at 16 bits: the ones that lose most for the bits that they save, and no more of them than needed."""
+"""Which layers stay at 16 bits: the ones that lose most for the bits that they save, and no more than needed."""
 
 from itertools import product
 
