@@ -1,4 +1,4 @@
-"""The float formats of engines: each of their numbers stays, what lies between goes to the nearest, nothing overflows."""
+"""The float formats of engines: each of their numbers stays, what lies between is rounded, nothing overflows."""
 
 import pytest
 import torch
