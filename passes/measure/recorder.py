@@ -36,12 +36,14 @@ class Recorder(fx.Interpreter):
         self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
 
     def fetch_attr(self, target: str) -> object:
+        """As torch.fx calls it: a weight, of which no gradient is wanted."""
         value = super().fetch_attr(target)
         # Activations are differentiated, weights are not: without this autograd would keep what the weights'
         # gradients need.
         return value.detach() if isinstance(value, Tensor) else value
 
     def run_node(self, node: fx.Node) -> object:
+        """As torch.fx calls it: what a node gives, held on to where it is watched."""
         value = super().run_node(node)
         if node.target is torch.ops._c10d_functional.wait_tensor.default:
             value = value.clone()  # which, unlike what it waited for, may be written to in place
