@@ -82,6 +82,7 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     ids = token_ids(tokenizer, options.text.read_text(), options.tokens)
     measured = analyze(model, tokenizer=tokenizer, progress=True)
+    calibrated = analyze(model, tokenizer=tokenizer, scales="calibrated", progress=True)
     rows = study(model, ids, measured)
     show("engines", rows)
     layers = [
@@ -92,6 +93,7 @@ def main() -> None:
     ]
     about = {"model": "smollm2", "text": options.text.name, "tokens": options.tokens, "chunk": CHUNK}
     about |= {"calibration_tokens": measured.tokens, "results": rows, "predicted_losses": layers}
+    about["predicted_with_calibrated_scales"] = {name: calibrated.loss(calibrated.uniform(name)) for name in BUDGETS}
     write_json(RESULTS, about | circumstances("benchmarks.engines", torch.device("cpu")))
 
 
