@@ -22,6 +22,11 @@ DEFAULT_BUDGET = 2.3
 POLICIES = ("fisher", "kvmix", "uniform")
 DEFAULT_POLICY = "fisher"
 
+# kvmix_compile.cli.engines.ENGINES, passes.allocate.whole_layers.FORMATS, and engines.measured.
+ENGINES = ("vllm", "modelopt")
+CACHE_FORMATS = ("fp8", "nvfp4", "fp8_k_nvfp4_v")
+MOST_LOSS = 0.01
+
 # kvmix_compile.evaluate: baselines, puzzles, and how much is measured where it is not told.
 BASELINES = (
     "kivi", "kvmix-paper", "q4_0-hadamard", "kvarn-k4v2", "turboquant-4", "turboquant-3", "oscar-2", "quanto-4",

@@ -18,8 +18,11 @@ from typer.core import TyperGroup
 
 from kvmix_command.known import (
     BASELINES,
+    CACHE_FORMATS,
     DEFAULT_POLICY,
     DTYPES,
+    ENGINES,
+    MOST_LOSS,
     PACKAGES,
     PASSKEY_LENGTH,
     POLICIES,
@@ -150,9 +153,49 @@ def make_plan(
             help="Where to save the plan, as JSON; - is standard output, where then nothing else goes.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        choice("--for", ENGINES, "Instead, which layers a serving engine may keep in a format of its own", "engine"),
+    ] = None,
+    formats: Annotated[
+        list[str] | None, choice("--format", CACHE_FORMATS, "With --for (default fp8); may be repeated")
+    ] = None,
+    most_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"With --for, instead of a budget: nats a token that may be lost in all (default {MOST_LOSS:g}).",
+        ),
+    ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="With --for: a checkpoint that has scales, not scales of 1.")
+    ] = False,
+    exported: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, readable=True,
+            help="With --for: the hf_quant_config.json of a checkpoint, which has chosen; nothing is measured.",
+        ),
+    ] = None,
 ) -> None:  # fmt: skip
     """Measure what matters in MODEL, spend a budget of bits, and show the plan."""
-    check_one_of(("--budget", budget), ("--storage-budget", storage_budget))
+    check_one_of(
+        ("--budget", budget), ("--storage-budget", storage_budget), ("--most-loss", most_loss), ("--exported", exported)
+    )
+    of_engines = (
+        ("--format", formats or None), ("--most-loss", most_loss), ("--calibrated", calibrated or None),
+        ("--exported", exported),
+    )  # fmt: skip
+    given = [option for option, value in of_engines if value is not None]
+    if engine is None and given:
+        raise typer.BadParameter(f"{given[0]} is about a serving engine: say with --for which one")
+    if engine is None:
+        return
+    check_one_process("plan --for")
+    if policy != DEFAULT_POLICY:
+        raise typer.BadParameter("--policy is about this project's own cache: leave it out, or --for")
+    if exported is not None and (calibration or calibrated or formats):
+        raise typer.BadParameter("--exported has chosen already: leave out --format, --calibrated and --calibration")
 
 
 @app.command()

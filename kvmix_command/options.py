@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from os import W_OK, access
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,13 +45,17 @@ def models_and_folders(incomplete: str) -> Iterator[str]:
             yield f"{path}/" if path.is_dir() else str(path)
 
 
-def choice(flag: str, names: Sequence[str], help: str) -> Any:
-    """An option, or list of options, that is one of `names`: checked, completed, and listed in its help."""
+def choice(flag: str, names: Sequence[str], help: str, what: str = "") -> Any:
+    """An option, or list of options, that is one of `names`: checked, completed, and listed in its help. what: it is
+    called, if not as the option.
+    """
 
     def checked(given: Any) -> Any:
         for name in [given] if isinstance(given, str) else given or ():
             if name not in names:
-                raise typer.BadParameter(f"there is no {flag.lstrip('-')} {name}; choose from {', '.join(names)}")
+                close = get_close_matches(name, names, n=1)
+                meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
+                raise typer.BadParameter(f"there is no {what or flag.lstrip('-')} {name}; {meant}")
         return given
 
     def completed(incomplete: str) -> list[str]:

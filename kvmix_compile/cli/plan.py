@@ -4,6 +4,7 @@ from pathlib import Path
 from time import perf_counter
 
 from kvmix_command.launched import is_first
+from kvmix_compile.cli.engines import Asked, plan_for_engine
 from kvmix_compile.cli.loading import load_model
 from kvmix_compile.cli.measuring import analyze_on
 from kvmix_compile.cli.output import STANDARD_OUTPUT, console_beside
@@ -19,8 +20,17 @@ def make_plan(
     context: int | None,
     calibration: Path | None,
     output: Path | None,
+    engine: str | None,
+    formats: list[str] | None,
+    most_loss: float | None,
+    calibrated: bool,
+    exported: Path | None,
 ) -> None:
     """Make a plan, show it, and save it where asked for."""
+    if engine is not None:
+        asked = Asked(engine, tuple(formats or ()), budget, storage_budget, most_loss, context, calibrated)
+        plan_for_engine(name, asked, calibration, exported, output)
+        return
     start = perf_counter()
     config = Config(budget=budget, storage_budget=storage_budget, policy=policy, context=context).checked()  # type: ignore[arg-type]
     importance = analyze_on(load_model(name), calibration)

@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, UNQUANTIZED_BITS, Axis, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
@@ -29,12 +28,10 @@ from kvmix_compile.passes.allocate.policies import Policy, SiteImportance, alloc
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import CalibrationError
 from kvmix_compile.passes.match.mixing import running
-from kvmix_compile.passes.match.projections import Projection, find_projection
 from kvmix_compile.passes.match.sites import AttentionSite
-from kvmix_compile.passes.match.spread import is_spread
-from kvmix_compile.passes.measure.loss import summed_cross_entropy
 from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
+from kvmix_compile.passes.measure.recorder import Recorder
 from kvmix_compile.passes.measure.sensitivity import Tally, candidates_for
 from kvmix_compile.passes.measure.stored_reads import JointReads, RowAttention, StoredReads, stored_reads
 from kvmix_compile.passes.rewrite.rotation import back, there
@@ -155,14 +152,14 @@ def measure(
     """
     check_rows(rows)
     rows = [row for row in rows if row.numel() >= BLOCK_TOKENS]
-    recorder = _Recorder(captured, sites)
+    recorder = Recorder(captured, sites)
     keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]
     total_loss, predicted = 0.0, 0
     products = products_in_float32(captured.model)
     for row in rows:
         with running(captured), products:
-            total_loss += recorder.add(row, keys, values, sinks, recent)
+            total_loss += _add_row(recorder, row, keys, values, sinks, recent)
         predicted += row.numel() - 1
         on_row()
     for tally in (*keys, *values):
@@ -230,6 +227,36 @@ def _state_in(tokens: int, sinks: int, recent: int) -> tuple[int, int]:
     return int(sinks / shortened), int(recent / shortened)
 
 
+def _add_row(
+    recorder: Recorder, row: Tensor, keys: Sequence[Tally], values: Sequence[Tally], sinks: int, recent: int
+) -> float:
+    """Add one row's gradients and sensitivities to the tallies; returns its summed loss in nats."""
+    tokens = row.numel()
+    sinks, recent = _state_in(tokens, sinks, recent)
+    loss, gradients = recorder.gradients_on(row)
+    for site, pair, key, value in zip(recorder.sites, recorder.projections, keys, values, strict=True):
+        for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
+            tally.gradient_norm += recorder.weight_gradient_norm(node, projection, gradients) / (tokens - 1)
+    for site, key, value in zip(recorder.sites, keys, values, strict=True):
+        # What is stored once is lost by each attention that reads it, in another layer's outcome.
+        for attention in site.attentions:
+            read = recorder.attention_on(attention, gradients[attention.output][0], sinks, recent)
+            _add_reads(attention, read, key, value)
+    recorder.forget()
+    return loss
+
+
+def _add_reads(site: AttentionSite, row: RowAttention, key: Tally, value: Tally) -> None:
+    """Add what one attention reads of the row to the tallies of its keys and values."""
+    keys = row.key[..., site.value_dim :] if site.values_are_keys else row.key
+    predictions = keys.shape[1] - row.sinks - row.recent
+    of_keys, of_values = _how_read(site, row)
+    key.add(keys, of_keys[0], row.sinks, predictions, of_keys[1])
+    # As they are stored, which is rotated.
+    rotated = row.value @ there(site.value_dim, row.value)
+    value.add(rotated, of_values[0], row.sinks, predictions, of_values[1])
+
+
 def _how_read(
     site: AttentionSite, row: RowAttention
 ) -> tuple[tuple[StoredReads, KeyReaders], tuple[StoredReads | JointReads, KeyReaders | None]]:
@@ -242,122 +269,3 @@ def _how_read(
     first, others = slice(0, site.value_dim), slice(site.value_dim, None)
     both = JointReads((scored.of_channels(first), weighed)).of_turned(inverse)
     return (scored.of_channels(others), KeyReaders.of(row, others)), (both, KeyReaders.of(row, first, inverse))
-
-
-class _Recorder(fx.Interpreter):
-    """Runs the captured graph on one row at a time and holds on to what gradients are wanted of."""
-
-    def __init__(self, captured: Captured, sites: Sequence[AttentionSite]) -> None:
-        super().__init__(captured.module)
-        self.captured = captured
-        self.sites = sites
-        self.projections = [
-            (find_projection(site.key, captured.dataflow), find_projection(site.value, captured.dataflow))
-            for site in sites
-        ]
-        found = [projection for pair in self.projections for projection in pair if projection is not None]
-        attentions = [attention for site in sites for attention in site.attentions]
-        self.differentiated = {attention.output for attention in attentions}
-        self.differentiated |= {projection.output for projection in found}
-        self.spread = {node for node in self.differentiated if is_spread(node, captured)}
-        self.watched = self.differentiated | {projection.input for projection in found}
-        self.watched |= {node for it in attentions for node in (it.query, it.key, it.value)}
-        self.watched |= {it.sink_logits for it in attentions if it.sink_logits is not None}
-        self.values: dict[fx.Node, Tensor] = {}
-        self.features: dict[tuple[fx.Node, fx.Node], Tensor] = {}
-
-    def fetch_attr(self, target: str) -> object:
-        value = super().fetch_attr(target)
-        # Activations are differentiated, weights are not: without this autograd would keep what the weights'
-        # gradients need.
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def run_node(self, node: fx.Node) -> object:
-        value = super().run_node(node)
-        if node.target is torch.ops._c10d_functional.wait_tensor.default:
-            value = value.clone()  # which, unlike what it waited for, may be written to in place
-        if node not in self.watched:
-            return value
-        if node in self.differentiated and not value.requires_grad:
-            value = value.detach().requires_grad_()
-        self.values[node] = value
-        # A leaf may not be written to in place, its copy may.
-        return value.clone() if node in self.differentiated and value.is_leaf else value
-
-    def add(self, row: Tensor, keys: Sequence[Tally], values: Sequence[Tally], sinks: int, recent: int) -> float:
-        """Add one row's gradients and sensitivities to the tallies; returns its summed loss in nats."""
-        tokens = row.numel()
-        sinks, recent = _state_in(tokens, sinks, recent)
-        with torch.enable_grad():
-            loss = self._loss(row)
-            nodes = sorted(self.differentiated, key=lambda node: node.name)
-            gradients = self._gradients(loss, nodes)
-            for site, pair, key, value in zip(self.sites, self.projections, keys, values, strict=True):
-                for node, projection, tally in ((site.key, pair[0], key), (site.value, pair[1], value)):
-                    tally.gradient_norm += self._weight_gradient_norm(node, projection, gradients) / (tokens - 1)
-        for site, key, value in zip(self.sites, keys, values, strict=True):
-            # What is stored once is lost by each attention that reads it, in another layer's outcome.
-            for attention in site.attentions:
-                self._add_reads(attention, gradients[attention.output][0], key, value, sinks, recent)
-        self.values.clear()
-        return loss.item()
-
-    def _add_reads(
-        self, site: AttentionSite, gradient: Tensor, key: Tally, value: Tally, sinks: int, recent: int
-    ) -> None:
-        """Add what one attention reads of the row to the tallies of its keys and values. `gradient`: of the loss with
-        respect to what it gives.
-        """
-        queries, keys, values = (self.values[node].detach()[0] for node in (site.query, site.key, site.value))
-        logits = None if site.sink_logits is None else self.values[site.sink_logits].flatten()
-        scored = torch.cat([values, keys], dim=-1) if site.values_are_keys else keys
-        row = RowAttention(queries, scored, values, gradient, site.score_function, sinks, recent, logits)
-        predictions = keys.shape[1] - sinks - recent
-        of_keys, of_values = _how_read(site, row)
-        key.add(keys, of_keys[0], sinks, predictions, of_keys[1])
-        # As they are stored, which is rotated.
-        rotated = values @ there(site.value_dim, values)
-        value.add(rotated, of_values[0], sinks, predictions, of_values[1])
-
-    def _loss(self, row: Tensor) -> Tensor:
-        (logits,) = self.run(*self.captured.inputs(row, logits=slice(None, -1)))
-        return summed_cross_entropy(logits, row[1:])
-
-    def _gradients(self, loss: Tensor, nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
-        """Those of a loss that each rank has with respect to what nodes gave."""
-        # What is differentiated is the sum of the ranks' losses.
-        share = loss / self.captured.ranks.count
-        gradients = torch.autograd.grad(share, [self.values[node] for node in nodes], retain_graph=True)
-        # What all ranks compute alike changes in all of them at once.
-        return {
-            node: gradient if node in self.spread else self.captured.ranks.sum(gradient)
-            for node, gradient in zip(nodes, gradients, strict=True)
-        }
-
-    def _weight_gradient_norm(
-        self, node: fx.Node, projection: Projection | None, gradients: dict[fx.Node, Tensor]
-    ) -> float:
-        """||dL/dW|| of the rows of the projection's weights that make the keys or values, on all ranks; NaN where there
-        is no projection.
-
-        From activations alone, dL/dW = (dL/dy)^T x, so that W may be quantized.
-        """
-        if projection is None:
-            return float("nan")
-        slope = gradients[projection.output].flatten(0, -2)
-        features = self._features(node, projection.output)
-        gradient = slope[:, features].T.float() @ self.values[projection.input].detach().flatten(0, -2).float()
-        norm = gradient.norm()[None]
-        return (self.captured.ranks.joined(norm) if projection.output in self.spread else norm).norm().item()
-
-    def _features(self, node: fx.Node, output: fx.Node) -> Tensor:
-        """Which output features of a projection the keys or values at `node` are made of: all, unless it is a
-        fused one.
-        """
-        if (node, output) not in self.features:
-            value, source = self.values[node], self.values[output]
-            generator = torch.Generator().manual_seed(0)
-            probe = torch.randn(value.shape, generator=generator).to(value)
-            (reached,) = torch.autograd.grad(value, source, probe, retain_graph=True)
-            self.features[node, output] = reached.flatten(0, -2).abs().sum(0) > 0
-        return self.features[node, output]

@@ -15,7 +15,7 @@ ROOMS = (
     "passes.measure", "passes",
     "errors", "english", "progress", "config", "report",
     "runtime", "calibration", "model_check", "compiler", "pretrained",
-    "fit", "models_zoo", "backend", "evaluate", "cli",
+    "fit", "engines", "models_zoo", "backend", "evaluate", "cli",
     "",  # kvmix_compile itself, which only hands names on
 )  # fmt: skip
 
