@@ -20,7 +20,7 @@ from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.captured import Captured
-from kvmix_compile.passes.capture.export import capture
+from kvmix_compile.passes.capture.export import capture, devices_of
 from kvmix_compile.passes.capture.logits import follow_autocast
 from kvmix_compile.passes.capture.module_tree import module_tree
 from kvmix_compile.passes.capture.ranks import Ranks
@@ -52,7 +52,7 @@ from kvmix_compile.runtime.kept import Start
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.runtime.padding import takes_padding
-from kvmix_compile.runtime.program import Program, embedded_tokens
+from kvmix_compile.runtime.program import Program, embedded_tokens, placement
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,6 +71,11 @@ class Found:
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of each site's keys and values as the graph computes them."""
         return tuple(site.key.meta["val"].dtype for site in self.sites)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each site's keys and values are made."""
+        return tuple(site.key.meta["val"].device for site in self.sites)
 
     @property
     def shapes(self) -> tuple[SiteShape, ...]:
@@ -182,7 +187,7 @@ def _applied(
     report, given = Report(type(model).__name__), config.given_plan
     with ranks.together():
         if compile:
-            _check_not_spread(ranks)
+            _check_not_spread(model, ranks)
             check_compiler(next(parameter.device for parameter in model.parameters()))
         text = None if given else _given_calibration(model, report, config)
     _check_same_call(ranks, config, verify, text is None)
@@ -207,8 +212,13 @@ def _applied(
     return _ready(twin, compile)
 
 
-def _check_not_spread(ranks: Ranks) -> None:
+def _check_not_spread(model: nn.Module, ranks: Ranks) -> None:
     """Raise CompilationError for what Inductor is not yet asked to compile."""
+    if len(devices := devices_of(model)) > 1:
+        raise CompilationError(
+            f"the model's weights are on several devices ({', '.join(map(str, devices))}), and Inductor does not "
+            "compile such a graph yet: call kvmix_compile.apply without compile=True"
+        )
     if ranks.count > 1:
         raise CompilationError(
             f"the model's weights are spread over {ranks.count} processes, and Inductor does not compile such a graph "
@@ -476,6 +486,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
         parameter_dtype=parameter.dtype,
         weights=weights_fingerprint(captured.model),
         device=parameter.device,
+        site_devices=found.devices,
+        placement=placement(captured.model),
         vocabulary=captured.vocabulary,
         longest_context=captured.longest_context,
         returns_tensor=returns_tensor(model),

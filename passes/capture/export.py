@@ -25,6 +25,7 @@ from kvmix_compile.passes.capture.stateful import find_stateful
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.buffers import assemble_at_once
 from kvmix_compile.passes.graph.edit import clean_up
+from kvmix_compile.passes.graph.moves import align_indices, share_moves
 from kvmix_compile.passes.graph.products import take_out_additions
 from kvmix_compile.passes.graph.record import recorded
 from kvmix_compile.passes.graph.source_lines import line_of_bound
@@ -155,9 +156,12 @@ def check_capturable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module.training and isinstance(module, nn.Dropout) and module.p:
             raise CaptureError(f"{name} is in training mode: call `model.eval()` first, so that dropout is off")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise CaptureError(f"the model is spread over {', '.join(sorted(devices))}: move it to one device first")
+    devices = devices_of(model)
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise CaptureError(
+            f"the model is spread over {', '.join(map(str, devices))} without a device_map: load it with "
+            "from_pretrained(.., device_map='auto'), or move it to one device"
+        )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
@@ -170,6 +174,11 @@ def check_capturable(model: nn.Module) -> None:
             "to logits: where this one wraps another, pass that"
         )
     check_shards(model)
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Those that a model's weights lie on, that of its first weight first."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def first_line(error: Exception) -> str:
@@ -197,10 +206,13 @@ def _captured(
         recorded("clean up", module, lambda: clean_up(module))[0],
         recorded("buffers", module, lambda: assemble_at_once(module.graph))[0],
     ]
-    module.recompile()
     if "logits_to_keep" not in wrapper.parameters_taken:
         passes.append(recorded("logits", module, lambda: select_early(module.graph))[0])
-        module.recompile()
+    if len(devices_of(wrapper.model)) > 1:
+        align_indices(module.graph)
+        passes.append(recorded("moves", module, lambda: share_moves(module.graph))[0])
+        module.graph.eliminate_dead_code()
+    module.recompile()
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
     if (most := _bound(program, batch, "batch")) is not None:
