@@ -115,6 +115,11 @@ class CompiledModel(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_whole("pickled")
         program = self.kvmix_program
+        if program.placement:  # no more than the original, whose hooks are functions within functions
+            raise InputError(
+                "a compiled model whose weights are on several devices cannot be pickled: keep its plan "
+                "(model.kvmix_plan.save(..)) or save_pretrained(..) it, and load it with a device_map again"
+            )
         original = program.rewritten.module.get_submodule(MODEL)
         kept = (original, program.plan, program.inductor is not None, settings_of(self))
         return rebuild, kept, attributes_of_its_own(self, original)
@@ -169,9 +174,7 @@ class CompiledModel(nn.Module):
             program.check_same_text(input_ids)
         options = self._check_options(kwargs)
         with as_captured():
-            position_ids, left = left_to_own_forward(
-                program, self._own_forward, input_ids, position_ids, options, seen
-            )
+            position_ids, left = left_to_own_forward(program, self._own_forward, input_ids, position_ids, options, seen)
         if left:
             arguments = {
                 "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,

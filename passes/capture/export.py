@@ -126,11 +126,12 @@ def _export(model: nn.Module, wrapper: "_LogitsOnly", stateful: Sequence[Statefu
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model, stateful)}"
+            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): "
+            f"{_advice(model, stateful, error)}"
         ) from error
 
 
-def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
+def _advice(model: nn.Module, stateful: Sequence[StatefulModule], error: Exception) -> str:
     """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it,
     which is not one of a stateful module.
     """
@@ -140,6 +141,11 @@ def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv1d | nn.RNNBase) and not name.startswith(not_traced)
     ]
+    if len(devices_of(model)) > 1 and "device" in str(error):
+        return (
+            "its forward mixes tensors of several devices, as where a device_map puts parts of one layer on different "
+            "ones: give each layer one device, as device_map='auto' does"
+        )
     if mixing:
         more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
         return f"it mixes tokens otherwise than by attention, in {mixing[0]}{more}, which is not supported"

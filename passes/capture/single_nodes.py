@@ -120,7 +120,11 @@ class StatefulModule:
         given: the tensors of the call. states: its state before, which is left as it is; None: there is none yet.
         starts: how much padding leads each row, int64 `[rows]`; of a first call alone.
         """
-        cache = self.fresh.filled([]) if states is None else self.filled.filled([state.to(given[0].device, copy=True) for state in states])
+        cache = (
+            self.fresh.filled([])
+            if states is None
+            else self.filled.filled([state.to(given[0].device, copy=True) for state in states])
+        )
         placed: dict[Way, Any] = {**dict(zip(self.ways, given, strict=True)), self.cache: cache}
         if states is None and starts is not None and self.mask is not None and bool(starts.any()):
             slots = torch.arange(self._read(given, "tokens"), device=starts.device)

@@ -1,7 +1,7 @@
 """Moves: what a graph moves from one device to another it moves once.
 
-A model that is spread over devices moves what each of its layers is given, rotary tables and masks too, and what goes on
-to the next layer of the same device is moved anew.
+A model that is spread over devices moves whatever each of its layers is given to the device of that layer, once for
+each layer: rotary tables and masks too.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import fx, ops
 from torch._ops import OpOverload
 
 from kvmix_compile.passes.graph.vocabulary import graph_inputs, operation, tensor_of
+
 
 def share_moves(graph: fx.Graph) -> None:
     """Each value is moved to each device once, when it is first needed there, and what comes back is what it was. In

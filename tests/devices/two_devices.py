@@ -1,9 +1,11 @@
-"""What is done with models whose layers are on two devices; test_device_map.py starts this in a process of its own, once
-for all that it looks at.
+"""What is done with models whose layers are on two devices; test_device_map.py starts this in a process of its own,
+once for all that it looks at.
 
 What was seen goes to FOLDER/found.pt, on the CPU.
 """
 
+import copy
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,33 +28,29 @@ MODELS = {
     "llama": "rotary tables",
     "gemma3": "two pairs of these, windows, and an embedding that is the head too",
     "bloom": "slopes, which are no weights",
-    "gpt2": "positions that it counts itself where it is given none",
 }
 OPTIONS: dict[str, Any] = {"sinks": 4, "recent": 32}
-LAYERS = 4
+# One on the first device, and two on the second.
+LAYERS = 3
 
 
 def rows(count: int, tokens: int) -> Tensor:
     return torch.randint(3, 128, (count, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def toy(name: str, layers: int = LAYERS) -> Any:
-    own = {"n_layer": layers} if name in ("bloom", "gpt2") else {"num_hidden_layers": layers}
-    if name == "gemma3":
-        own["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
-    return tiny(name, **own)
+def toy(name: str) -> Any:
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if name == "gemma3" else {}
+    return tiny(name, num_hidden_layers=LAYERS, **kinds)
 
 
-def halves(model: Any, head: str | None = None) -> dict[str, str]:
-    """A device_map: the first half of the layers on one device, the others on the other, and the rest where it is
-    usually put.
-    """
-    decoder, tied = model.base_model, model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    found = {"lm_head": head or (FIRST if tied else SECOND)}
-    for name, part in decoder.named_children():
+def device_map_of(model: Any) -> dict[str, str]:
+    """The first layer on one device, the others on the other, and the rest where it is usually put."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    found = {"lm_head": FIRST if tied else SECOND}
+    for name, part in model.base_model.named_children():
         path = f"{model.base_model_prefix}.{name}"
         if isinstance(part, nn.ModuleList):
-            found |= {f"{path}.{index}": DEVICES[2 * index // len(part)] for index in range(len(part))}
+            found |= {f"{path}.{index}": DEVICES[min(index, 1)] for index in range(len(part))}
         else:
             found[path] = SECOND if name in ("norm", "ln_f") else FIRST
     return found
@@ -60,7 +58,7 @@ def halves(model: Any, head: str | None = None) -> dict[str, str]:
 
 def spread(model: Any, device_map: Mapping[str, str] | None = None, main: str = FIRST) -> Any:
     """The model, its layers on both devices. main: where accelerate moves a call's arguments first."""
-    return dispatch_model(model, dict(device_map or halves(model)), main_device=main)
+    return dispatch_model(model, dict(device_map or device_map_of(model)), main_device=main)
 
 
 def given_by(twin: Any) -> dict[str, Any]:
@@ -98,11 +96,11 @@ def applied(model: Any, **options: Any) -> Any:
 
 def of_model(name: str) -> dict[str, Any]:
     """Compiled by a budget: on the CPU, and spread."""
-    model, ids = spread(toy(name), main=SECOND if name == "gemma3" else FIRST), rows(1, 30)
+    main, ids = SECOND if name == "gemma3" else FIRST, rows(1, 30)
+    model = spread(toy(name), main=main)
+    twin = applied(model)
     with torch.no_grad():
-        before = model(ids).logits
-        twin = applied(model)
-        untouched = torch.equal(before, model(ids).logits)
+        untouched = torch.equal(model(ids).logits, spread(toy(name), main=main)(ids).logits)
     alone = applied(toy(name))
     return {
         "spread": given_by(twin),
@@ -144,20 +142,20 @@ def of_caches(twin: Any, alone: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-def of_kept_starts(plan: Any) -> dict[str, list[str]]:
-    """How a model begins that was compiled before, with the same device_map and with another: what took time."""
+def of_other_map(plan: Any) -> dict[str, Any]:
+    """Compiled by a plan that was made with another device_map."""
     model = toy("llama")
-    other = halves(model) | {f"model.layers.{LAYERS // 2}": FIRST}
+    twin = kvmix_compile.apply(spread(model, device_map_of(model) | {"model.layers.1": FIRST}), plan=plan)
     return {
-        name: list(kvmix_compile.apply(spread(toy("llama"), device_map), plan=plan).kvmix_report.seconds)
-        for name, device_map in (("first", halves(model)), ("second", halves(model)), ("other map", other))
+        "seconds": twin.kvmix_report.seconds,
+        "text": twin.generate(rows(2, 60), max_new_tokens=12, do_sample=False),
     }
 
 
 def of_folders(plan: Any, folder: Path) -> dict[str, Any]:
     """Loaded by transformers with a device_map: compressed as it is loaded, and from a folder that says so itself."""
     toy("llama").save_pretrained(folder / "plain")
-    device_map, ids = halves(toy("llama")), rows(1, 40)
+    device_map, ids = device_map_of(toy("llama")), rows(1, 40)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder / "plain", device_map=device_map, quantization_config=KVMixConfig(plan=plan)
     )
@@ -188,7 +186,7 @@ class Crossing(nn.Module):
 
 
 def of_refusals(plan: Any, twin: Any) -> dict[str, str]:
-    split = halves(toy("llama"))
+    split = device_map_of(toy("llama"))
     del split["model.layers.0"]
     split |= dict.fromkeys(
         ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj",
@@ -204,21 +202,56 @@ def of_refusals(plan: Any, twin: Any) -> dict[str, str]:
         "values on another device": refused(lambda: applied(spread(Crossing().eval(), crossing))),
         "no device_map": refused(lambda: applied(by_hand)),
         "compile": refused(lambda: kvmix_compile.apply(model, plan=plan, compile=True)),
-        "backend": refused(
-            lambda: torch.compile(model, backend="kvmix", options={"plan": plan}).generate(
-                rows(1, 40), max_new_tokens=4, do_sample=False, cache_implementation="static"
-            )
-        ),
+        "pickle": refused(lambda: pickle.dumps(twin)),
+        "offloaded": refused(lambda: applied(spread(toy("llama"), device_map_of(model) | {"model.layers.1": "cpu"}))),
+        "backend": refused(lambda: torch.compile(model, backend="kvmix", options={"plan": plan})(rows(1, 40))),
     }
     nn.Module.to(twin, FIRST)
     found["moved"] = refused(lambda: twin(rows(1, 40)))
     return found
 
 
+def of_own_forward(twin: Any, alone: Any) -> dict[str, Any]:
+    """Embeddings, which are read by the model's own forward, and a step by the graph behind them."""
+    given = {}
+    for name, model in (("spread", twin), ("alone", alone)):
+        cache, embedding = KVMixCache(model), model.get_input_embeddings()
+        ids = rows(2, 40).to(embedding.weight.device)
+        first = model(inputs_embeds=embedding(ids), cache=cache).logits
+        more = model(inputs_embeds=embedding(ids[:, :4]), cache=cache).logits
+        given[name] = torch.cat([first, more, model(ids[:, :1], cache=cache).logits], dim=1)
+    return given
+
+
+def of_refresh(twin: Any) -> dict[str, Any]:
+    """A compiled model in which a layer was given another norm, captured anew, and what the original gives then."""
+    ids, layer = rows(1, 40), twin.model.layers[LAYERS - 1]
+    before = twin(ids).logits
+    layer.post_attention_layernorm.variance_epsilon = 0.5
+    stale = refused(lambda: twin(ids))
+    twin.kvmix_refresh()
+    original = toy("llama")
+    original.model.layers[LAYERS - 1].post_attention_layernorm.variance_epsilon = 0.5
+    with torch.no_grad():
+        return {"before": before, "stale": stale, "after": twin(ids).logits, "expected": original(ids).logits}
+
+
 def main(folder: Path) -> None:
     load_toy_device(compile_toy_device(folder))
     found: dict[str, Any] = {name: of_model(name) for name in MODELS}
     plan = found["llama"]["spread"]["plan"]
+    twin, alone = (kvmix_compile.apply(model, plan=plan) for model in (spread(toy("llama")), toy("llama")))
+    found["moves"] = moves(twin)
+    found["caches"] = of_caches(twin, alone, folder)
+    found["own forward"] = of_own_forward(twin, alone)
+    found["drafts"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False, assistant_model=toy("llama"))
+    found["text"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False)
+    found["of the copy"] = copy.deepcopy(twin).generate(rows(1, 40), max_new_tokens=8, do_sample=False)
+    found["second start"] = twin.kvmix_report.seconds
+    found["other map"] = of_other_map(plan)
+    found["folders"] = of_folders(plan, folder)
+    found["refusals"] = of_refusals(plan, twin)
+    found["refresh"] = of_refresh(kvmix_compile.apply(spread(toy("llama")), plan=plan))
     torch.save(found, folder / "found.pt")
 
 

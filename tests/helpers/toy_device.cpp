@@ -123,6 +123,11 @@ Tensor& set_source(Tensor& tensor, at::Storage source, int64_t offset, at::IntAr
   return at::cpu::set_(tensor, source, offset, size, stride);
 }
 
+Tensor& set_whole(Tensor& tensor, at::Storage source) {
+  const int64_t elements = static_cast<int64_t>(source.nbytes() / tensor.itemsize());
+  return at::cpu::set_(tensor, source, 0, {elements}, {1});
+}
+
 bool takes_indices(const c10::OperatorHandle& op) {
   return op.schema().name().find("index") != std::string::npos;
 }
@@ -165,6 +170,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("unfold", &at::native::unfold);
   library.impl("_reshape_alias", &at::native::_reshape_alias);
   library.impl("resize_", &resize_in_place);
+  library.impl("set_.source_Storage", &set_whole);
   library.impl("set_.source_Storage_storage_offset", &set_source);
 }
 

@@ -1,15 +1,19 @@
 """Two devices that are not the CPU, toy:0 and toy:1: what mixes their tensors raises, as on two GPUs.
 
-A backend is PyTorch's for the rest of a process, and autograd counts devices once: so this is for processes of their own.
+PyTorch has a backend for the rest of a process, and autograd counts devices once: this is for processes of their own.
 """
 
 import os
+import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from kvmix_compile.kernels.cpu.library import COMPILERS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME, DEVICES = "toy", ("toy:0", "toy:1")
@@ -23,7 +27,8 @@ def compile_toy_device(folder: Path) -> Path:
     target = folder / "toy_device.so"
     includes = [f"-I{path}" for path in include_paths()]
     libraries = [f"-L{path}" for path in library_paths()]
-    command = [get_cxx_compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
+    compiler = next(filter(None, map(shutil.which, COMPILERS)))
+    command = [compiler, *FLAGS, *includes, str(SOURCE), *libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run([*command, "-o", str(target)], check=True, timeout=COMPILE_SECONDS, env=os.environ | {"LC_ALL": "C"})
     return target
 
@@ -45,6 +50,7 @@ def _device_module() -> ModuleType:
         _is_in_bad_fork=lambda: False,
         device_count=lambda: len(DEVICES),
         current_device=lambda: 0,
+        device=nullcontext,
         manual_seed_all=lambda seed: None,
         get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
         synchronize=lambda device=None: None,
