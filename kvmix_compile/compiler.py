@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -475,6 +476,9 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
             f"the model is spread over {captured.ranks.count} processes, each of which keeps the keys and values of "
             f"{kept}: heads and sizes are those of one process",
         )
+    if len(set(found.devices)) > 1:
+        kept = ", ".join(f"{number} on {device}" for device, number in Counter(found.devices).items())
+        report.notes += (f"layers keep keys and values on the device that they are on: {kept}",)
     report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,

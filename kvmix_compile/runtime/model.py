@@ -181,9 +181,9 @@ class CompiledModel(nn.Module):
                 "labels": labels, "logits_to_keep": logits_to_keep, **options,
             }  # fmt: skip
             return self._by_own_forward(left, arguments, given, self._caches(use_cache), return_dict)
-        checked = self._check_ids(input_ids, seen)
+        input_ids = self._check_ids(input_ids, seen)
         if labels is not None and (
-            isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != checked.shape
+            isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != input_ids.shape
         ):
             raise InputError(
                 "labels need the logits of every token: leave logits_to_keep out, one label for each token"
@@ -191,9 +191,9 @@ class CompiledModel(nn.Module):
         held = given if given is not None else KVMixCache(self)
         apart = attention_mask is None and given is None and not self._caches(use_cache)
         with as_captured():
-            logits = self._run(checked, attention_mask, position_ids, held, logits_to_keep, apart)
-            logits = logits.to(input_ids.device)
-        logits = program.under_autocast(logits)
+            ids = input_ids.to(program.device)
+            logits = self._run(ids, attention_mask, position_ids, held, logits_to_keep, apart)
+        logits = program.under_autocast(logits).to(input_ids.device)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
         if program.returns_tensor and given is None and not use_cache and not return_dict and loss is None:
             return logits
@@ -366,9 +366,8 @@ class CompiledModel(nn.Module):
                 f"input_ids must be int64 [batch, tokens] with at least one row and one token, not {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
-        if program.placement:  # as the original's hooks do
-            input_ids = input_ids.to(program.device)
-        if input_ids.device != program.device:
+        # An original on several devices moves them itself, and its logits back.
+        if input_ids.device != program.device and not program.placement:
             raise InputError(
                 f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with "
                 "input_ids.to(model.device)"

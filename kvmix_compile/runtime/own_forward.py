@@ -108,7 +108,7 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
     batch, tokens = given.shape[:2]
     program.check_length(cache.seen + tokens)
     mask = arguments.get("attention_mask")
-    padding = read_padding(mask, cache, batch, tokens, given.device)
+    padding = read_padding(mask, cache, batch, tokens, program.device)
     if padding.comes or padding.is_enclosed:
         check_padding(padding, program.rewritten, program.numbering, cache.seen, ends_are_kept=False)
     if program.places is None:

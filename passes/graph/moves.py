@@ -66,10 +66,11 @@ class OnDevices:
 
 def move(node: fx.Node, device: torch.device) -> fx.Node:
     """A new node, where the graph inserts, for what `node` gives, on another device."""
-    moved = node.graph.call_function(ops.aten.to.dtype_layout, (node,), {"device": device})
+    operator = ops.aten.to.dtype_layout
+    moved = node.graph.call_function(operator, (node,), {"device": device})
     value = tensor_of(node)
     if value is not None:
-        moved.meta = {**node.meta, "val": value.to(device)}
+        moved.meta = {**node.meta, "val": operator(value, device=device)}
     return moved
 
 
