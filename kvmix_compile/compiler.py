@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from kvmix_compile.passes.allocate.outlook import left_unquantized, wider_than
 from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.allocate.policies import Policy
 from kvmix_compile.passes.capture.captured import Captured
-from kvmix_compile.passes.capture.export import capture
+from kvmix_compile.passes.capture.export import capture, devices_of
 from kvmix_compile.passes.capture.logits import follow_autocast
 from kvmix_compile.passes.capture.module_tree import module_tree
 from kvmix_compile.passes.capture.ranks import Ranks
@@ -52,7 +53,7 @@ from kvmix_compile.runtime.kept import Start
 from kvmix_compile.runtime.model import CompiledModel, attach, returns_tensor
 from kvmix_compile.runtime.numbering import Numbering, find_numbering, ignores_zeros
 from kvmix_compile.runtime.padding import takes_padding
-from kvmix_compile.runtime.program import Program, embedded_tokens
+from kvmix_compile.runtime.program import Program, embedded_tokens, placement
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,6 +72,11 @@ class Found:
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of each site's keys and values as the graph computes them."""
         return tuple(site.key.meta["val"].dtype for site in self.sites)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where each site's keys and values are made."""
+        return tuple(site.key.meta["val"].device for site in self.sites)
 
     @property
     def shapes(self) -> tuple[SiteShape, ...]:
@@ -182,6 +188,7 @@ def _applied(
     report, given = Report(type(model).__name__), config.given_plan
     with ranks.together():
         if compile:
+            _check_one_device(model)
             check_compiler(next(parameter.device for parameter in model.parameters()))
         text = None if given else _given_calibration(model, report, config)
     _check_same_call(ranks, config, text is None, verify, compile)
@@ -204,6 +211,15 @@ def _applied(
     program = cast(CompiledModel, twin).kvmix_program
     start.write(given or program.plan, program)
     return _ready(twin, compile)
+
+
+def _check_one_device(model: nn.Module) -> None:
+    """Raise CompilationError for what Inductor is not yet asked to compile."""
+    if len(devices := devices_of(model)) > 1:
+        raise CompilationError(
+            f"the model's weights are on several devices ({', '.join(map(str, devices))}), and Inductor does not "
+            "compile such a graph yet: call kvmix_compile.apply without compile=True"
+        )
 
 
 def _check_same_call(ranks: Ranks, config: Config, samples: bool, verify: bool = False, compile: bool = False) -> None:
@@ -455,6 +471,9 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
             f"the model is spread over {captured.ranks.count} processes, each of which keeps the keys and values of "
             f"{kept}: heads and sizes are those of one process",
         )
+    if len(set(found.devices)) > 1:
+        kept = ", ".join(f"{number} on {device}" for device, number in Counter(found.devices).items())
+        report.notes += (f"layers keep keys and values on the device that they are on: {kept}",)
     report.passes += rewritten.passes
     program = Program(
         rewritten=rewritten,
@@ -466,6 +485,8 @@ def build(model: Model, found: Found, plan: Plan, report: Report, twin: Model | 
         parameter_dtype=parameter.dtype,
         weights=weights_fingerprint(captured.model),
         device=parameter.device,
+        site_devices=found.devices,
+        placement=placement(captured.model),
         vocabulary=captured.vocabulary,
         longest_context=captured.longest_context,
         returns_tensor=returns_tensor(model),

@@ -43,8 +43,8 @@ def _check_weights(model: nn.Module) -> None:
     absent = next((name for name, tensor in held if tensor.is_meta), None)
     if absent is not None:
         raise CaptureError(
-            f"{absent} of the model is not in memory but offloaded, or on the meta device: load the model onto one "
-            "device, without offloading (device_map={'': 0} or {'': 'cpu'})"
+            f"{absent} of the model is not in memory but offloaded, or on the meta device: load all of the "
+            "model onto one device (device_map={'': 0} or {'': 'cpu'}), or onto several GPUs that it fits"
         )
     for path, module in model.named_modules():
         if any(isinstance(held, torch.ScriptObject) for held in vars(module).values()):

@@ -6,17 +6,18 @@ Registered with PyTorch by an entry point, so that kvmix_compile need not be imp
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor
 
-from kvmix_compile.backend.calls import packs_caches
+from kvmix_compile.backend.calls import compiled_call, packs_caches
 from kvmix_compile.backend.graph import StaticGraph
 from kvmix_compile.backend.left import check_left, say_what_is_left
 from kvmix_compile.backend.plan import Options, choose_plan
 from kvmix_compile.backend.storage import packed_cache
 from kvmix_compile.errors import CaptureError, KVMixError
 from kvmix_compile.passes.capture.dynamo import check_whole, lower
+from kvmix_compile.passes.capture.export import devices_of
 from kvmix_compile.passes.match.static_cache import find_cached_sites
 
 __all__ = ["kvmix", "packed_cache"]
@@ -40,6 +41,7 @@ def kvmix(
     """
     try:
         chosen = Options.parse(options or {})
+        _check_one_device()
         if any(isinstance(given, DTensor) for given in inputs):
             raise CaptureError(
                 "the model's weights are spread over processes (DTensor), which torch.compile's backend 'kvmix' does "
@@ -56,6 +58,17 @@ def kvmix(
         return StaticGraph(lowered, sites, choose_plan(chosen, [cached.site for cached in sites]), compiler)
     except KVMixError as error:
         return _refuse(error)
+
+
+def _check_one_device() -> None:
+    """Raise CaptureError for a model on several devices: accelerate's hooks break its graph at every module."""
+    call = compiled_call()
+    devices = devices_of(call.called) if call is not None and isinstance(call.called, nn.Module) else []
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the model's weights are on several devices ({', '.join(map(str, devices))}), which torch.compile's "
+            "backend 'kvmix' does not take: call kvmix_compile.apply(model)"
+        )
 
 
 def _refuse(error: KVMixError) -> Callable[..., NoReturn]:

@@ -74,7 +74,8 @@ class StaticGraph:
     def __init__(self, lowered: Lowered, sites: Sequence[CachedSite], plan: Plan, compiler: Compiler) -> None:
         keys = [cached.site.key.meta["val"] for cached in sites]
         # Whole, as one graph is compiled for every length of a text.
-        self.format = CacheFormat(plan, tuple(key.dtype for key in keys), keys[0].device, begins_whole=True)
+        devices, dtypes = tuple(key.device for key in keys), tuple(key.dtype for key in keys)
+        self.format = CacheFormat(plan, dtypes, devices[0], devices, begins_whole=True)
         self.batch, self.tokens = size_reader(keys[0].shape[0], lowered), size_reader(keys[0].shape[2], lowered)
         self.sites = [_SiteSource.of(cached, lowered) for cached in sites]
         sources = [side.source for site in self.sites for side in (site.key, site.value)]
@@ -175,7 +176,7 @@ class StaticGraph:
 
     def _adopt(self, inputs: Sequence[Any], cache: PackedCache, batch: int, seen: int, starts: Tensor) -> None:
         """Pack what was written to the buffers before any compiled graph saw them: `seen` positions."""
-        cache.begin(batch, seen, self.format.device)
+        cache.begin(batch, seen)
         for state, stored, site in zip(cache.states, self.format.plan.stored_sites(), self.sites, strict=True):
             assert site.key.source is not None and site.value.source is not None
             key, value = (_history(inputs[source], seen) for source in (site.key.source, site.value.source))

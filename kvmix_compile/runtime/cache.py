@@ -68,7 +68,7 @@ class KVMixCache(Cache):
 
     # What the model asks of its cache
 
-    def begin(self, batch: int, tokens: int, device: torch.device, logits: int = 0) -> None:
+    def begin(self, batch: int, tokens: int, logits: int = 0) -> None:
         """Make room for `tokens` more tokens in each of `batch` rows. The last `logits` are those that the next tokens
         are chosen by, and may be taken back where the past is recorded.
 
@@ -81,7 +81,7 @@ class KVMixCache(Cache):
         of_window = {window: self._room(layout, tokens) for window, layout in self._layout_of_window.items()}
         rooms = [of_window[layout.window] for layout in self.layouts]
         if not self.states:
-            self._allocate(batch, rooms, device)
+            self._allocate(batch, rooms)
             return
         for state, room in zip(self.states, rooms, strict=True):
             if state.recent_k.is_inference():  # a copy, or unpickled, that was made in inference mode
@@ -99,7 +99,7 @@ class KVMixCache(Cache):
         """The logits that a rewritten graph gives for `inputs` and this cache, which then holds `tokens` more in each
         row, without the padding that leads them: `starts`, int64 `[batch]`. `logits`: as of `begin`.
         """
-        self.begin(len(starts), tokens, starts.device, logits)
+        self.begin(len(starts), tokens, logits)
         given = graph(*inputs, self.lengths, starts, *self.tensors(), *self._carried_in())
         if self.format.carried:
             given, *after = given
@@ -137,12 +137,16 @@ class KVMixCache(Cache):
         return self.padded
 
     @ordinary_tensors()
-    def _allocate(self, batch: int, rooms: Sequence[Room], device: torch.device) -> None:
-        self.states = [
-            SiteState.with_room(layout, batch, room, dtype, device)
-            for layout, room, dtype in zip(self.layouts, rooms, self.format.dtypes, strict=True)
-        ]
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    def _allocate(self, batch: int, rooms: Sequence[Room]) -> None:
+        kept = zip(self.layouts, rooms, self.format.dtypes, self.format.site_devices, strict=True)
+        self.states = [SiteState.with_room(layout, batch, *of_site) for layout, *of_site in kept]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.format.device)
+
+    def on_sites(self, tensor: Tensor) -> list[Tensor]:
+        """What a tensor holds, on the device of each site in turn: moved once to each device."""
+        devices = self.format.site_devices
+        moved = {device: tensor.to(device) for device in dict.fromkeys(devices)}
+        return [moved[device] for device in devices]
 
     def _allow(self, rollback: int) -> None:
         """See to it that so many of the coming tokens can be taken back, and all that could be before."""
@@ -154,9 +158,11 @@ class KVMixCache(Cache):
         self._lay_out(self.rollback + more)
         if not self.states:
             return
-        furthest = self.lengths + (self._furthest - self.seen)
-        for state, old, new in zip(self.states, before, self.layouts, strict=True):
-            state.widen(old, new, self.lengths, furthest, self._room(new))
+        beyond = self._furthest - self.seen
+        for state, old, new, lengths in zip(
+            self.states, before, self.layouts, self.on_sites(self.lengths), strict=True
+        ):
+            state.widen(old, new, lengths, lengths + beyond, self._room(new))
         # As if so many more tokens had been held: where there is room for them, the same ones have been overwritten.
         self._furthest += more
 
@@ -187,7 +193,7 @@ class KVMixCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
-        """The cache that `save` wrote, on the model's device.
+        """The cache that `save` wrote, where the model keeps its own, whatever devices it was saved from.
 
         Raises CacheError where the file cannot be read, is no cache, is damaged, or was saved from a model of other
         weights, another plan or dtype.
@@ -241,7 +247,7 @@ class KVMixCache(Cache):
         """Hold what a file has, named as by `_named_tensors`; LookupError or ValueError where it does not fit."""
         if len(tensors) > 1:  # what was never used has no states
             rows, device = len(tensors["lengths"]), self.format.device
-            self._allocate(rows, self._rooms_of(header, tensors), device)
+            self._allocate(rows, self._rooms_of(header, tensors))
             self.carried = tuple(
                 tuple(torch.empty(sizes.of(rows, 0), dtype=sizes.dtype, device=device) for sizes in one.tensors)
                 for one in self.format.carried
@@ -410,11 +416,12 @@ class KVMixCache(Cache):
         """Keep the rows `indices`, int64 `[rows]`, in that order."""
         if not self.states:
             return
-        indices = indices.to(self.lengths.device)
-        for state in self.states:
-            state.select_rows(indices)
-        self.carried = tuple(tuple(tensor.index_select(0, indices) for tensor in layer) for layer in self.carried)
-        self.lengths = self.lengths[indices]
+        for state, of_state in zip(self.states, self.on_sites(indices), strict=True):
+            state.select_rows(of_state)
+        self.carried = tuple(
+            tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in layer) for layer in self.carried
+        )
+        self.lengths = self.lengths[indices.to(self.lengths.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""

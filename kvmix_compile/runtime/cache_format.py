@@ -15,7 +15,8 @@ class CacheFormat:
     """What a cache is made for.
 
     plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
-    of its unquantized tokens. weights: the fingerprint of those that the keys and values were computed with. carried:
+    of its unquantized tokens. device: where the model takes its token ids. site_devices: where each site's keys and
+    values are made, and kept. weights: the fingerprint of those that the keys and values were computed with. carried:
     what layers carry from token to token besides. begins_whole: whether there is room for all first and recent tokens
     from the beginning, as what is compiled for a state's sizes needs it. ranks: the processes whose caches belong
     together; the plan is of this one's heads.
@@ -24,6 +25,7 @@ class CacheFormat:
     plan: Plan
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    site_devices: tuple[torch.device, ...]
     weights: str = ""
     carried: tuple[CarriedState, ...] = ()
     begins_whole: bool = False

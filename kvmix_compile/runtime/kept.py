@@ -30,7 +30,7 @@ from kvmix_compile.passes.untouched.digest import digest
 from kvmix_compile.passes.untouched.untouched import untouched
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.cache_file import weights_fingerprint
-from kvmix_compile.runtime.program import Program
+from kvmix_compile.runtime.program import Program, placement
 
 SWITCH = "KVMIX_KEEP"
 
@@ -41,7 +41,9 @@ MOST_FILES = 100
 CHUNKS = (32, 1)
 
 # What of a program is made anew: it belongs to the model, or is seen when it is first needed.
-_MADE_ANEW = frozenset({"rewritten", "device", "weights", "inductor", "places", "ignored_in_steps", "takes_rows"})
+_MADE_ANEW = frozenset(
+    {"rewritten", "device", "placement", "weights", "inductor", "places", "ignored_in_steps", "takes_rows"}
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,13 @@ class Kept:
             raise LookupError("the model's tensors are others")
         device = next(parameter.device for parameter in model.parameters() if parameter.is_floating_point())
         rewritten = Rewritten(module=module, **self.rewritten)
-        return Program(rewritten=rewritten, device=device, weights=weights_fingerprint(model), **self.program)
+        return Program(
+            rewritten=rewritten,
+            device=device,
+            placement=placement(model),
+            weights=weights_fingerprint(model),
+            **self.program,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ class Start:
             return None
         # Whatever is wrong with a file, or with what it makes of this model: it is captured anew.
         try:
-            kept: Kept = torch.load(file, map_location=next(self.model.parameters()).device, weights_only=False)
+            # The digest knows all devices: what was saved goes to the one that it was on.
+            kept: Kept = torch.load(file, weights_only=False)
             program = kept.of_model(self.model)
             if (is_verified and program.report.verified is None) or not _gives_logits_of(program, self.model):
                 return None

@@ -3,7 +3,7 @@ KVMixCache.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
@@ -59,6 +59,7 @@ class CompiledModel(nn.Module):
 
     kvmix_program: Program
     kvmix_changes: Changes
+    kvmix_own_forward: Callable[..., Any] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise InputError(
@@ -114,6 +115,11 @@ class CompiledModel(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_whole("pickled")
         program = self.kvmix_program
+        if program.placement:  # no more than the original, whose hooks are functions within functions
+            raise InputError(
+                "a compiled model whose weights are on several devices cannot be pickled: keep its plan "
+                "(model.kvmix_plan.save(..)) or save_pretrained(..) it, and load it with a device_map again"
+            )
         original = program.rewritten.module.get_submodule(MODEL)
         kept = (original, program.plan, program.inductor is not None, settings_of(self))
         return rebuild, kept, attributes_of_its_own(self, original)
@@ -164,10 +170,11 @@ class CompiledModel(nn.Module):
         if seen == 0:
             with program.ranks.together():
                 self.kvmix_changes.check()
+            program.check_placement(self)
             program.check_same_text(input_ids)
         options = self._check_options(kwargs)
         with as_captured():
-            position_ids, left = left_to_own_forward(program, super().forward, input_ids, position_ids, options, seen)
+            position_ids, left = left_to_own_forward(program, self._own_forward, input_ids, position_ids, options, seen)
         if left:
             arguments = {
                 "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -184,8 +191,9 @@ class CompiledModel(nn.Module):
         held = given if given is not None else KVMixCache(self)
         apart = attention_mask is None and given is None and not self._caches(use_cache)
         with as_captured():
-            logits = self._run(input_ids, attention_mask, position_ids, held, logits_to_keep, apart)
-        logits = program.under_autocast(logits)
+            ids = input_ids.to(program.device)
+            logits = self._run(ids, attention_mask, position_ids, held, logits_to_keep, apart)
+        logits = program.under_autocast(logits).to(input_ids.device)
         loss = None if labels is None else next_token_loss(logits, labels.to(logits.device))
         if program.returns_tensor and given is None and not use_cache and not return_dict and loss is None:
             return logits
@@ -298,7 +306,7 @@ class CompiledModel(nn.Module):
         return_dict: bool | None,
     ) -> Any:  # fmt: skip
         """What the original's forward returns for a call of which the graph does not take the arguments `left`."""
-        program, forward = self.kvmix_program, super().forward
+        program, forward = self.kvmix_program, self._own_forward
         taken = parameters_of(forward)
         unknown = sorted(left.difference(taken))
         if unknown or program.cache_name not in taken:
@@ -319,6 +327,11 @@ class CompiledModel(nn.Module):
         output["logits"] = program.under_autocast(output["logits"])
         return output.to_tuple() if return_dict is False else output
 
+    @property
+    def _own_forward(self) -> Callable[..., Any]:
+        """The original's, on this twin."""
+        return self.kvmix_own_forward or super().forward
+
     def _check_cache(self, cache: object) -> int:
         """The number of positions that the cache has seen."""
         if cache is None:
@@ -330,7 +343,8 @@ class CompiledModel(nn.Module):
                 "kvmix_compile.KVMixCache(model)"
             )
         held = cache.format
-        if (held.plan, held.dtypes, held.device) != (program.own_plan, program.dtypes, program.device):
+        kept_as = held.plan, held.dtypes, held.device, held.site_devices
+        if kept_as != (program.own_plan, program.dtypes, program.device, program.site_devices):
             raise InputError(
                 "this cache was made for a model with another plan, dtype or device; make one with "
                 "kvmix_compile.KVMixCache(model)"
@@ -352,7 +366,8 @@ class CompiledModel(nn.Module):
                 f"input_ids must be int64 [batch, tokens] with at least one row and one token, not {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
-        if input_ids.device != program.device:
+        # An original on several devices moves them itself, and its logits back.
+        if input_ids.device != program.device and not program.placement:
             raise InputError(
                 f"input_ids are on {input_ids.device} and the model is on {program.device}: move them with "
                 "input_ids.to(model.device)"
@@ -391,7 +406,8 @@ def attach(model: nn.Module, program: Program, twin: nn.Module | None = None) ->
     class by instance or by name still finds it.
     """
     twin = module_tree(model) if twin is None else twin
-    twin.__dict__.pop("forward", None)
+    # An original that accelerate has spread over devices has a forward of its own, which moves what it is given.
+    twin.__dict__["kvmix_own_forward"] = twin.__dict__.pop("forward", None)
     # Those of the original are in the graph.
     twin.__dict__.update({name: type(held)() for name, held in vars(model).items() if name.startswith("_forward_")})
     original = type(model)

@@ -9,6 +9,7 @@ the past as any later token does, and what follows is decoded by the graph.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,23 +61,29 @@ class _Filling(StandIn):
             self.refuse()
         cache = self.cache
         if self.seen:
-            cache.begin(len(self.padding.starts), self.tokens, self.padding.starts.device, logits)
+            cache.begin(len(self.padding.starts), self.tokens, logits)
             for layer, (key, value) in self.waiting.items():
                 self._append(layer, key, value)
         cache.advance(self.tokens, self.padding.starts)
         note_padding(cache, self.padding)
 
+    @cached_property
+    def _counts(self) -> list[tuple[Tensor, Tensor]]:
+        """For each site, where it is: how many tokens the rows hold, and how much padding leads what comes."""
+        lengths, starts = (self.cache.on_sites(counts) for counts in (self.cache.lengths, self.padding.starts))
+        return list(zip(lengths, starts, strict=True))
+
     def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
         for place in self.places[layer]:
             pair = _arranged(key, self.padding), _arranged(value, self.padding)
-            append_to(*(pair[::-1] if place.swapped else pair), self.cache.states[place.site], self.cache.lengths,
-                    self.padding.starts, self.stored[place.site])  # fmt: skip
+            append_to(*(pair[::-1] if place.swapped else pair), self.cache.states[place.site],
+                    *self._counts[place.site], self.stored[place.site])  # fmt: skip
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer that are held, `[batch, kv_heads, seen, dim]`."""
         place = self.places[layer][0]
         state, layout = self.cache.states[place.site], self.cache.layouts[place.site]
-        dense = stored_past(state, layout.storage, self.cache.lengths, self.seen)
+        dense = stored_past(state, layout.storage, self._counts[place.site][0], self.seen)
         key, value = from_stored_form(*dense, self.stored[place.site])
         return (value, key) if place.swapped else (key, value)
 
@@ -101,7 +108,7 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
     batch, tokens = given.shape[:2]
     program.check_length(cache.seen + tokens)
     mask = arguments.get("attention_mask")
-    padding = read_padding(mask, cache, batch, tokens, given.device)
+    padding = read_padding(mask, cache, batch, tokens, program.device)
     if padding.comes or padding.is_enclosed:
         check_padding(padding, program.rewritten, program.numbering, cache.seen, ends_are_kept=False)
     if program.places is None:
@@ -111,7 +118,7 @@ def read(model: Any, forward: Forward, cache: KVMixCache, arguments: Mapping[str
         arguments = {**arguments, "attention_mask": _mask_of_held(mask, cache, tokens)}
     try:
         if not cache.seen:
-            cache.begin(batch, tokens, given.device, logits)
+            cache.begin(batch, tokens, logits)
         with _noted_positions(model) as noted:
             own = {program.cache_name: filling, **caching(forward, True)}
             output = forward(**arguments, return_dict=True, **own)
@@ -129,7 +136,7 @@ def _arranged(vectors: Tensor, padding: Padding) -> Tensor:
     """`[batch, heads, tokens, dim]` by slot, with each row's padding in front."""
     if padding.order is None:
         return vectors
-    return vectors.gather(2, padding.order[:, None, :, None].expand_as(vectors))
+    return vectors.gather(2, padding.order.to(vectors.device)[:, None, :, None].expand_as(vectors))
 
 
 def _mask_of_held(mask: Tensor | None, cache: KVMixCache, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from kvmix_compile.passes.allocate.plan import Plan
 
 # What a compiled model gets anew: what `apply` gives it, and its own tree of modules.
-_MADE_ANEW = frozenset({"kvmix_program", "kvmix_changes", "_modules", "_parameters", "_buffers"})
+_MADE_ANEW = frozenset({"kvmix_program", "kvmix_changes", "kvmix_own_forward", "_modules", "_parameters", "_buffers"})
 
 # What a twin has its own of, so that what is set there is not set for the original; its submodules hold the same ones.
 OWN_SETTINGS = frozenset({"config", "generation_config"})

@@ -59,15 +59,15 @@ def _nearest(
 ) -> tuple[int, Place]:
     """The layer that caches what a site does, and how. Raises InputError where none does."""
     layout, stored = held.layouts[site], program.own_plan.stored_sites()[site]
-    best, found = TOLERANCE[program.parameter_dtype], None
+    best, found, device = TOLERANCE[program.parameter_dtype], None, program.site_devices[site]
     for layer, pair in cached.items():
         for swapped in (False, True):
             key, value = pair[::-1] if swapped else pair
             if key.shape[1:2] + key.shape[3:] + value.shape[3:] != (layout.kv_heads, layout.key_dim, layout.value_dim):
                 continue
-            state = SiteState.with_room(layout, 1, expected.room, program.dtypes[site], program.device)
-            none = torch.zeros(1, dtype=torch.int64, device=program.device)
-            append_to(key, value, state, none, none, stored)
+            state = SiteState.with_room(layout, 1, expected.room, program.dtypes[site], device)
+            none = torch.zeros(1, dtype=torch.int64, device=device)
+            append_to(key.to(device), value.to(device), state, none, none, stored)
             share = _difference(state, expected)
             if share <= best:
                 best, found = share, (layer, Place(site, swapped))

@@ -73,7 +73,7 @@ def count_on(positions: Tensor, numbering: Numbering, padding: Padding, cache: K
     except InputError:
         return False
     is_token = torch.arange(tokens, device=counted.device) >= padding.starts[:, None]
-    rows = positions.reshape(-1, *positions.shape[-2:]).expand(-1, len(counted), -1)
+    rows = positions.to(counted.device).reshape(-1, *positions.shape[-2:]).expand(-1, len(counted), -1)
     return all(bool(((padding.arrange(row) == counted) | ~is_token).all()) for row in rows)
 
 

@@ -23,7 +23,9 @@ from kvmix_compile.runtime.numbering import Numbering
 class Program:
     """What a compiled model runs. `plan`: of the whole model. `own_plan`: what of it this process stores, one of the
     `ranks` that the weights are spread over. `dtypes`: of each site's keys and values as the graph computes them.
-    `weights`: the fingerprint of those that it was compiled with. `cache_name`: what the original's forward calls its
+    `device`: where it takes token ids. `site_devices`: where each site's keys and values are made, and kept.
+    `placement`: as of the function of that name. `weights`: the fingerprint of those that it was compiled with.
+    `cache_name`: what the original's forward calls its
     cache. `logits_follow_autocast`: as of passes.capture.logits. `embedded`: as `embedded_tokens` counts them.
     `numbering`: what positions that forward counts. `zero_token_types`: the arguments that type tokens and of which
     zeros, given to it, change nothing.
@@ -40,6 +42,7 @@ class Program:
     parameter_dtype: torch.dtype
     weights: str
     device: torch.device
+    site_devices: tuple[torch.device, ...]
     vocabulary: int
     longest_context: int | None
     returns_tensor: bool
@@ -47,6 +50,7 @@ class Program:
     logits_follow_autocast: bool
     steering: Steering
     ranks: Ranks = Ranks()
+    placement: tuple[torch.device, ...] = ()
     embedded: int | None = None
     numbering: Numbering = Numbering()
     zero_token_types: frozenset[str] = frozenset()
@@ -78,10 +82,19 @@ class Program:
                 f"compiled with {self.embedded}: call kvmix_compile.apply on the original model again"
             )
         if parameter.device != self.device:
+            self.check_placement(model)
             move_constants(self.rewritten.module, parameter.device)
-            self.device = parameter.device
+            self.device, self.site_devices = parameter.device, (parameter.device,) * len(self.site_devices)
             if self.inductor is not None:
                 self.compile()
+
+    def check_placement(self, model: nn.Module) -> None:
+        """Raise InputError where weights that are, or were, on several devices have been moved."""
+        if placement(model) != self.placement:
+            raise InputError(
+                "weights of the model were moved from one device to another after it was compiled, and a graph over "
+                "several devices does not follow that: move them back, or call kvmix_compile.apply again"
+            )
 
     def random_ids(self, tokens: int) -> Tensor:
         """Token ids to try the model on, int64 `[1, tokens]`, the same each time."""
@@ -121,13 +134,20 @@ class Program:
         # that a state grows through would compile its kernels anew, seconds each, for room that the text soon fills.
         begins_whole = self.inductor is not None or self.device.type == "cuda"
         return CacheFormat(
-            self.own_plan, self.dtypes, self.device, self.weights, self.rewritten.carried, begins_whole, self.ranks
-        )
+            self.own_plan, self.dtypes, self.device, self.site_devices, self.weights, self.rewritten.carried,
+            begins_whole, self.ranks,
+        )  # fmt: skip
 
     @property
     def graph(self) -> Callable[..., Any]:
         """What is called with the arguments of `rewritten.module`, and gives what that gives."""
         return self.inductor or self.rewritten.module
+
+
+def placement(model: nn.Module) -> tuple[torch.device, ...]:
+    """On which device each weight of a model lies that is spread over several; empty for one that is not."""
+    devices = tuple(parameter.device for parameter in model.parameters())
+    return devices if len(set(devices)) > 1 else ()
 
 
 def embedded_tokens(model: nn.Module) -> int | None:

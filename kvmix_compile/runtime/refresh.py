@@ -10,7 +10,7 @@ from kvmix_compile.config import Config
 from kvmix_compile.passes.untouched.reach import held_by, hold
 
 # What makes a module a compiled model, besides its class.
-_COMPILED = ("kvmix_program", "kvmix_changes")
+_COMPILED = ("kvmix_program", "kvmix_changes", "kvmix_own_forward")
 
 
 def refresh(twin: Any, original: type[nn.Module], *, verify: bool) -> None:
@@ -35,11 +35,14 @@ def _as_before_it_was_compiled(twin: Any, original: type[nn.Module]) -> Iterator
     hooks = {name: (held, held_by(held)) for name, held in attributes.items() if name.startswith("_forward_")}
     for held, _ in hooks.values():
         held.clear()
+    if kept["kvmix_own_forward"] is not None:
+        attributes["forward"] = kept["kvmix_own_forward"]
     twin.__class__ = original
     try:
         yield
     except BaseException:
         twin.__class__ = compiled
+        attributes.pop("forward", None)
         attributes.update(kept)
         raise
     finally:

@@ -25,6 +25,7 @@ from kvmix_compile.passes.capture.stateful import find_stateful
 from kvmix_compile.passes.errors import CaptureError
 from kvmix_compile.passes.graph.buffers import assemble_at_once
 from kvmix_compile.passes.graph.edit import clean_up
+from kvmix_compile.passes.graph.moves import align_indices, share_moves
 from kvmix_compile.passes.graph.products import take_out_additions
 from kvmix_compile.passes.graph.record import recorded
 from kvmix_compile.passes.graph.source_lines import line_of_bound
@@ -125,11 +126,12 @@ def _export(model: nn.Module, wrapper: "_LogitsOnly", stateful: Sequence[Statefu
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): {_advice(model, stateful)}"
+            f"torch.export could not capture {type(model).__name__} ({first_line(error)}): "
+            f"{_advice(model, stateful, error)}"
         ) from error
 
 
-def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
+def _advice(model: nn.Module, stateful: Sequence[StatefulModule], error: Exception) -> str:
     """What to say of a model that cannot be exported: most have a state besides keys and values, and a loop over it,
     which is not one of a stateful module.
     """
@@ -139,6 +141,11 @@ def _advice(model: nn.Module, stateful: Sequence[StatefulModule]) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv1d | nn.RNNBase) and not name.startswith(not_traced)
     ]
+    if len(devices_of(model)) > 1 and "device" in str(error):
+        return (
+            "its forward mixes tensors of several devices, as where a device_map puts parts of one layer on different "
+            "ones: give each layer one device, as device_map='auto' does"
+        )
     if mixing:
         more = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
         return f"it mixes tokens otherwise than by attention, in {mixing[0]}{more}, which is not supported"
@@ -155,9 +162,12 @@ def check_capturable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module.training and isinstance(module, nn.Dropout) and module.p:
             raise CaptureError(f"{name} is in training mode: call `model.eval()` first, so that dropout is off")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise CaptureError(f"the model is spread over {', '.join(sorted(devices))}: move it to one device first")
+    devices = devices_of(model)
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise CaptureError(
+            f"the model is spread over {', '.join(map(str, devices))} without a device_map: load it with "
+            "from_pretrained(.., device_map='auto'), or move it to one device"
+        )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
@@ -170,6 +180,11 @@ def check_capturable(model: nn.Module) -> None:
             "to logits: where this one wraps another, pass that"
         )
     check_shards(model)
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Those that a model's weights lie on, that of its first weight first."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def first_line(error: Exception) -> str:
@@ -197,10 +212,13 @@ def _captured(
         recorded("clean up", module, lambda: clean_up(module))[0],
         recorded("buffers", module, lambda: assemble_at_once(module.graph))[0],
     ]
-    module.recompile()
     if "logits_to_keep" not in wrapper.parameters_taken:
         passes.append(recorded("logits", module, lambda: select_early(module.graph))[0])
-        module.recompile()
+    if len(devices_of(wrapper.model)) > 1:
+        align_indices(module.graph)
+        passes.append(recorded("moves", module, lambda: share_moves(module.graph))[0])
+        module.graph.eliminate_dead_code()
+    module.recompile()
     input_ids = next(node for node in graph_inputs(module.graph) if node.name == "input_ids")
     batch, tokens = input_ids.meta["val"].shape
     if (most := _bound(program, batch, "batch")) is not None:

@@ -5,6 +5,7 @@ original's, while a weight that is loaded, trained or replaced in one is there i
 """
 
 import copy
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -41,6 +42,10 @@ def _own(value: Any, copies: dict[int, Any]) -> Any:
         return copy.deepcopy(value, copies)
     if isinstance(value, MethodType) and id(value.__self__) in copies:
         return MethodType(value.__func__, copies[id(value.__self__)])
+    if isinstance(value, partial):  # as the forward of a module that accelerate has hooked
+        call = partial(value.func, *_own(value.args, copies), **_own(value.keywords, copies))
+        vars(call).update(vars(value))
+        return call
     if isinstance(value, dict):
         own: Any = copy.copy(value)
         for key, item in value.items():

@@ -120,7 +120,11 @@ class StatefulModule:
         given: the tensors of the call. states: its state before, which is left as it is; None: there is none yet.
         starts: how much padding leads each row, int64 `[rows]`; of a first call alone.
         """
-        cache = self.fresh.filled([]) if states is None else self.filled.filled([state.clone() for state in states])
+        cache = (
+            self.fresh.filled([])
+            if states is None
+            else self.filled.filled([state.to(given[0].device, copy=True) for state in states])
+        )
         placed: dict[Way, Any] = {**dict(zip(self.ways, given, strict=True)), self.cache: cache}
         if states is None and starts is not None and self.mask is not None and bool(starts.any()):
             slots = torch.arange(self._read(given, "tokens"), device=starts.device)
@@ -185,13 +189,17 @@ class SingleNode(nn.Module):
 def noted(model: nn.Module, stateful: Sequence[StatefulModule]) -> Iterator[None]:
     """Around an export: each of these modules notes that it is called, and what it gives."""
     modules = [model.get_submodule(one.path) for one in stateful]
+    # A forward of its own is what accelerate's hooks give a module.
+    before = [vars(module).get("forward") for module in modules]
     try:
         for module, one in zip(modules, stateful, strict=True):
             vars(module)["forward"] = partial(_note, one)
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
 
 
 def _note(stateful: StatefulModule, *arguments: Any, **named: Any) -> Any:

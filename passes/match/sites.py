@@ -22,6 +22,7 @@ from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.graph.dataflow import Dataflow
 from kvmix_compile.passes.graph.evaluate import evaluate
+from kvmix_compile.passes.graph.moves import device_of
 from kvmix_compile.passes.graph.record import PassRecord
 from kvmix_compile.passes.graph.vocabulary import (
     LAYOUT,
@@ -284,6 +285,7 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         raise UnsupportedModelError(
             f"{layer}: the bias on its attention scores is for {len(score_function.slopes)} of {query_heads} heads"
         )
+    _check_devices(layer, (query, key, value, output))
     if attention.sink is not None:
         attention.sink.check(captured.module, few_tokens(captured), query_heads, layer)
     return AttentionSite(
@@ -298,6 +300,16 @@ def _site(attention: Attention, score_function: ScoreFunction, captured: Capture
         sink_logits=attention.sink.logits if attention.sink is not None else None,
         values_are_keys=beside is not None,
     )
+
+
+def _check_devices(layer: str, nodes: Iterable[fx.Node]) -> None:
+    """Raise UnsupportedModelError unless all these nodes give what they do on one device."""
+    devices = dict.fromkeys(str(device_of(node)) for node in nodes)
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{layer}: its queries, keys and values are made on several devices ({', '.join(devices)}), and what is "
+            "cached of a layer is kept on one: load the model with a device_map that puts all of a layer on one device"
+        )
 
 
 def _fused_mask(attention: Attention, probe: Probe) -> tuple[Mask, tuple[float, ...]]:

@@ -10,13 +10,14 @@ from torch import fx
 
 from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode
 from kvmix_compile.passes.graph.edit import add_inputs
+from kvmix_compile.passes.graph.moves import OnDevices, device_of
 
 
-def carry_states(module: fx.GraphModule, starts: fx.Node) -> tuple[CarriedState, ...]:
+def carry_states(module: fx.GraphModule, starts: OnDevices) -> tuple[CarriedState, ...]:
     """Give the graph inputs and outputs for the states of its single nodes; returns whose they are, in their order. In
     place.
 
-    starts: the graph's input of how much padding leads each row.
+    starts: the graph's input of how much padding leads each row, on the devices of the modules.
     """
     graph, carried, after = module.graph, list[CarriedState](), list[fx.Node]()
     for node in list(graph.nodes):
@@ -24,7 +25,7 @@ def carry_states(module: fx.GraphModule, starts: fx.Node) -> tuple[CarriedState,
             continue
         stateful = single.stateful
         before = add_inputs(graph, [f"carried_{len(carried)}_{index}" for index in range(len(stateful.states))])
-        node.args = (tuple(before), starts, *node.args[2:])
+        node.args = (tuple(before), starts.on(device_of(node.args[2])), *node.args[2:])
         with graph.inserting_after(node):
             results = len(stateful.results)
             after += [graph.call_function(getitem, (node, results + index)) for index in range(len(before))]

@@ -9,13 +9,14 @@ from torch import fx, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvmix_compile.passes.graph.dataflow import Dataflow
+from kvmix_compile.passes.graph.moves import OnDevices, device_of
 from kvmix_compile.passes.graph.position_tables import reads_table
 from kvmix_compile.passes.graph.vocabulary import as_node, graph_inputs, operation
 
 
-def shift_positions(graph: fx.Graph, counts: fx.Node, tokens: object) -> bool:
+def shift_positions(graph: fx.Graph, counts: fx.Node, device: torch.device, tokens: object) -> bool:
     """Shift every `arange(tokens)`, and every table read as `table[:tokens]`, by the first number in `counts`, int64
-    `[batch]` or `[batch, tokens]`. In place.
+    `[batch]` or `[batch, tokens]` on this device. In place.
 
     A single shift serves all rows: the first position must be the same in each. Returns whether anything was shifted.
     """
@@ -33,16 +34,16 @@ def shift_positions(graph: fx.Graph, counts: fx.Node, tokens: object) -> bool:
     with graph.inserting_after(graph_inputs(graph)[-1]):
         flat = graph.call_function(ops.aten.reshape.default, (counts, [-1]))
     with graph.inserting_after(flat):
-        past = graph.call_function(ops.aten.select.int, (flat, 0, 0))
+        past = OnDevices(graph.call_function(ops.aten.select.int, (flat, 0, 0)), device)
     for node in counters:
         with graph.inserting_after(node):
-            shifted = graph.call_function(ops.aten.add.Tensor, (node, past))
+            shifted = graph.call_function(ops.aten.add.Tensor, (node, past.on(device_of(node))))
         node.replace_all_uses_with(shifted, delete_user_cb=lambda user, shifted=shifted: user is not shifted)
     for node in tables:
         table, axis, end = node.args[0], node.args[1], as_node(node.args[3])
         with graph.inserting_before(node):
-            index = graph.call_function(ops.aten.arange.default, (end,), {"device": node.meta["val"].device})
-            index = graph.call_function(ops.aten.add.Tensor, (index, past))
+            index = graph.call_function(ops.aten.arange.default, (end,), {"device": device_of(node)})
+            index = graph.call_function(ops.aten.add.Tensor, (index, past.on(device_of(node))))
             read = graph.call_function(ops.aten.index_select.default, (table, axis, index))
         node.replace_all_uses_with(read)
         graph.erase_node(node)

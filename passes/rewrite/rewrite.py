@@ -21,6 +21,7 @@ from kvmix_compile.passes.capture.captured import MODEL, Captured
 from kvmix_compile.passes.capture.export import bind
 from kvmix_compile.passes.capture.single_nodes import CarriedState, SingleNode, StatefulModule
 from kvmix_compile.passes.graph.edit import accept_any_strides, add_inputs, clean_up, copy_of
+from kvmix_compile.passes.graph.moves import OnDevices, device_of
 from kvmix_compile.passes.graph.record import PassRecord, recorded
 from kvmix_compile.passes.match.masks import ScoreFunction
 from kvmix_compile.passes.match.sites import AttentionSite
@@ -72,16 +73,23 @@ def rewrite(
     module = bind(captured.module, graph)
     lengths, starts = add_inputs(graph, ["lengths", "starts"])
 
+    # All inputs are where the token ids are.
+    here = device_of(captured.placeholder("input_ids"))
+    counts = OnDevices(lengths, here), OnDevices(starts, here)
+
     def rewrite_sites() -> None:
         for index, (site, kept) in enumerate(zip(sites, stored, strict=True)):
-            rewrite_site(module, site.mapped(copies), index, (lengths, starts), kept)
+            there = device_of(site.key)
+            rewrite_site(module, site.mapped(copies), index, (counts[0].on(there), counts[1].on(there)), kept)
         graph.eliminate_dead_code()
 
     # A model that is given positions may count others besides, as Llama 4 does for the temperature of its softmax.
-    counts = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
+    counted = lengths if captured.has_position_input else copies[captured.placeholder("position_ids")]
     sites_done, _ = recorded("rewrite", module, rewrite_sites)
-    states_done, carried = recorded("carried", module, lambda: carry_states(module, starts))
-    positions_done, shifted = recorded("positions", module, lambda: shift_positions(graph, counts, captured.tokens))
+    states_done, carried = recorded("carried", module, lambda: carry_states(module, counts[1]))
+    positions_done, shifted = recorded(
+        "positions", module, lambda: shift_positions(graph, counted, here, captured.tokens)
+    )
     accept_any_strides(graph)
     clean_up_done, _ = recorded("clean up", module, lambda: clean_up(module))
     check_lengths(graph, captured)
@@ -130,7 +138,7 @@ def rewrite_site(
     """Put the operators in the place of the `output` of each of the site's attentions, and its state behind the inputs
     of the module's graph.
 
-    `index`: the site's number. `counts`: the inputs lengths and starts.
+    `index`: the site's number. `counts`: the inputs lengths and starts, on its device.
     """
     state, given = add_inputs(module.graph, [f"{name}_{index}" for name in STATE_TENSORS]), site
     for number, attention in enumerate(site.attentions):

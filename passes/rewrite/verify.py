@@ -204,7 +204,7 @@ class _Trial:
         """Float32 `[rows, tokens, vocabulary]` of the rewritten graph; the last row begins with `padding` tokens that
         are none.
         """
-        states = [_lossless_state(site, ids) for site in self.sites]
+        states = [_lossless_state(site, *ids.shape) for site in self.sites]
         tensors = [tensor for state in states for tensor in state.tensors()]
         lengths, logits = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), []
         carried = nothing_carried(self.rewritten.carried)
@@ -238,7 +238,6 @@ def _lossless_layout(site: AttentionSite) -> StateLayout:
     return StateLayout(site.shape, key=Precision(16), value=Precision(16), sinks=sinks, recent=recent)
 
 
-def _lossless_state(site: AttentionSite, ids: Tensor) -> SiteState:
-    layout = _lossless_layout(site)
-    blocks = layout.required_blocks(ids.shape[1])
-    return SiteState.allocate(layout, ids.shape[0], blocks, site.key.meta["val"].dtype, ids.device)
+def _lossless_state(site: AttentionSite, rows: int, tokens: int) -> SiteState:
+    layout, key = _lossless_layout(site), site.key.meta["val"]
+    return SiteState.allocate(layout, rows, layout.required_blocks(tokens), key.dtype, key.device)

@@ -38,7 +38,7 @@ def compiled() -> nn.Module:
 def holding(tokens: int) -> KVMixCache:
     """A cache that holds so many tokens, all of them zeros."""
     past = KVMixCache(compiled())
-    past.begin(1, tokens, torch.device("cpu"))
+    past.begin(1, tokens)
     past.advance(tokens, torch.zeros(1, dtype=torch.int64))
     return past
 
@@ -76,7 +76,7 @@ model = kvmix_compile.apply(model, budget=2.3, calibration=ids, sinks=4, recent=
 peaks = []
 for tokens in (100, TOKENS):
     past = kvmix_compile.KVMixCache(model)
-    past.begin(1, tokens, torch.device("cpu"))
+    past.begin(1, tokens)
     past.advance(tokens, torch.zeros(1, dtype=torch.int64))
     for tensor in past.tensors():
         tensor.zero_()  # every page of it is there

@@ -60,7 +60,7 @@ class Decoder:
 
     def step(self, past: KVMixCache, token: Tensor) -> Tensor:
         """As the model does it."""
-        past.begin(len(token), 1, token.device)
+        past.begin(len(token), 1)
         position, last = past.lengths[:, None].clone(), torch.zeros(1, dtype=torch.int64)
         given = (token, position, last, past.lengths, torch.zeros_like(past.lengths))
         (logits,) = self.replaying(given, past.tensors())
