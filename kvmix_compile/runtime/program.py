@@ -109,7 +109,8 @@ class Program:
 
     def compile(self) -> InductorGraph:
         """Have Inductor compile the rewritten graph, when it is first called."""
-        self.inductor = InductorGraph(self.rewritten.module, self.own_plan.layouts(), self.dtypes, self.device)
+        state_dtypes = self.format.state_dtypes
+        self.inductor = InductorGraph(self.rewritten.module, self.own_plan.layouts(), state_dtypes, self.device)
         return self.inductor
 
     @property

@@ -67,8 +67,8 @@ def test_logits_and_state_are_those_of_the_graph_itself(rows: int, rollback: int
     # Of logits that codes have not turned, a few roundings: how many depends on the processor.
     assert (found - expected).abs().median() < 1e-5
     for one, other in zip(own.tensors(), past.tensors(), strict=True):
-        # Inductor's sums are rounded otherwise, and may turn a code.
-        torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-4)
+        # Inductor's sums are rounded otherwise, and may turn a code, or the last digit of a float16.
+        torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-3)
     assert isinstance(compiled().kvmix_program.inductor, InductorGraph)
     assert "compile" in compiled().kvmix_report.seconds
 
