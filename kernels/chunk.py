@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from kvmix_compile.kernels.saturated import saturated
 
 
 # Made at every call: a frozen dataclass takes twice as long to make.
@@ -27,3 +30,9 @@ class Chunk(NamedTuple):
         and what is stored as its key behind it.
         """
         return query.shape[-1] != self.key.shape[-1]
+
+    def in_dtype(self, dtype: torch.dtype) -> Chunk:
+        """With keys and values of this dtype. Magnitudes that it cannot hold become the largest that it can."""
+        if self.key.dtype == self.value.dtype == dtype:
+            return self
+        return self._replace(key=saturated(self.key, dtype), value=saturated(self.value, dtype))

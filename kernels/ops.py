@@ -2,8 +2,8 @@
 
 Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
 the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
-registers it under the device's dispatch key. Whatever autocast is on, a state keeps its dtype: queries, keys and values
-are converted to it, and what is attended comes back in the dtype of the queries.
+registers it under the device's dispatch key. Whatever autocast is on and whatever dtype queries, keys and values have,
+a state keeps its own, and what is attended comes back in the dtype of the queries (mixed_dtypes.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu import dispatch
-from kvmix_compile.kernels.stepwise import stepwise
+from kvmix_compile.kernels.mixed_dtypes import Attend, attending_any_dtype
+from kvmix_compile.kernels.stepwise import Append, stepwise
 from kvmix_compile.kernels.weighting import Weighting
 
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
@@ -79,7 +80,7 @@ def attend_arguments(
     return (*stored, weighting.scale, weighting.softcap, weighting.sliding_window), extras
 
 
-def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Callable[..., None]:
+def _append_operator(kernel: Append) -> Callable[..., None]:
     """A kernel of append as an operator, which is called as its schema says."""
 
     def operator(
@@ -101,7 +102,7 @@ def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Cal
         _without_autocast(
             k.device,
             kernel,
-            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
+            Chunk(key=k, value=v, lengths=lengths, starts=starts),
             SiteState(
                 sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
             ),
@@ -111,7 +112,7 @@ def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Cal
     return operator
 
 
-def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weighting], Tensor]) -> Callable[..., Tensor]:
+def _attend_operator(kernel: Attend) -> Callable[..., Tensor]:
     """A kernel of attend as an operator, which is called as its schema says."""
 
     def operator(
@@ -139,18 +140,18 @@ def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weight
         weighting = _weighting(scale, softcap, sliding_window, attention_chunk)
         if sink_logits is not None or slopes is not None:
             weighting = replace(weighting, sink_logits=sink_logits, slopes=slopes)
-        attended = _without_autocast(
+        attended: Tensor = _without_autocast(
             q.device,
             kernel,
-            _as_stored(q, sink_k),
-            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
+            q,
+            Chunk(key=k, value=v, lengths=lengths, starts=starts),
             SiteState(
                 sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
             ),
             _storage(tuple(key), tuple(value), recent, weighting.window),
             weighting,
         )
-        return _as_stored(attended, q)
+        return attended
 
     return operator
 
@@ -164,11 +165,6 @@ def _storage(key: tuple[int, ...], value: tuple[int, ...], recent: int, window: 
 @lru_cache
 def _weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int) -> Weighting:
     return Weighting(scale=scale, softcap=softcap, sliding_window=sliding_window, attention_chunk=attention_chunk)
-
-
-def _as_stored(tensor: Tensor, stored: Tensor) -> Tensor:
-    """In the dtype of what is stored."""
-    return tensor if tensor.dtype == stored.dtype else tensor.to(stored.dtype)
 
 
 def _without_autocast(device: torch.device, kernel: Callable[..., Any], *records: Any) -> Any:
@@ -205,8 +201,8 @@ _append_kernels = {
 _attend_kernels = {
     "CompositeExplicitAutograd": reference.attend, "CPU": cpu.attend, "CUDA": dispatch.attend_on_cuda
 }  # fmt: skip
-for _key, _append in _append_kernels.items():
-    _attend = _attend_kernels[_key]
+for _key in _append_kernels:
+    _append, _attend = _append_kernels[_key], attending_any_dtype(_attend_kernels[_key])
     _library.impl("append", _append_operator(_append), _key)
     _library.impl("attend", _attend_operator(_attend), _key)
     _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)

@@ -2,7 +2,8 @@
 
 Shapes: those of Chunk (chunk.py) and of SiteState (format/state.py), for B rows, H heads of keys and values and M new
 tokens; a query is [B, Hq, M, key_dim] with any strides, Hq a multiple of H. Where it has value_dim channels more,
-values are keys too: the whole key of a token is its value, followed by what is stored as its key.
+values are keys too: the whole key of a token is its value, followed by what is stored as its key. Which dtypes may
+differ: mixed_dtypes.py.
 No gradient flows through either operation.
 Rows never see each other. Neighbouring rows of one length and start are worked on together.
 """
@@ -76,11 +77,13 @@ class _Side:
 
 @torch.no_grad()
 def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
-    """Writes a chunk's keys and values into the state, in place, packing the blocks that are recent no more.
+    """Writes a chunk's keys and values into the state, in its dtype and in place, packing the blocks that are recent no
+    more.
 
     The chunk's lengths are those before it and are left as they are.
     Raises KVMixError, with nothing written, where the packed blocks have no room.
     """
+    chunk = chunk.in_dtype(state.dtype)
     keys, values = _sides(chunk, state, storage)
     groups = list(_row_groups(chunk))
     longest = max((group.length + chunk.key.shape[2] - group.start for group in groups), default=0)
@@ -118,17 +121,19 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
 
 
 @torch.no_grad()
-def stored(state: SiteState, storage: Storage, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def stored(
+    state: SiteState, storage: Storage, lengths: Tensor, slots: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The keys [B, H, slots, key_dim] and values [B, H, slots, value_dim] of the past as a later token reads them.
 
     lengths: int64 [B], the tokens that each row holds, at most `slots`; they lie in a row's last slots. Where there is
-    none, or one that no later token sees, are zeros.
+    none, or one that no later token sees, are zeros. dtype: of what is returned, as attend would compute.
     """
-    no_keys, no_values = state.recent_k[:, :, :0], state.recent_v[:, :, :0]
+    no_keys, no_values = state.recent_k[:, :, :0].to(dtype), state.recent_v[:, :, :0].to(dtype)
     nothing_new = Chunk(no_keys, no_values, lengths, starts=torch.zeros_like(lengths))
     read = []
     for side in _sides(nothing_new, state, storage):
-        dense = side.ring.new_zeros(*side.ring.shape[:2], slots, side.ring.shape[3])
+        dense = side.chunk.new_zeros(*side.ring.shape[:2], slots, side.ring.shape[3])
         for group in _row_groups(nothing_new):
             first = max(0, group.length - storage.window + 1) if storage.window else 0
             if group.length > first:

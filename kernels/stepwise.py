@@ -21,10 +21,10 @@ from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import ENDLESS, SiteState
 from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.mixed_dtypes import Attend
 from kvmix_compile.kernels.weighting import Weighting
 
 Append = Callable[[Chunk, SiteState, Storage], None]
-Attend = Callable[[Tensor, Chunk, SiteState, Storage, Weighting], Tensor]
 
 
 def stepwise(attend: Attend, append: Append) -> Attend:
@@ -34,6 +34,8 @@ def stepwise(attend: Attend, append: Append) -> Attend:
     """
 
     def kernel(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
+        # A token that comes alone is read by all that follow from the state, in whose dtype it is.
+        chunk = chunk.in_dtype(state.dtype)
         if query.shape[2] == 1 or not _is_read_otherwise(storage):
             attended = attend(query, chunk, state, storage, weighting)
             append(chunk, state, storage)

@@ -134,7 +134,7 @@ def apply(
         tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
         calibration: texts (with a tokenizer) or token ids to measure importance on. Without tokenizer and
             calibration, on tokens that the model itself samples.
-        recent_window: which tokens of each row stay in the model's dtype: "fixed", the first 64 and the last 128, or
+        recent_window: which tokens of each row stay unquantized: "fixed", the first 64 and the last 128, or
             "rpc", the paper's, none of the first and the last 40.
         sinks: another number of first tokens.
         recent: another number of last tokens, at least 32.

@@ -50,7 +50,7 @@ class Config:
     policy: how a budget becomes a plan: "fisher" (least predicted loss), "kvmix" (the paper's), or "uniform".
     tokenizer: of the model; with it, calibration is on built-in English unless `calibration` says otherwise.
     calibration: texts (with a tokenizer) or token ids to measure importance on.
-    recent_window: which tokens of each row stay in the model's dtype, one of RECENT_WINDOWS.
+    recent_window: which tokens of each row stay unquantized, one of RECENT_WINDOWS.
     sinks, recent: other numbers of first and of last tokens.
     exact_chunks: whether what a token reads depends not on how its text was cut into chunks; None: as the plan says.
     context: tokens of the texts that a budget is for; None: as many as the model takes, 8192 at most.

@@ -32,6 +32,9 @@ from kvmix_compile.kernels.weighting import Weighting
 
 _NOTHING = torch.empty(0)
 
+# Of a chunk and of a state: the ones that cpu.cpp is compiled for, where they differ.
+MIXED = torch.float32, torch.float16
+
 
 def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     """As reference.append, byte for byte."""
@@ -43,7 +46,7 @@ def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
         return
     chunk = _with_rows(chunk)
     key, value = _key_side(chunk, state), _value_side(chunk, state)
-    formats = _block_formats(storage, key.dim, value.dim, chunk.key.element_size())
+    formats = _block_formats(storage, key.dim, value.dim, state.dtype.itemsize)
     loaded.append(_shape(chunk, state, storage), key, value, *formats, _threads(loaded))
 
 
@@ -78,7 +81,7 @@ def attend(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weig
         slopes=slopes.data_ptr(),
     )
     key, value = _key_side(chunk, state), _value_side(chunk, state)
-    formats = _block_formats(storage, key.dim, value.dim, query.element_size())
+    formats = _block_formats(storage, key.dim, value.dim, state.dtype.itemsize)
     loaded.attend(_shape(chunk, state, storage), key, value, *formats, attention, _threads(loaded))
     if query.dtype == torch.float16:
         # Rounded scales can lead a little beyond what is finite in half precision.
@@ -90,8 +93,9 @@ def _served(chunk: Chunk, state: SiteState) -> bool:
     dtype = chunk.key.dtype
     return (
         dtype in ELEMENTS
-        and chunk.value.dtype == state.sink_k.dtype == state.sink_v.dtype == dtype
-        and state.recent_k.dtype == state.recent_v.dtype == dtype
+        and chunk.value.dtype == dtype
+        and (state.dtype == dtype or (dtype, state.dtype) == MIXED)
+        and state.sink_v.dtype == state.recent_k.dtype == state.recent_v.dtype == state.dtype
         and all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts, *state.tensors())))
     )
 
@@ -123,6 +127,7 @@ def _shape(chunk: Chunk, state: SiteState, storage: Storage) -> Shape:
         lengths=chunk.lengths.data_ptr(),
         starts=chunk.starts.data_ptr(),
         element=ELEMENTS[chunk.key.dtype],
+        kept=ELEMENTS[state.dtype],
         rows=rows,
         heads=heads,
         tokens=tokens,

@@ -23,7 +23,7 @@ struct Item {
 };
 
 // A call: all its tasks, which threads take one after the other.
-template <class Element>
+template <class Element, class Kept>
 struct Job {
     const AttendArguments& arguments;
     std::unique_ptr<Item[]> items;
@@ -41,7 +41,7 @@ struct Job {
         Scratch none;
         for (int64_t row = 0; row < shape.rows; row++) {
             for (int64_t tile = 0; tile < tiles; tile++) {
-                Task<Element> task(arguments, none, row, 0, tile * TASK_QUERIES);
+                Task<Element, Kept> task(arguments, none, row, 0, tile * TASK_QUERIES);
                 if (task.is_empty()) break;
                 int64_t stretches = task.stretches();
                 if (stretches > most_stretches) most_stretches = stretches;
@@ -71,7 +71,7 @@ struct Job {
     }
 
     void run(Item& item, int64_t stretch, Scratch& scratch) {
-        Task<Element> task(arguments, scratch, item.row, item.head, item.first_query);
+        Task<Element, Kept> task(arguments, scratch, item.row, item.head, item.first_query);
         int64_t stretches = task.stretches(), count = task.count(), dim = arguments.value.dim;
         if (stretch >= stretches) return;
         task.attend(stretch);
@@ -121,7 +121,7 @@ void run(const Threads& threads, int64_t tasks, void (*work)(void*), void* job) 
         work(job);
 }
 
-template <class Element>
+template <class Element, class Kept>
 void attend(const AttendArguments& arguments, const Threads& threads) {
     const Shape& shape = arguments.shape;
     int64_t query_heads = shape.heads * arguments.shared, dim = arguments.value.dim;
@@ -129,12 +129,12 @@ void attend(const AttendArguments& arguments, const Threads& threads) {
         for (int64_t head = 0; head < query_heads && shape.starts[row]; head++)
             memset(arguments.output + (row * query_heads + head) * shape.tokens * dim, 0,
                    shape.starts[row] * dim * sizeof(float));
-    Job<Element> job(arguments);
-    run(threads, job.item_count * job.most_stretches, Job<Element>::work, &job);
+    Job<Element, Kept> job(arguments);
+    run(threads, job.item_count * job.most_stretches, job.work, &job);
 }
 
 // The blocks that a call of append completes. Each is a task, which threads take one after the other.
-template <class Element>
+template <class Element, class Kept>
 struct Blocks {
     const Shape& shape;
     const Side &key, &value;
@@ -172,20 +172,21 @@ struct Blocks {
         int64_t block = first_block(row_index) + number;
         if (block >= end_block(row_index)) return;
         Row row(shape, row_index);
-        BlockWriter<Element> writer{shape, {shape, row, row_index, head}, scratch};
+        BlockWriter<Element, Kept> writer{shape, {shape, row, row_index, head}, scratch};
         writer.write(is_value ? value : key, is_value ? value_format : key_format, !is_value, block);
     }
 };
 
-template <class Element>
+template <class Element, class Kept>
 void pack(const Shape& shape, const Side& key, const Side& value, const BlockFormat& key_format,
           const BlockFormat& value_format, const Threads& threads) {
-    Blocks<Element> blocks(shape, key, value, key_format, value_format);
-    if (blocks.most > 0) run(threads, blocks.tasks(), Blocks<Element>::work, &blocks);
+    Blocks<Element, Kept> blocks(shape, key, value, key_format, value_format);
+    if (blocks.most > 0) run(threads, blocks.tasks(), blocks.work, &blocks);
 }
 
-// What of a chunk belongs into the sink and the ring. size: bytes of an element.
-void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
+// What of a chunk belongs into the sink and the ring.
+template <class Element, class Kept>
+void copy_tokens(const Shape& shape, const Side& side) {
     for (int64_t row = 0; row < shape.rows; row++) {
         int64_t length = shape.lengths[row], end = length + shape.tokens - shape.starts[row];
         int64_t oldest = end - shape.slots > shape.sinks ? end - shape.slots : shape.sinks;
@@ -198,20 +199,22 @@ void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
                 bool is_sink = token < shape.sinks;
                 int64_t to = is_sink ? pair * shape.sinks + token
                                      : pair * shape.slots + (token - shape.sinks) % shape.slots;
-                memcpy(static_cast<char*>(is_sink ? side.sink : side.ring) + to * side.dim * size,
-                       static_cast<const char*>(side.chunk) + from * size, side.dim * size);
+                keep(static_cast<const Element*>(side.chunk) + from, side.dim,
+                     static_cast<Kept*>(is_sink ? side.sink : side.ring) + to * side.dim);
             }
         }
     }
 }
 
-// Calls use with an element of the type that keys and values have.
+// Calls use with an element of the type that new keys and values have, and of the state's.
 template <class Use>
-void with_element(const Shape& shape, Use use) {
+void with_elements(const Shape& shape, Use use) {
+    // No others are mixed (binding.py).
+    if (shape.element == FLOAT32 && shape.kept == FLOAT16) return use(float(), Float16());
     switch (shape.element) {
-        case FLOAT32: return use(float());
-        case BFLOAT16: return use(Bfloat16());
-        case FLOAT16: return use(Float16());
+        case FLOAT32: return use(float(), float());
+        case BFLOAT16: return use(Bfloat16(), Bfloat16());
+        case FLOAT16: return use(Float16(), Float16());
     }
 }
 
@@ -220,15 +223,17 @@ void with_element(const Shape& shape, Use use) {
 extern "C" void kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
                              const BlockFormat* value_format, const Attention* attention, const Threads* threads) {
     AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
-    with_element(*shape, [&](auto element) { attend<decltype(element)>(arguments, *threads); });
+    with_elements(*shape, [&](auto element, auto kept) { attend<decltype(element), decltype(kept)>(arguments, *threads); });
 }
 
 extern "C" void kvmix_append(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
                              const BlockFormat* value_format, const Threads* threads) {
-    with_element(*shape, [&](auto element) {
-        pack<decltype(element)>(*shape, *key, *value, *key_format, *value_format, *threads);
+    with_elements(*shape, [&](auto element, auto kept) {
+        using Element = decltype(element);
+        using Kept = decltype(kept);
+        pack<Element, Kept>(*shape, *key, *value, *key_format, *value_format, *threads);
         // Only now may the ring be overwritten: the tokens just packed lay in it.
-        copy_tokens(*shape, *key, sizeof(element));
-        copy_tokens(*shape, *value, sizeof(element));
+        copy_tokens<Element, Kept>(*shape, *key);
+        copy_tokens<Element, Kept>(*shape, *value);
     });
 }

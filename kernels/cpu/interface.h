@@ -32,7 +32,8 @@ struct Side {
 
 struct Shape {
     const int64_t *lengths, *starts;
-    int64_t element, rows, heads, tokens, sinks, capacity, slots, recent;
+    int64_t element, kept;  // what queries, keys and values have, and what the state has
+    int64_t rows, heads, tokens, sinks, capacity, slots, recent;
 };
 
 // GOMP_parallel of PyTorch's OpenMP runtime.
@@ -73,7 +74,7 @@ extern "C" const Extent* kvmix_extents() {
         MEMBER(BlockFormat, block_bytes), MEMBER(BlockFormat, part_count), MEMBER(BlockFormat, parts),
         STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
         MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, ring),
-        STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
+        STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, kept), MEMBER(Shape, rows),
         MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, capacity), MEMBER(Shape, slots),
         MEMBER(Shape, recent),
         STRUCTURE(Threads), MEMBER(Threads, count), MEMBER(Threads, parallel),

@@ -73,6 +73,7 @@ class Shape(ctypes.Structure):
         ("lengths", c_void_p),
         ("starts", c_void_p),
         ("element", c_int64),
+        ("kept", c_int64),
         ("rows", c_int64),
         ("heads", c_int64),
         ("tokens", c_int64),

@@ -11,7 +11,6 @@
 
 namespace {
 
-constexpr float FLOAT16_MAX = 65504;
 constexpr float LOG2_SCALE_RANGE = 8, SMALLEST_SCALE = 0x1p-24f;
 
 // A product that is rounded before anything is added to it: a compiler may not make one operation of both.
@@ -23,15 +22,6 @@ inline Floats between_zero_and(float highest, Floats x) {
 }
 inline Floats rounded(Floats x) { return to_floats(to_nearest(x)); }
 
-// To the nearest, ties to even.
-inline uint16_t to_half(float number) {
-    uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return sign | 0x7e00;
-    if (magnitude >= 0x47800000) return sign | 0x7c00;
-    // Below half precision's normal numbers: 1/2 has the last bit that is kept where it belongs.
-    if (magnitude < 0x38800000) return sign | (bits_of(floats_of(int32_t(magnitude)) + 0.5f) - bits_of(0.5f));
-    return sign | (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-}
 inline float half_of(float number) { return from_half(int32_t(to_half(number))); }
 
 // Numbers in fifteenths of their range, as packing.py's _to_nibble and _from_nibble have them.
@@ -225,10 +215,10 @@ inline void pack_codes(const uint8_t* codes, int64_t stride, int64_t dim, int64_
 }
 
 // Blocks of one row and head.
-template <class Element>
+template <class Element, class Kept>
 struct BlockWriter {
     const Shape& shape;
-    Reader<Element> reader;
+    Reader<Element, Kept> reader;
     PackScratch& scratch;
 
     int64_t first_token(int64_t block) const { return shape.sinks + block * BLOCK; }
@@ -236,19 +226,21 @@ struct BlockWriter {
     void write(const Side& side, const BlockFormat& format, bool is_keys, int64_t block) {
         uint8_t* packed = const_cast<uint8_t*>(reader.block(side, format, block));
         if (format.bits == 16) {
-            int64_t bytes = side.dim * sizeof(Element);
-            for (int i = 0; i < BLOCK; i++, packed += bytes)
-                memcpy(packed, reader.element(side, first_token(block) + i), bytes);
+            Kept* to = reinterpret_cast<Kept*>(packed);
+            for (int i = 0; i < BLOCK; i++, to += side.dim)
+                reader.with_token(side, first_token(block) + i,
+                                  [&](const auto* from) { keep(from, side.dim, to); });
             return;
         }
         scratch.reserve(side.dim);
         int64_t stride = round_up(side.dim, LANES);
         for (int i = 0; i < BLOCK; i++) {
-            const Element* from = reader.element(side, first_token(block) + i);
-            for (int64_t channel = 0; channel < side.dim; channel += LANES) {
-                Floats elements = clamp(load_first(from + channel, side.dim - channel), FLOAT16_MAX);
-                store(&scratch.rows[i * stride + channel], elements);
-            }
+            reader.with_token(side, first_token(block) + i, [&](const auto* from) {
+                for (int64_t channel = 0; channel < side.dim; channel += LANES) {
+                    Floats elements = clamp(load_first(from + channel, side.dim - channel), FLOAT16_MAX);
+                    store(&scratch.rows[i * stride + channel], as_kept(elements, from, static_cast<Kept*>(nullptr)));
+                }
+            });
         }
         if (is_keys)
             write_keys(side, format, stride, packed);

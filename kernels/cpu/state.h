@@ -48,8 +48,8 @@ struct Row {
     }
 };
 
-// Reads the tokens of one row and head.
-template <class Element>
+// Reads the tokens of one row and head: new ones are Element, those of the state Kept.
+template <class Element, class Kept>
 struct Reader {
     const Shape& shape;
     const Row& row;
@@ -60,26 +60,30 @@ struct Reader {
         return side.packed + ((row_index * shape.heads + head) * shape.capacity + slot) * format.block_bytes;
     }
 
-    const Element* element(const Side& side, int64_t token) const {
+    // Calls use with where the elements of a token that is not packed lie.
+    template <class Use>
+    void with_token(const Side& side, int64_t token, Use use) const {
         if (token >= row.length)
-            return static_cast<const Element*>(side.chunk) + row_index * side.row_stride + head * side.head_stride +
-                   (token - row.length + row.start) * side.token_stride;
+            return use(static_cast<const Element*>(side.chunk) + row_index * side.row_stride +
+                       head * side.head_stride + (token - row.length + row.start) * side.token_stride);
         int64_t pair = row_index * shape.heads + head;
-        if (token < shape.sinks)
-            return static_cast<const Element*>(side.sink) + (pair * shape.sinks + token) * side.dim;
+        if (token < shape.sinks) return use(static_cast<const Kept*>(side.sink) + (pair * shape.sinks + token) * side.dim);
         int64_t slot = (token - shape.sinks) % shape.slots;
-        return static_cast<const Element*>(side.ring) + (pair * shape.slots + slot) * side.dim;
+        use(static_cast<const Kept*>(side.ring) + (pair * shape.slots + slot) * side.dim);
     }
 
     // Unquantized tokens of a tile to [32][stride], zeros where there is none.
     void rows(const Side& side, const BlockFormat& format, int64_t tile, float* to, int64_t stride) const {
         int64_t first = row.first(tile), count = row.last(tile) - first, packed = row.block(tile);
         for (int64_t i = 0; i < count; i++) {
-            const Element* from =
-                packed < 0 ? element(side, first + i)
-                           : reinterpret_cast<const Element*>(block(side, format, packed)) + i * side.dim;
-            for (int64_t channel = 0; channel < side.dim; channel += LANES)
-                store(to + i * stride + channel, load_first(from + channel, side.dim - channel));
+            auto read = [&](const auto* from) {
+                for (int64_t channel = 0; channel < side.dim; channel += LANES)
+                    store(to + i * stride + channel, load_first(from + channel, side.dim - channel));
+            };
+            if (packed < 0)
+                with_token(side, first + i, read);
+            else
+                read(reinterpret_cast<const Kept*>(block(side, format, packed)) + i * side.dim);
         }
         memset(to + count * stride, 0, (BLOCK - count) * stride * sizeof(float));
     }

@@ -75,14 +75,14 @@ struct Scratch {
     std::vector<uint8_t> bytes;
 };
 
-template <class Element>
+template <class Element, class Kept>
 class Task {
     const AttendArguments& arguments;
     const Side &key, &value;
     const BlockFormat &key_format, &value_format;
     Scratch& scratch;
     Row row;
-    Reader<Element> reader;
+    Reader<Element, Kept> reader;
     int64_t row_index, head, first_query, queries, key_stride, value_stride;
     int64_t scored_values, query_dim, query_stride;  // values that are keys too come before these
     int64_t folded_stride;  // room behind the channels for the end of a vector that begins anywhere

@@ -89,7 +89,33 @@ inline auto from_half(Integers half) {
     return floats_of((magnitude < 0x400 ? subnormal : normal) | (half & 0x8000) << 16);
 }
 
+// To the nearest, ties to even.
+inline uint16_t to_half(float number) {
+    uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return sign | 0x7e00;
+    if (magnitude >= 0x47800000) return sign | 0x7c00;
+    // Below half precision's normal numbers: 1/2 has the last bit that is kept where it belongs.
+    if (magnitude < 0x38800000) return sign | (bits_of(floats_of(int32_t(magnitude)) + 0.5f) - bits_of(0.5f));
+    return sign | (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+}
+
+// Of one conversion, too, GCC makes many instructions.
+#if defined(__AVX512F__)
+inline Floats load_floats(const Float16* from) { return (Floats)_mm512_cvtph_ps((__m256i)load<Halves>(from)); }
+inline Halves to_halves(Floats floats) {
+    return (Halves)_mm512_cvtps_ph((__m512)floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+inline Floats load_floats(const Float16* from) { return (Floats)_mm256_cvtph_ps((__m128i)load<Halves>(from)); }
+inline Halves to_halves(Floats floats) { return (Halves)_mm256_cvtps_ph((__m256)floats, _MM_FROUND_TO_NEAREST_INT); }
+#else
 inline Floats load_floats(const Float16* from) { return from_half(widen(load<Halves>(from))); }
+inline Halves to_halves(Floats floats) {
+    Halves halves;
+    for (int i = 0; i < LANES; i++) halves[i] = to_half(floats[i]);
+    return halves;
+}
+#endif
 
 // The first `count` elements, zeros behind them.
 template <class Element>
@@ -107,6 +133,30 @@ inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats clamp(Floats x, float limit) {
     Floats lowest = broadcast(-limit);
     return -largest(lowest, -largest(lowest, x));
+}
+
+// What a state keeps of `dim` elements that it is given: those of another type are rounded, large magnitudes clamped.
+constexpr float FLOAT16_MAX = 65504;
+template <class Element>
+inline void keep(const Element* from, int64_t dim, Element* to) {
+    memcpy(to, from, dim * sizeof(Element));
+}
+inline void keep(const float* from, int64_t dim, Float16* to) {
+    for (int64_t channel = 0; channel < dim; channel += LANES) {
+        int64_t count = dim - channel < LANES ? dim - channel : LANES;
+        Halves halves = to_halves(clamp(load_first(from + channel, count), FLOAT16_MAX));
+        memcpy(to + channel, &halves, count * sizeof(Float16));
+    }
+}
+
+// Elements as they would be read from what a state keeps of them.
+template <class Element>
+inline Floats as_kept(Floats elements, const Element*, const Element*) {
+    return elements;
+}
+inline Floats as_kept(Floats elements, const float*, const Float16*) {
+    Halves halves = to_halves(elements);
+    return load_floats(reinterpret_cast<const Float16*>(&halves));
 }
 
 // Added and taken away again, it rounds numbers below 2 ** 22 to the nearest, ties to even.

@@ -37,7 +37,7 @@ class Axis(StrEnum):
 class Precision:
     """One way of storing keys or values.
 
-    bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in their own dtype.
+    bits: bits of a code: 1, 2, 3, 4 or 8; 16 keeps the elements in the model's dtype.
     group: elements that share a scale and a zero point.
     scale_bits: bits of a scale and of a zero point: 16 (float16) or 4 (relative to the block's own extremes).
     important_bits: of keys, bits of a code in the leading tiers of the channels, each more than `bits`, which are
@@ -78,7 +78,7 @@ class Precision:
 
     @property
     def is_quantized(self) -> bool:
-        """False when elements are kept in their own dtype."""
+        """False when elements are kept in the model's dtype."""
         return self.bits < UNQUANTIZED_BITS
 
     @property

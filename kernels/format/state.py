@@ -200,8 +200,14 @@ class StateLayout(Shaped):
         lost = packed_blocks(furthest, self.sinks, self.recent) - capacity
         return min(blocks, lost) <= max(0, first_seen - self.sinks) // BLOCK_TOKENS
 
+    def unquantized_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype tokens that are not packed are kept, of a model that computes in this one: instead of float32
+        in float16, where keys and values are quantized once they are packed, which rounds them much more.
+        """
+        return torch.float16 if dtype == torch.float32 and self.storage.is_quantized else dtype
+
     def bytes(self, batch: int, room: Room, dtype: torch.dtype) -> int:
-        """What a state of this many rows and this room occupies."""
+        """What a state of this many rows, this room and this dtype occupies."""
         unpacked = (room.sinks + room.slots) * (self.key_dim + self.value_dim) * dtype.itemsize
         return batch * self.kv_heads * (unpacked + room.blocks * self.packed_bytes(dtype))
 
@@ -219,9 +225,9 @@ class SiteState:
     """One site's tensors, for B rows, H heads of keys and values, and room for C packed blocks; of sinks and slots as
     many as there is room for.
 
-    sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the model's dtype.
+    sink_k [B, H, sinks, key_dim], sink_v [B, H, sinks, value_dim]: the state's dtype (StateLayout.unquantized_dtype).
     packed_k, packed_v: uint8 [B, H, C, bytes of a block].
-    recent_k [B, H, slots, key_dim], recent_v [B, H, slots, value_dim]: the model's dtype.
+    recent_k [B, H, slots, key_dim], recent_v [B, H, slots, value_dim]: the state's dtype.
     None is made in inference mode, whatever mode is on: they are written to in any.
     """
 
@@ -261,6 +267,11 @@ class SiteState:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the order the operators take them."""
         return self.sink_k, self.sink_v, self.packed_k, self.packed_v, self.recent_k, self.recent_v
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tokens which are not packed."""
+        return self.sink_k.dtype
 
     @property
     def batch(self) -> int:

@@ -19,3 +19,8 @@ class Storage:
     value: Precision
     recent: int
     window: int = 0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values both are."""
+        return self.key.is_quantized and self.value.is_quantized

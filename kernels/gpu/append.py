@@ -467,14 +467,14 @@ def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
     Lengths are not known to the host, so that a row without room for a block cannot be refused: such a block is not
     written. SiteState.grow makes room before.
     """
-    key, value = chunk.key, chunk.value
+    key, value, lengths, starts = chunk.in_dtype(state.dtype)
     rows, heads, tokens, key_dim = key.shape
     value_dim, itemsize = value.shape[3], key.element_size()
     if rows == 0 or heads == 0 or tokens == 0:
         return
     units = 1 + tokens // BLOCK_TOKENS
     append_kernel[(rows * heads, units, 2)](
-        *(key, value, chunk.lengths, chunk.starts, *state.tensors()),
+        *(key, value, lengths, starts, *state.tensors()),
         *(*key.stride(), *value.stride(), tokens, state.blocks),
         WINDOWED=storage.window != 0,
         HEADS=heads,

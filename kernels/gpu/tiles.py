@@ -76,7 +76,8 @@ def first_visible(number, sliding_window, attention_chunk, SLIDING: tl.constexpr
 def load_unpacked(
     places, token, span, channel, is_channel, SINKS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """The elements of tokens that lie in the sink, the ring or the chunk: [tokens, channels], zero beyond the chunk.
+    """The elements of tokens that lie in the sink, the ring or the chunk: [tokens, channels], zero beyond the chunk; in
+    the chunk's dtype.
 
     places: pointers to the three, of the row and head, and the chunk's strides from token to token and from channel to
     channel. span: (in_sink, in_chunk, length, start).
@@ -97,7 +98,7 @@ def load_unpacked(
         mask=in_ring[:, None] & is_channel[None, :],
         other=0.0,
     )
-    elements = tl.where(in_ring[:, None], from_ring, elements)
+    elements = tl.where(in_ring[:, None], from_ring.to(elements.dtype), elements)
     if SINKS > 0:
         of_sink = token < in_sink
         from_sink = tl.load(
@@ -105,7 +106,7 @@ def load_unpacked(
             mask=of_sink[:, None] & is_channel[None, :],
             other=0.0,
         )
-        elements = tl.where(of_sink[:, None], from_sink, elements)
+        elements = tl.where(of_sink[:, None], from_sink.to(elements.dtype), elements)
     return elements
 
 

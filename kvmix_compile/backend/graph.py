@@ -101,7 +101,7 @@ class StaticGraph:
         blocks = symbolic_sizes(mode, "blocks", layouts, TRACED_BLOCKS)
         with mode:
             fakes = [torch.empty(batch, dtype=torch.int64, device=self.format.device) for _ in ("lengths", "starts")]
-            for layout, dtype in zip(layouts, self.format.dtypes, strict=True):
+            for layout, dtype in zip(layouts, self.format.state_dtypes, strict=True):
                 fakes += SiteState.allocate(layout, batch, blocks[layout.window], dtype, self.format.device).tensors()
         return fakes
 

@@ -138,7 +138,7 @@ def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any, tokens: int) 
 def results(compressed: Any, cache: KVMixCache, before: float, after: float, evaluated: int) -> Table:
     """The table: each number before and after, and what it means."""
     plan, size = compressed.kvmix_plan, CacheSize.of(cache)
-    itemsize = cache.format.dtypes[0].itemsize
+    itemsize, kept = cache.format.dtypes[0].itemsize, cache.format.state_dtypes[0].itemsize
     own, sixteen, now = size.unquantized(itemsize), size.unquantized(), size.nbytes
     table = Table("", "original", "compressed", "what it means", show_lines=True)
     table.add_row(
@@ -159,7 +159,7 @@ def results(compressed: Any, cache: KVMixCache, before: float, after: float, eva
         "bits per element",
         str(8 * itemsize),
         f"{cache.bits_per_element:.2f}",
-        f"everything: the {plan.sinks} first and up to {plan.recent} last tokens are kept at {8 * itemsize} bits, and "
+        f"everything: the {plan.sinks} first and up to {plan.recent} last tokens are kept at {8 * kept} bits, and "
         "there is room to grow; falls as the text gets longer",
     )
     table.add_row(

@@ -47,7 +47,7 @@ def compressed(name: str, sketch: Sketch, plan: Plan, begins_whole: bool = True)
 
     def row_bytes(tokens: int) -> int:
         states = sum(
-            layout.bytes(1, layout.room(tokens, begins_whole), site.dtype)
+            layout.bytes(1, layout.room(tokens, begins_whole), layout.unquantized_dtype(site.dtype))
             for layout, site in zip(layouts, sketch.sites, strict=True)
         )
         # And how many tokens the row holds.

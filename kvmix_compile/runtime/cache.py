@@ -13,6 +13,7 @@ from kvmix_compile.errors import CacheError
 from kvmix_compile.kernels.ambient import ordinary_tensors
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import Room, SiteState, StateLayout
+from kvmix_compile.kernels.saturated import saturated
 from kvmix_compile.passes.allocate.plan import Plan, PlanError
 from kvmix_compile.passes.capture.single_nodes import nothing_carried
 from kvmix_compile.runtime import cache_file
@@ -23,13 +24,14 @@ from kvmix_compile.runtime.cache_format import CacheFormat, format_of
 class KVMixCache(Cache):
     """The KV cache of one compiled model, for one batch. Empty at first; the model's forward fills it.
 
-    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, all between them
-    quantized as the plan says. Rows are independent: the padding that leads a row is not stored.
+    Of each row the first `sinks` tokens and the last `recent` are kept in the model's dtype, or where keys and values
+    are quantized in 16 bits, and all between them quantized as the plan says. Rows are independent: the padding that
+    leads a row is not stored.
 
     Args:
         model: what `kvmix_compile.apply` returned, or the CacheFormat of one.
-        rollback: how many tokens `crop` must be able to take back at any time. Each costs one more token per row in the
-            model's dtype. Assisted generation raises it by itself, as it needs.
+        rollback: how many tokens `crop` must be able to take back at any time. Each costs one more unquantized token
+            in each row. Assisted generation raises it by itself, as it needs.
     """
 
     @ordinary_tensors()
@@ -138,7 +140,7 @@ class KVMixCache(Cache):
 
     @ordinary_tensors()
     def _allocate(self, batch: int, rooms: Sequence[Room]) -> None:
-        kept = zip(self.layouts, rooms, self.format.dtypes, self.format.site_devices, strict=True)
+        kept = zip(self.layouts, rooms, self.format.state_dtypes, self.format.site_devices, strict=True)
         self.states = [SiteState.with_room(layout, batch, *of_site) for layout, *of_site in kept]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.format.device)
 
@@ -256,6 +258,8 @@ class KVMixCache(Cache):
             raise ValueError(f"it holds {unknown[0]}, which this model's caches do not")
         for name, kept in self._named_tensors().items():
             saved = tensors[name]
+            if (saved.dtype, kept.dtype) == (torch.float32, torch.float16):  # before version 5
+                saved = saturated(saved, kept.dtype)
             if (saved.shape, saved.dtype) != (kept.shape, kept.dtype):
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {kept.dtype} {list(kept.shape)}")
             kept.copy_(saved)

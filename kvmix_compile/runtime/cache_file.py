@@ -20,10 +20,11 @@ from kvmix_compile.passes.untouched.digest import sampled
 
 FORMAT = "kvmix-cache"
 # To be raised when the bytes of a state change their meaning (kernels/format/packing.py, kernels/format/state.py), or
-# its tensors their names, or may be fewer. Since 4 there need not be room for all first and recent tokens.
-VERSION = 4
+# its tensors their names or dtypes, or may be fewer. Since 4 there need not be room for all first and recent tokens,
+# since 5 those of a float32 model are float16 where keys and values are quantized.
+VERSION = 5
 # Versions that are still read, and in which other words each named tensors.
-OLDER: dict[str, dict[str, str]] = {"2": {"tail_": "recent_"}, "3": {}}
+OLDER: dict[str, dict[str, str]] = {"2": {"tail_": "recent_"}, "3": {}, "4": {}}
 
 
 @dataclass(frozen=True)

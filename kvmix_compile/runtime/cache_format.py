@@ -14,12 +14,12 @@ from kvmix_compile.passes.capture.single_nodes import CarriedState
 class CacheFormat:
     """What a cache is made for.
 
-    plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them, and
-    of its unquantized tokens. device: where the model takes its token ids. site_devices: where each site's keys and
-    values are made, and kept. weights: the fingerprint of those that the keys and values were computed with. carried:
-    what layers carry from token to token besides. begins_whole: whether there is room for all first and recent tokens
-    from the beginning, as what is compiled for a state's sizes needs it. ranks: the processes whose caches belong
-    together; the plan is of this one's heads.
+    plan: at which precision each site is kept. dtypes: of each site's keys and values as the graph computes them.
+    device: where the model takes its token ids. site_devices: where each site's keys and values are made, and kept.
+    weights: the fingerprint of those that the keys and values were computed with. carried: what layers carry from token
+    to token besides. begins_whole: whether there is room for all first and recent tokens from the beginning, as what is
+    compiled for a state's sizes needs it. ranks: the processes whose caches belong together; the plan is of this one's
+    heads.
     """
 
     plan: Plan
@@ -30,6 +30,12 @@ class CacheFormat:
     carried: tuple[CarriedState, ...] = ()
     begins_whole: bool = False
     ranks: Ranks = Ranks()
+
+    @property
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each site's first and recent tokens as its state keeps them."""
+        pairs = zip(self.plan.layouts(), self.dtypes, strict=True)
+        return tuple(layout.unquantized_dtype(dtype) for layout, dtype in pairs)
 
     @property
     def carrying_layers(self) -> str:

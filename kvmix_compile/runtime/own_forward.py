@@ -83,7 +83,8 @@ class _Filling(StandIn):
         """The keys and values of a layer that are held, `[batch, kv_heads, seen, dim]`."""
         place = self.places[layer][0]
         state, layout = self.cache.states[place.site], self.cache.layouts[place.site]
-        dense = stored_past(state, layout.storage, self._counts[place.site][0], self.seen)
+        dtype = self.cache.format.dtypes[place.site]
+        dense = stored_past(state, layout.storage, self._counts[place.site][0], self.seen, dtype)
         key, value = from_stored_form(*dense, self.stored[place.site])
         return (value, key) if place.swapped else (key, value)
 

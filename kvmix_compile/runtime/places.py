@@ -65,7 +65,7 @@ def _nearest(
             key, value = pair[::-1] if swapped else pair
             if key.shape[1:2] + key.shape[3:] + value.shape[3:] != (layout.kv_heads, layout.key_dim, layout.value_dim):
                 continue
-            state = SiteState.with_room(layout, 1, expected.room, program.dtypes[site], device)
+            state = SiteState.with_room(layout, 1, expected.room, expected.dtype, device)
             none = torch.zeros(1, dtype=torch.int64, device=device)
             append_to(key.to(device), value.to(device), state, none, none, stored)
             share = _difference(state, expected)

@@ -123,7 +123,7 @@ class Program:
     def compile(self) -> InductorGraph:
         """Have Inductor compile the rewritten graph, when it is first called."""
         self.inductor = InductorGraph(
-            self.rewritten.module, self.own_plan.layouts(), self.dtypes, self.device, self.ranks
+            self.rewritten.module, self.own_plan.layouts(), self.format.state_dtypes, self.device, self.ranks
         )
         return self.inductor
 

@@ -128,8 +128,8 @@ class Plan:
     sites: one entry an attention site, in the order of the model.
     policy: the allocation policy that chose the precisions.
     fingerprint: identifies the structure of the model that the plan was made for.
-    sinks: leading tokens of a row that stay in the model's own dtype.
-    recent: recent tokens of a row that stay in the model's own dtype.
+    sinks: leading tokens of a row that stay unquantized.
+    recent: recent tokens of a row that stay unquantized.
     exact_chunks: whether the tokens of a chunk see those of them that are recent no more as they are stored, as they
         would if all came one by one; else in full precision. See kernels.stepwise.
     context: tokens of the texts that its bits are averaged over; 0: of any, each site counting alike.
@@ -228,7 +228,10 @@ class Plan:
         """
         counters = torch.int64.itemsize * batch
         layouts = self.layouts(rollback)
-        return counters + sum(layout.bytes(batch, layout.room(tokens, begins_whole), dtype) for layout in layouts)
+        return counters + sum(
+            layout.bytes(batch, layout.room(tokens, begins_whole), layout.unquantized_dtype(dtype))
+            for layout in layouts
+        )
 
     def token_bytes(self, dtypes: Sequence[torch.dtype], tokens: int = 0) -> float:
         """Bytes of a token's keys and values once they are packed, at the sites that attend to more than `tokens`.

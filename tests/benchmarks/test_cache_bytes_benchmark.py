@@ -15,4 +15,5 @@ def test_both_caches_are_counted_at_every_length() -> None:
         # Two layers of two heads, keys and values of 32 channels.
         assert row["dynamic"] == row["in_32_bits"] == 2 * row["in_16_bits"] == row["tokens"] * 2 * 2 * 2 * 32 * 4
         assert row["kvmix"] == quantized().kvmix_plan.cache_bytes(row["tokens"], 1, torch.float32)
-    assert rows[1]["ratio"] < 0.4 < 1 < rows[0]["ratio"] < 1.01
+    # Both in 16 bits: half of float32, where nothing is packed yet.
+    assert rows[1]["ratio"] < 0.3 < 0.5 < rows[0]["ratio"] < 0.51

@@ -105,11 +105,13 @@ def compile_attend(
     tokens: int = 1,
     extras: Extras = NOTHING,
     from_codes: bool = True,
+    kept: str = "",
 ) -> Compiled:
-    """from_codes: False to make the elements in any case."""
+    """from_codes: False to make the elements in any case. kept: the state's dtype, where that is another one."""
     launch = launch_of(chip, key, value, key_dim, value_dim, dtype, tokens, from_codes)
-    elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
-    types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
+    types = dict.fromkeys(("q", "k", "v"), f"*{dtype}")
+    types |= dict.fromkeys(("sink_k", "sink_v", "recent_k", "recent_v"), f"*{kept or dtype}")
+    types |= {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     types |= {
         "output": "*fp32",
         "log_sums": "*fp32",

@@ -42,16 +42,19 @@ class Case:
         tokens: int,
         dtype: torch.dtype,
         values_are_keys: bool = False,
+        kept: torch.dtype | None = None,
     ) -> "Case":
+        """kept: the state's dtype, where that is another one."""
+
         def draw(heads: int, count: int, dim: int) -> Tensor:
             return torch.randn(len(lengths), count, heads, dim).to(dtype).transpose(1, 2)
 
         longest, heads = max(lengths), layout.kv_heads
-        state = SiteState.allocate(layout, len(lengths), layout.required_blocks(longest) + 2, dtype)
+        state = SiteState.allocate(layout, len(lengths), layout.required_blocks(longest) + 2, kept or dtype)
         k, v = draw(heads, longest, layout.key_dim), draw(heads, longest, layout.value_dim)
         padding = torch.tensor([longest - length for length in lengths])
         past = Chunk(key=k, value=v, lengths=torch.zeros_like(padding), starts=padding)
-        reference.append(past, state, layout.storage)
+        reference.append(past.in_dtype(state.dtype), state, layout.storage)
         query_dim = layout.key_dim + (layout.value_dim if values_are_keys else 0)
         chunk = draw(heads * shared, tokens, query_dim), draw(heads, tokens, layout.key_dim)
         return cls(
@@ -172,4 +175,5 @@ def cases(draw: st.DrawFn, value_groups: tuple[int, ...] = (8,), values_are_keys
     starts = [draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in lengths]
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     shared, both = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(values_are_keys))
-    return Case.random(layout, shared, lengths, starts, tokens, dtype, both)
+    kept = draw(st.sampled_from([dtype, layout.unquantized_dtype(dtype)]))
+    return Case.random(layout, shared, lengths, starts, tokens, dtype, both, kept)

@@ -29,6 +29,7 @@ STORING: Choices = {
     "dimensions": ((16, 16), (40, 24), (64, 64), (80, 80), (96, 64), (64, 128), (128, 128)),
     "kv_heads": (1, 2),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "as_model": (True, False),  # whether the state has the dtype that a model's would have, or the chunk's
     "state": ((0, 32, 0), (3, 45, 7), (40, 32, 7)),  # sinks, recent tokens, rollback
     "padding": ("none", "part", "all"),  # that leads the first row's chunk
 }
@@ -75,6 +76,11 @@ def layout_of(chosen: Combination) -> StateLayout:
     return replace(layout, sinks=0, recent=ENDLESS) if window and chosen["keeps"] == "window" else layout
 
 
+def state_dtype_of(chosen: Combination) -> torch.dtype:
+    dtype: torch.dtype = chosen["dtype"]
+    return layout_of(chosen).unquantized_dtype(dtype) if chosen["as_model"] else dtype
+
+
 def start_of(chosen: Combination, tokens: int) -> int:
     """The padding that leads a chunk of so many tokens."""
     return {"none": 0, "part": tokens // 2, "all": tokens}[chosen["padding"]]
@@ -86,7 +92,8 @@ def case_of(chosen: Combination) -> tuple[Case, Weighting]:
     sinks, recent, _ = chosen["state"]
     lengths = [max(0, sinks + recent + beyond) for beyond in chosen["beyond"]]
     starts = [start_of(chosen, tokens), 0][: len(lengths)]
-    case = Case.random(layout, chosen["shared"], lengths, starts, tokens, chosen["dtype"])
+    kept = state_dtype_of(chosen)
+    case = Case.random(layout, chosen["shared"], lengths, starts, tokens, chosen["dtype"], kept=kept)
     kind, size = chosen["limit"]
     by_head = torch.linspace(-2, 2, case.q.shape[1])
     weighting = Weighting(

@@ -26,7 +26,7 @@ def test_what_is_read_is_what_was_written(window: int, length: int) -> None:
     starts = torch.tensor([0, min(2, length), length])
     state = SiteState.allocate(layout, 3, layout.required_blocks(length), torch.float32)
     append(Chunk(key, value, torch.zeros(3, dtype=torch.int64), starts), state, layout.storage)
-    found = stored(state, layout.storage, length - starts, length)
+    found = stored(state, layout.storage, length - starts, length, torch.float32)
     first = max(0, length - window + 1) if window else 0
     slots = torch.arange(length)
     visible = ((slots >= starts[:, None]) & (slots >= first))[:, None, :, None]

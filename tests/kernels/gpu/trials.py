@@ -15,7 +15,7 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.attend_cases import TOLERANCE, Case
 from tests.kernels.covering import Combination
-from tests.kernels.every_pair import Choices, case_of, layout_of, start_of
+from tests.kernels.every_pair import Choices, case_of, layout_of, start_of, state_dtype_of
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
@@ -76,7 +76,7 @@ def check_chosen_attend(chosen: Combination, device: str = "cpu") -> float:
 
 def check_chosen_append(chosen: Combination, device: str = "cpu") -> None:
     """The reference's bytes, of choices of every_pair.APPENDING, or an AssertionError."""
-    pair = Pair(triton_append.append, layout_of(chosen), 2, chosen["dtype"], device)
+    pair = Pair(triton_append.append, layout_of(chosen), 2, state_dtype_of(chosen), device)
     for tokens in chosen["chunks"]:
         k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
         start = start_of(chosen, tokens)
