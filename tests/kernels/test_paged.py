@@ -5,6 +5,7 @@ The reference and the CPU's kernels, each beside itself; Triton's are in gpu/.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvmix_compile.kernels import paged, reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
 from kvmix_compile.kernels.cpu import paged as cpu_paged
+from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
@@ -135,6 +137,25 @@ def test_what_has_no_page_is_left_out(kernels: Kernels) -> None:
         named = [page for page in table.flatten().tolist() if page >= 0]
         others = [page for page in range(len(pool)) if page not in named]
         assert torch.equal(pool[others].view(torch.uint8), old[others].view(torch.uint8))
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
+def test_no_token_reaches_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError
+
+    pair = PagedPair(cpu_paged.append, LAYOUT, 2, torch.float32, (32, 1))
+    monkeypatch.setattr(paged, "append", unexpected)
+    monkeypatch.setattr(paged, "attend", unexpected)
+    for tokens in (1, 70, 1, 33):
+        q, k, v = torch.randn(3, 2, 1, tokens, 16).unbind()
+        starts = torch.zeros_like(pair.lengths)
+        lengths = pair.lengths.tolist()
+        if any(lengths):
+            chunk, pages = Chunk(k, v, pair.lengths, starts), pair.engine.pages(lengths, lengths)
+            assert cpu_paged.attend(q, chunk, pages, LAYOUT.storage, Weighting(0.25)).isfinite().all()
+        pair.append(k, v, starts)
+    pair.check()
 
 
 @each_kernel
