@@ -82,7 +82,7 @@ class Case:
             for length, start in zip(lengths, starts, strict=True)
         ]
         engine.hold(state, lengths, first)
-        return q, chunk, engine.pages(lengths, lengths), storage, weighting
+        return q, chunk, engine.pages(lengths, lengths, str(q.device)), storage, weighting
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
         """The same with every tensor changed."""
