@@ -301,9 +301,14 @@ for _key, _append in _append_kernels.items():
     _library.impl("append", _append_operator(_append), _key)
     _library.impl("attend", _attend_operator(_attend), _key)
     _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)
-for _key, _paged in {"CompositeExplicitAutograd": paged, "CPU": cpu_paged}.items():
-    _library.impl("append_paged", _append_paged_operator(_paged.append), _key)
-    _library.impl("attend_paged", _attend_paged_operator(_paged.attend), _key)
+_paged_kernels = {
+    "CompositeExplicitAutograd": (paged.append, paged.attend),
+    "CPU": (cpu_paged.append, cpu_paged.attend),
+    "CUDA": (dispatch.append_paged_on_cuda, dispatch.attend_paged_on_cuda),
+}
+for _key, (_append_paged, _attend_paged) in _paged_kernels.items():
+    _library.impl("append_paged", _append_paged_operator(_append_paged), _key)
+    _library.impl("attend_paged", _attend_paged_operator(_attend_paged), _key)
 for _name in ("append", "append_paged"):
     torch.library.register_fake(f"kvmix::{_name}", _append_fake, lib=_library)
 for _name in ("attend", "attend_stepwise", "attend_paged"):

@@ -57,7 +57,7 @@ def check_attend(
         from_codes = False
     launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks, warps, from_codes)
     on_device = case.poisoned().mapped(lambda tensor: tensor.to(device))
-    arguments = on_device.paged_arguments(page, weighting) if page else on_device.arguments(weighting)
+    arguments = on_device.paged_arguments(page, weighting, device) if page else on_device.arguments(weighting)
     attended = triton_attend.attend(*arguments, launch=launch)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
