@@ -17,7 +17,8 @@ as far as a later token sees them, or, of recent tokens, as far as they will be 
 engine may free, and hand out again, all others; their entries are never read, whatever they are.
 
 Rows may share pages that hold what they have in common. Where several rows complete the same block of a shared page in
-the same call, they write the same bytes.
+the same call, they write the same bytes. Which tokens a packed block holds depends on the sinks: an engine whose pages
+are known by the tokens in them hands over its table from the page of the first token behind the sinks.
 """
 
 from __future__ import annotations

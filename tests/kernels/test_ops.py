@@ -74,7 +74,8 @@ def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: Sta
 def test_torch_accepts_the_operators_over_pages(tokens: int, starts: list[int]) -> None:
     case, pages = paged_case(tokens, starts)
     arguments, by_name = attend_arguments(case.q, case.chunk, pages, LAYOUT.storage, Weighting(0.25))
-    torch.library.opcheck(torch.ops.kvmix.attend_paged.default, arguments, by_name)
+    for operator in (torch.ops.kvmix.attend_paged, torch.ops.kvmix.attend_stepwise_paged):
+        torch.library.opcheck(operator.default, arguments, by_name)
     torch.library.opcheck(torch.ops.kvmix.append_paged.default, append_arguments(case.chunk, pages, LAYOUT.storage))
 
 

@@ -22,27 +22,30 @@ from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
-from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.stepwise import stepwise
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.engine import Engine, PagedPair
 from tests.kernels.every_pair import APPENDING, ATTENDING, PAGES, case_of, fits, layout_of, start_of
-from tests.kernels.layouts import drawn_layouts
+from tests.kernels.layouts import drawn_layouts, with_window
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of pages, and attend over a state."""
+    """Over pages, and over a state."""
 
     append: Callable[..., None]
     attend: Callable[..., Tensor]
+    append_state: Callable[..., None]
     attend_state: Callable[..., Tensor]
 
 
 KERNELS = {
-    "reference": Kernels(paged.append, paged.attend, reference.attend),
-    "cpu": Kernels(cpu_paged.append, cpu_paged.attend, cpu.attend),
+    "reference": Kernels(paged.append, paged.attend, reference.append, reference.attend),
+    "cpu": Kernels(cpu_paged.append, cpu_paged.attend, cpu.append, cpu.attend),
 }
 each_kernel = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 
@@ -99,6 +102,30 @@ def check(case: Case, weighting: Weighting, page: tuple[int, int]) -> None:
         attended = kernels.attend(*arguments)
         assert attended.is_contiguous()
         assert torch.equal(attended, kernels.attend_state(*case.arguments(weighting)))
+
+
+@each_kernel
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("cuts", [[170], [57, 1, 112]])
+def test_stepwise_is_what_it_is_over_a_state(cuts: list[int], window: int, kernels: Kernels) -> None:
+    """Two rows, one with padding, and no more pages than append needs."""
+    layout, weighting = with_window(LAYOUT, window), Weighting(0.25, sliding_window=window)
+    over_state = stepwise(kernels.attend_state, kernels.append_state)
+    over_pages = paged.stepwise(kernels.attend, kernels.append, over_state)
+    state = SiteState.allocate(layout, 2, layout.required_blocks(170), torch.float32)
+    queries, found = torch.empty(0), list[Tensor]()
+
+    def attend_and_append(chunk: Chunk, pages: Pages, storage: Storage) -> None:
+        found.append(over_pages(queries, chunk, pages, storage, weighting))
+
+    pair = PagedPair(attend_and_append, layout, 2, torch.float32, (32, 1))
+    for tokens in cuts:
+        queries, (k, v) = torch.randn(2, 2, tokens, 16), torch.randn(2, 2, 1, tokens, 16)
+        starts = (torch.tensor([0, 11]) - pair.lengths[0]).clamp(0, tokens)
+        expected = over_state(queries, Chunk(k, v, pair.lengths, starts), state, layout.storage, weighting)
+        pair.append(k, v, starts)
+        assert torch.equal(found[-1], expected)
+    pair.check()
 
 
 @each_kernel
