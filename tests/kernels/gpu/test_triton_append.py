@@ -19,7 +19,7 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import APPENDING, fits
-from tests.kernels.gpu.trials import check_chosen_append, random_chunk
+from tests.kernels.gpu.trials import PLACES, check_chosen_append, random_chunk
 from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
@@ -45,7 +45,7 @@ def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype, grows: bool = F
     return Pair(triton_append.append, layout, batch, dtype, DEVICE, grows=grows, least_slots=1)
 
 
-@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+@pytest.mark.parametrize("chosen", covering(APPENDING | PLACES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_append(chosen, DEVICE)
 
