@@ -88,7 +88,7 @@ def with_rows(chunk: Chunk) -> Chunk:
 
 
 def shape_of(chunk: Chunk, stored: torch.dtype, sinks: int, capacity: int, slots: int, recent: int) -> Shape:
-    """stored: the dtype of unquantized tokens. capacity, slots: packed blocks and recent tokens that a row has room for."""
+    """stored: the dtype of unquantized tokens. capacity, slots: of how many blocks and recent tokens there is room."""
     rows, heads, tokens, _ = chunk.key.shape
     return Shape(
         lengths=chunk.lengths.data_ptr(),

@@ -111,7 +111,6 @@ struct Reader {
     // Calls use with where the elements of a token that is not packed lie.
     template <class Use>
     void with_token(const Side& side, int64_t token, Use use) const {
-        if (token >= row.length)
         if (token < row.length) return use(static_cast<const Kept*>(stored(side, token)));
         use(static_cast<const Element*>(side.chunk) + row_index * side.row_stride + head * side.head_stride +
             (token - row.length + row.start) * side.token_stride);
@@ -121,7 +120,7 @@ struct Reader {
     Kept* stored(const Side& side, int64_t token) const {
         if (row.raw_pages)
             return reinterpret_cast<Kept*>(static_cast<char*>(side.ring) +
-                                              row.raw_pages.offset(token, head, side.raw_strides));
+                                           row.raw_pages.offset(token, head, side.raw_strides));
         int64_t pair = row_index * shape.heads + head;
         if (token < shape.sinks) return static_cast<Kept*>(side.sink) + (pair * shape.sinks + token) * side.dim;
         int64_t slot = (token - shape.sinks) % shape.slots;
