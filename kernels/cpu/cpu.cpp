@@ -196,7 +196,7 @@ void copy_tokens(const Shape& shape, const Side& side) {
             if (row.raw_pages && !row.raw_pages.has(token)) continue;
             for (int64_t head = 0; head < shape.heads; head++) {
                 Reader<Element, Kept> reader{shape, row, row_index, head};
-                reader.with_token(side, token, [&](const auto* from) { keep(from, side.dim, reader.stored(side, token)); });
+                keep(reader.element(side, token), side.dim, reader.stored(side, token));
             }
         }
     }

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr int64_t CACHE_LINE = 64;
+
 // What a call of attend is given.
 struct AttendArguments : Attention {
     const Shape& shape;
@@ -108,15 +110,13 @@ struct Reader {
         return side.packed + ((row_index * shape.heads + head) * shape.capacity + slot) * format.block_bytes;
     }
 
-    // Calls use with where the elements of a token that is not packed lie.
-    template <class Use>
-    void with_token(const Side& side, int64_t token, Use use) const {
-        if (token < row.length) return use(static_cast<const Kept*>(stored(side, token)));
-        use(static_cast<const Element*>(side.chunk) + row_index * side.row_stride + head * side.head_stride +
-            (token - row.length + row.start) * side.token_stride);
+    // Where a token of the chunk lies.
+    const Element* element(const Side& side, int64_t token) const {
+        return static_cast<const Element*>(side.chunk) + row_index * side.row_stride + head * side.head_stride +
+               (token - row.length + row.start) * side.token_stride;
     }
 
-    // Where a token lies that is not packed, or will.
+    // Where a token of the state lies that is not packed, or will.
     Kept* stored(const Side& side, int64_t token) const {
         if (row.raw_pages)
             return reinterpret_cast<Kept*>(static_cast<char*>(side.ring) +
@@ -127,20 +127,50 @@ struct Reader {
         return static_cast<Kept*>(side.ring) + (pair * shape.slots + slot) * side.dim;
     }
 
+    // Calls use with where the elements of a token that is not packed lie.
+    template <class Use>
+    void with_token(const Side& side, int64_t token, Use use) const {
+        if (token < row.length)
+            use(static_cast<const Kept*>(stored(side, token)));
+        else
+            use(element(side, token));
+    }
+
+    // Has a block's bytes on their way: in pages they do not lie behind those of the one before.
+    void prefetch(const Side& side, const BlockFormat& format, int64_t number) const {
+        const uint8_t* bytes = block(side, format, number);
+        for (int64_t i = 0; i < format.block_bytes; i += CACHE_LINE) __builtin_prefetch(bytes + i);
+    }
+
+    // How many tokens that are not packed lie side by side from one on, up to `most`.
+    int64_t neighbours(int64_t token, int64_t most) const {
+        if (token >= row.length) return most;
+        int64_t left = row.raw_pages          ? row.raw_pages.size - token % row.raw_pages.size
+                       : token < shape.sinks ? shape.sinks - token
+                                             : shape.slots - (token - shape.sinks) % shape.slots;
+        if (left > row.length - token) left = row.length - token;
+        return left < most ? left : most;
+    }
+
     // Unquantized tokens of a tile to [32][stride], zeros where there is none or it is not seen.
     void rows(const Side& side, const BlockFormat& format, int64_t tile, float* to, int64_t stride) const {
         int64_t first = row.first(tile), count = row.last(tile) - first, packed = row.block(tile);
         int64_t unseen = packed < 0 && first < seen ? seen - first : 0;
         memset(to, 0, unseen * stride * sizeof(float));
-        for (int64_t i = unseen; i < count; i++) {
-            auto read = [&](const auto* from) {
+        // Of neighbouring tokens, `step` elements apart, from the i-th of the tile on.
+        auto read = [&](int64_t i, int64_t tokens, const auto* from, int64_t step) {
+            for (int64_t end = i + tokens; i < end; i++, from += step)
                 for (int64_t channel = 0; channel < side.dim; channel += LANES)
                     store(to + i * stride + channel, load_first(from + channel, side.dim - channel));
-            };
-            if (packed < 0)
-                with_token(side, first + i, read);
+        };
+        if (packed >= 0) read(0, count, reinterpret_cast<const Kept*>(block(side, format, packed)), side.dim);
+        int64_t kept_step = row.raw_pages ? side.raw_strides.place / int64_t(sizeof(Kept)) : side.dim;
+        for (int64_t i = unseen, tokens; packed < 0 && i < count; i += tokens) {
+            tokens = neighbours(first + i, count - i);
+            if (first + i < row.length)
+                read(i, tokens, stored(side, first + i), kept_step);
             else
-                read(reinterpret_cast<const Kept*>(block(side, format, packed)) + i * side.dim);
+                read(i, tokens, element(side, first + i), side.token_stride);
         }
         memset(to + count * stride, 0, (BLOCK - count) * stride * sizeof(float));
     }
