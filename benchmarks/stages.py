@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvmix_compile
 from kvmix_compile.compiler import CALIBRATION_LENGTH
@@ -103,9 +103,9 @@ class Meter:
 def measure(shape: str, layers: int, dtype: str, rows: int, device: torch.device) -> dict[str, Any]:
     """Seconds and peak bytes of each stage of `apply` on one model, and the bytes of its weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], **ALIKE, num_hidden_layers=layers, dtype=dtype)
+    config = LlamaConfig(**SHAPES[shape], **ALIKE, num_hidden_layers=layers)
     with device:
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     calibration = torch.randint(config.vocab_size, (rows, CALIBRATION_LENGTH))
     meter = metered_apply(model, calibration, device)
     weights = sum(parameter.nbytes for parameter in model.parameters())

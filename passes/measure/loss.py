@@ -17,7 +17,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy in nats of `targets`, int64 `[tokens]`, summed in float32; of `logits` `[tokens, vocabulary]`,
     in which it can be differentiated, once.
     """
-    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)
     return loss
 
 
