@@ -126,7 +126,7 @@ def test_export_says_what_it_assumed_of_sizes_and_where() -> None:
 
 
 def test_what_processes_add_up_is_differentiated() -> None:
-    """passes/measure/importance.py needs it, and takes it for the gradient of the sum of all processes' losses."""
+    """passes/measure/recorder.py needs it, and takes it for the gradient of the sum of all processes' losses."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         ranks = Ranks(mesh=init_device_mesh("cpu", (1,)))
