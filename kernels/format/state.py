@@ -204,7 +204,8 @@ class StateLayout(Shaped):
         """In which dtype tokens that are not packed are kept, of a model that computes in this one: instead of float32
         in float16, where keys and values are quantized once they are packed, which rounds them much more.
         """
-        return torch.float16 if dtype == torch.float32 and self.storage.is_quantized else dtype
+        is_quantized = self.storage.is_quantized and self.recent != ENDLESS
+        return torch.float16 if dtype == torch.float32 and is_quantized else dtype
 
     def bytes(self, batch: int, room: Room, dtype: torch.dtype) -> int:
         """What a state of this many rows, this room and this dtype occupies."""

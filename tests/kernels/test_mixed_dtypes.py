@@ -13,7 +13,7 @@ import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
-from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
 from kvmix_compile.kernels.ops import append_arguments, attend_arguments
 from kvmix_compile.kernels.saturated import saturated
 from kvmix_compile.kernels.weighting import Weighting
@@ -73,7 +73,9 @@ def widened(state: SiteState) -> SiteState:
 
 def test_a_float32_model_has_float16_states_where_both_are_quantized() -> None:
     assert LAYOUT.unquantized_dtype(torch.float32) == torch.float16
-    for layout in (KEYS_ALONE, replace(LAYOUT, key=Precision(16)), replace(KEYS_ALONE, key=Precision(16))):
+    never_packed = replace(LAYOUT, shape=SiteShape(2, 16, 24, window=20), sinks=0, recent=ENDLESS)
+    values_alone, neither = (replace(layout, key=Precision(16)) for layout in (LAYOUT, KEYS_ALONE))
+    for layout in (KEYS_ALONE, values_alone, neither, never_packed):
         assert layout.unquantized_dtype(torch.float32) == torch.float32
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert LAYOUT.unquantized_dtype(dtype) == dtype
