@@ -244,9 +244,10 @@ def main(folder: Path) -> None:
     found["moves"] = moves(twin)
     found["caches"] = of_caches(twin, alone, folder)
     found["own forward"] = of_own_forward(twin, alone)
-    found["drafts"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False, assistant_model=toy("llama"))
-    found["text"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False)
-    found["of the copy"] = copy.deepcopy(twin).generate(rows(1, 40), max_new_tokens=8, do_sample=False)
+    prompt, assistant = rows(1, 40).to(FIRST), tiny("llama", num_hidden_layers=1)
+    found["text"] = twin.generate(prompt, max_new_tokens=8, do_sample=False)
+    found["drafts"] = twin.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    found["of the copy"] = copy.deepcopy(twin).generate(prompt, max_new_tokens=8, do_sample=False)
     found["second start"] = twin.kvmix_report.seconds
     found["other map"] = of_other_map(plan)
     found["folders"] = of_folders(plan, folder)
