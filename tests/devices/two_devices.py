@@ -258,7 +258,7 @@ def main(folder: Path) -> None:
     found["text"] = twin.generate(prompt, max_new_tokens=8, do_sample=False)
     found["drafts"] = twin.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=assistant)
     found["of the copy"] = copy.deepcopy(twin).generate(prompt, max_new_tokens=8, do_sample=False)
-    found["second start"] = twin.kvmix_report.seconds
+    found["second start"] = kvmix_compile.apply(spread(toy("llama")), plan=plan).kvmix_report.seconds
     found["other map"] = of_other_map(plan)
     found["folders"] = of_folders(plan, folder)
     found["refusals"] = of_refusals(plan, twin)
