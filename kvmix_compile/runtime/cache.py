@@ -139,7 +139,7 @@ class KVMixCache(Cache):
     @ordinary_tensors()
     def _allocate(self, batch: int, rooms: Sequence[Room]) -> None:
         kept = zip(self.layouts, rooms, self.format.dtypes, self.format.site_devices, strict=True)
-        self.states = [SiteState.with_room(layout, batch, *of_site) for layout, *of_site in kept]
+        self.states = [SiteState.with_room(layout, batch, room, dtype, device) for layout, room, dtype, device in kept]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.format.device)
 
     def on_sites(self, tensor: Tensor) -> list[Tensor]:
