@@ -17,7 +17,7 @@ from tests.helpers.repository import ROOT
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
 
 # In seconds: a few times what it takes on two slow cores.
-TIME_OUT = 600
+TIME_OUT = 1200
 
 # The largest difference of logits that the order of sums makes.
 ROUNDING = 1e-4
@@ -51,6 +51,7 @@ def test_two_devices_give_what_one_gives(found: dict[str, Any], name: str) -> No
     alone, spread = found[name]["alone"], found[name]["spread"]
     assert spread["plan"] == alone["plan"]
     assert spread["bytes"] == alone["bytes"]
+    assert spread["goes on from a file"]
     for text in ("text", "padded", "beams", "sampled"):
         assert torch.equal(spread[text], alone[text])
     assert largest((spread["logits"][:, :-1], alone["logits"][:, :-1])) < ROUNDING
@@ -108,7 +109,7 @@ def test_drafts_and_copies_write_the_same_text(found: dict[str, Any], way: str) 
 
 @pytest.mark.parametrize("way", ["loaded", "again"])
 def test_transformers_loads_a_compressed_model_onto_two_devices(found: dict[str, Any], way: str) -> None:
-    assert torch.equal(found["folders"][way], found["text"])
+    assert torch.equal(found["folders"][way], found["text"].cpu())
 
 
 def test_a_compiled_model_is_captured_anew(found: dict[str, Any]) -> None:

@@ -28,6 +28,11 @@ MODELS = {
     "llama": "rotary tables",
     "gemma3": "two pairs of these, windows, and an embedding that is the head too",
     "bloom": "slopes, which are no weights",
+    "lfm2": "a layer that carries a state of another kind",
+}
+KINDS = {
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},
 }
 OPTIONS: dict[str, Any] = {"sinks": 4, "recent": 32}
 # One on the first device, and two on the second.
@@ -39,8 +44,7 @@ def rows(count: int, tokens: int) -> Tensor:
 
 
 def toy(name: str) -> Any:
-    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if name == "gemma3" else {}
-    return tiny(name, num_hidden_layers=LAYERS, **kinds)
+    return tiny(name, num_hidden_layers=LAYERS, **KINDS.get(name, {}))
 
 
 def device_map_of(model: Any) -> dict[str, str]:
@@ -61,17 +65,23 @@ def spread(model: Any, device_map: Mapping[str, str] | None = None, main: str = 
     return dispatch_model(model, dict(device_map or device_map_of(model)), main_device=main)
 
 
-def given_by(twin: Any) -> dict[str, Any]:
-    """What a compiled model gives: its plan, logits of a prompt and of a step, texts, and what its cache takes."""
+def given_by(twin: Any, folder: Path) -> dict[str, Any]:
+    """What a compiled model gives: its plan, logits of a prompt and of a step, that step on a cache from a file, texts,
+    and what its cache takes.
+    """
+    path = folder / "prompt.safetensors"
     ids, cache = rows(2, 60), KVMixCache(twin)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     prompt = twin(ids, cache=cache).logits
-    step = twin(ids[:, :1], cache=cache).logits
+    cache.save(path)
+    loaded = KVMixCache.load(path, twin)
+    step, again = (twin(ids[:, :1], cache=held).logits for held in (cache, loaded))
     torch.manual_seed(3)
     return {
         "plan": twin.kvmix_plan,
         "logits": torch.cat([prompt, step], dim=1),
+        "goes on from a file": torch.equal(step, again),
         "bytes": cache.nbytes,
         "devices": [str(state.recent_k.device) for state in cache.states],
         "text": twin.generate(ids, max_new_tokens=12, do_sample=False),
@@ -94,7 +104,7 @@ def applied(model: Any, **options: Any) -> Any:
     return kvmix_compile.apply(model, **({"budget": 2.3, "calibration": rows(2, 100), **OPTIONS} | options))
 
 
-def of_model(name: str) -> dict[str, Any]:
+def of_model(name: str, folder: Path) -> dict[str, Any]:
     """Compiled by a budget: on the CPU, and spread."""
     main, ids = SECOND if name == "gemma3" else FIRST, rows(1, 30)
     model = spread(toy(name), main=main)
@@ -103,8 +113,8 @@ def of_model(name: str) -> dict[str, Any]:
         untouched = torch.equal(model(ids).logits, spread(toy(name), main=main)(ids).logits)
     alone = applied(toy(name))
     return {
-        "spread": given_by(twin),
-        "alone": given_by(alone),
+        "spread": given_by(twin, folder),
+        "alone": given_by(alone, folder),
         "untouched": untouched,
         "verified": twin.kvmix_report.verified,
         "where logits are": str(twin(ids.to(FIRST)).logits.device),
@@ -238,16 +248,17 @@ def of_refresh(twin: Any) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     load_toy_device(compile_toy_device(folder))
-    found: dict[str, Any] = {name: of_model(name) for name in MODELS}
+    found: dict[str, Any] = {name: of_model(name, folder) for name in MODELS}
     plan = found["llama"]["spread"]["plan"]
     twin, alone = (kvmix_compile.apply(model, plan=plan) for model in (spread(toy("llama")), toy("llama")))
     found["moves"] = moves(twin)
     found["caches"] = of_caches(twin, alone, folder)
     found["own forward"] = of_own_forward(twin, alone)
-    found["drafts"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False, assistant_model=toy("llama"))
-    found["text"] = twin.generate(rows(1, 40), max_new_tokens=8, do_sample=False)
-    found["of the copy"] = copy.deepcopy(twin).generate(rows(1, 40), max_new_tokens=8, do_sample=False)
-    found["second start"] = twin.kvmix_report.seconds
+    prompt, assistant = rows(1, 40).to(FIRST), tiny("llama", num_hidden_layers=1)
+    found["text"] = twin.generate(prompt, max_new_tokens=8, do_sample=False)
+    found["drafts"] = twin.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    found["of the copy"] = copy.deepcopy(twin).generate(prompt, max_new_tokens=8, do_sample=False)
+    found["second start"] = kvmix_compile.apply(spread(toy("llama")), plan=plan).kvmix_report.seconds
     found["other map"] = of_other_map(plan)
     found["folders"] = of_folders(plan, folder)
     found["refusals"] = of_refusals(plan, twin)

@@ -128,6 +128,26 @@ Tensor& set_whole(Tensor& tensor, at::Storage source) {
   return at::cpu::set_(tensor, source, 0, {elements}, {1});
 }
 
+// What PyTorch has no other kernel of for such a device.
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                   int64_t groups) {
+  const std::optional<Tensor> bias_on_cpu = bias && bias->defined() ? std::optional(bias->cpu()) : std::nullopt;
+  return at::convolution(input.cpu(), weight.cpu(), bias_on_cpu, stride, padding, dilation, transposed, output_padding,
+                         groups).to(input.device());
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& gradient, const Tensor& input, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
+    std::array<bool, 3> wanted) {
+  const auto [of_input, of_weight, of_bias] =
+      at::convolution_backward(gradient.cpu(), input.cpu(), weight.cpu(), at::IntArrayRef{weight.size(0)}, stride,
+                               padding, dilation, transposed, output_padding, groups, wanted);
+  const auto back = [&](const Tensor& found) { return found.defined() ? found.to(input.device()) : found; };
+  return {back(of_input), back(of_weight), back(of_bias)};
+}
+
 bool takes_indices(const c10::OperatorHandle& op) {
   return op.schema().name().find("index") != std::string::npos;
 }
@@ -164,6 +184,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty.memory_format", &empty);
   library.impl("empty_strided", &empty_strided);
   library.impl("_copy_from", &copy_from);
+  library.impl("convolution_overrideable", &convolution);
+  library.impl("convolution_backward_overrideable", &convolution_backward);
   library.impl("_copy_from_and_resize", &copy_from_and_resize);
   library.impl("as_strided", &at::cpu::as_strided);
   library.impl("view", &at::native::view);
