@@ -1,4 +1,5 @@
-"""The operators a compiled graph calls: torch.ops.kvmix.append, attend, attend_stepwise and order_channels.
+"""The operators a compiled graph calls: torch.ops.kvmix.append, attend, attend_stepwise and order_channels; and those
+that an engine calls whose memory is pages: append_paged and attend_paged.
 
 Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
 the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels import reference
+from kvmix_compile.kernels import paged, reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
@@ -29,7 +31,7 @@ from kvmix_compile.kernels.weighting import Weighting
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
 _library = torch.library.Library("kvmix", "DEF")
 
-# What attend and attend_stepwise are told besides, alike.
+# What attend, attend_stepwise and attend_paged are told besides, alike.
 _ATTENTION = (
     "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
     "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor"
@@ -52,23 +54,39 @@ _library.define(
     "Tensor(f!) recent_v, " + _ATTENTION,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "append_paged(Tensor k, Tensor v, Tensor lengths, Tensor starts, Tensor raw, Tensor packed, "
+    "Tensor(a!) raw_k, Tensor(b!) raw_v, Tensor(c!) packed_k, Tensor(d!) packed_v, int sinks, "
+    "int[] key, int[] value, int recent) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attend_paged(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, Tensor raw, Tensor packed, "
+    "Tensor raw_k, Tensor raw_v, Tensor packed_k, Tensor packed_v, int sinks, " + _ATTENTION,
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define("order_channels(Tensor x, Tensor order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def append_arguments(chunk: Chunk, state: SiteState, storage: Storage) -> tuple[Any, ...]:
-    """What torch.ops.kvmix.append takes, in its order. In a graph nodes stand in the records for tensors."""
+def append_arguments(chunk: Chunk, state: SiteState | Pages, storage: Storage) -> tuple[Any, ...]:
+    """What torch.ops.kvmix.append takes, or of pages append_paged, in its order. In a graph nodes stand in the records
+    for tensors.
+    """
     key, value = storage.key.as_ints(), storage.value.as_ints()
+    if isinstance(state, Pages):
+        return *chunk, *state, key, value, storage.recent
     return *chunk, *state.tensors(), key, value, storage.recent, storage.window
 
 
 def attend_arguments(
-    query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting
+    query: Tensor, chunk: Chunk, state: SiteState | Pages, storage: Storage, weighting: Weighting
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What torch.ops.kvmix.attend and attend_stepwise take: in their order what every model needs, and by name what few
-    do. In a graph nodes stand in the records for tensors.
+    """What torch.ops.kvmix.attend and attend_stepwise take, or of pages attend_paged: in their order what every model
+    needs, and by name what few do. In a graph nodes stand in the records for tensors.
     """
     key, value = storage.key.as_ints(), storage.value.as_ints()
-    stored = (query, *chunk, *state.tensors(), key, value, storage.recent)
+    held = state if isinstance(state, Pages) else state.tensors()
+    stored = (query, *chunk, *held, key, value, storage.recent)
     extras: dict[str, Any] = {}
     if weighting.attention_chunk:
         extras["attention_chunk"] = weighting.attention_chunk
@@ -98,15 +116,11 @@ def _append_operator(kernel: Callable[[Chunk, SiteState, Storage], None]) -> Cal
         recent: int,
         window: int = 0,
     ) -> None:
-        _without_autocast(
-            k.device,
-            kernel,
-            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
-            SiteState(
-                sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
-            ),
-            _storage(tuple(key), tuple(value), recent, window),
+        state = SiteState(
+            sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
         )
+        chunk = _chunk(k, v, lengths, starts, sink_k)
+        _without_autocast(k.device, kernel, chunk, state, _storage(tuple(key), tuple(value), recent, window))
 
     return operator
 
@@ -136,20 +150,77 @@ def _attend_operator(kernel: Callable[[Tensor, Chunk, SiteState, Storage, Weight
         sink_logits: Tensor | None = None,
         slopes: Tensor | None = None,
     ) -> Tensor:
-        weighting = _weighting(scale, softcap, sliding_window, attention_chunk)
-        if sink_logits is not None or slopes is not None:
-            weighting = replace(weighting, sink_logits=sink_logits, slopes=slopes)
-        attended = _without_autocast(
-            q.device,
-            kernel,
-            _as_stored(q, sink_k),
-            Chunk(key=_as_stored(k, sink_k), value=_as_stored(v, sink_k), lengths=lengths, starts=starts),
-            SiteState(
-                sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
-            ),
-            _storage(tuple(key), tuple(value), recent, weighting.window),
-            weighting,
+        weighting = _weighting(scale, softcap, sliding_window, attention_chunk, sink_logits, slopes)
+        state = SiteState(
+            sink_k=sink_k, sink_v=sink_v, packed_k=packed_k, packed_v=packed_v, recent_k=recent_k, recent_v=recent_v
         )
+        chunk = _chunk(k, v, lengths, starts, sink_k)
+        storage = _storage(tuple(key), tuple(value), recent, weighting.window)
+        attended = _without_autocast(q.device, kernel, _as_stored(q, sink_k), chunk, state, storage, weighting)
+        return _as_stored(attended, q)
+
+    return operator
+
+
+def _append_paged_operator(kernel: Callable[[Chunk, Pages, Storage], None]) -> Callable[..., None]:
+    """As _append_operator."""
+
+    def operator(
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        raw: Tensor,
+        packed: Tensor,
+        raw_k: Tensor,
+        raw_v: Tensor,
+        packed_k: Tensor,
+        packed_v: Tensor,
+        sinks: int,
+        key: list[int],
+        value: list[int],
+        recent: int,
+    ) -> None:
+        pages = Pages(raw, packed, raw_k, raw_v, packed_k, packed_v, sinks)
+        chunk = _chunk(k, v, lengths, starts, raw_k)
+        _without_autocast(k.device, kernel, chunk, pages, _storage(tuple(key), tuple(value), recent, window=0))
+
+    return operator
+
+
+def _attend_paged_operator(
+    kernel: Callable[[Tensor, Chunk, Pages, Storage, Weighting], Tensor],
+) -> Callable[..., Tensor]:
+    """As _attend_operator."""
+
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        raw: Tensor,
+        packed: Tensor,
+        raw_k: Tensor,
+        raw_v: Tensor,
+        packed_k: Tensor,
+        packed_v: Tensor,
+        sinks: int,
+        key: list[int],
+        value: list[int],
+        recent: int,
+        scale: float,
+        softcap: float,
+        sliding_window: int,
+        attention_chunk: int = 0,
+        sink_logits: Tensor | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        weighting = _weighting(scale, softcap, sliding_window, attention_chunk, sink_logits, slopes)
+        pages = Pages(raw, packed, raw_k, raw_v, packed_k, packed_v, sinks)
+        chunk = _chunk(k, v, lengths, starts, raw_k)
+        storage = _storage(tuple(key), tuple(value), recent, weighting.window)
+        attended = _without_autocast(q.device, kernel, _as_stored(q, raw_k), chunk, pages, storage, weighting)
         return _as_stored(attended, q)
 
     return operator
@@ -162,8 +233,27 @@ def _storage(key: tuple[int, ...], value: tuple[int, ...], recent: int, window: 
 
 
 @lru_cache
-def _weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int) -> Weighting:
+def _kept_weighting(scale: float, softcap: float, sliding_window: int, attention_chunk: int) -> Weighting:
     return Weighting(scale=scale, softcap=softcap, sliding_window=sliding_window, attention_chunk=attention_chunk)
+
+
+def _weighting(
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    attention_chunk: int,
+    sink_logits: Tensor | None,
+    slopes: Tensor | None,
+) -> Weighting:
+    weighting = _kept_weighting(scale, softcap, sliding_window, attention_chunk)
+    if sink_logits is None and slopes is None:
+        return weighting
+    return replace(weighting, sink_logits=sink_logits, slopes=slopes)
+
+
+def _chunk(k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor, stored: Tensor) -> Chunk:
+    """In the dtype of what is stored."""
+    return Chunk(key=_as_stored(k, stored), value=_as_stored(v, stored), lengths=lengths, starts=starts)
 
 
 def _as_stored(tensor: Tensor, stored: Tensor) -> Tensor:
@@ -210,8 +300,11 @@ for _key, _append in _append_kernels.items():
     _library.impl("append", _append_operator(_append), _key)
     _library.impl("attend", _attend_operator(_attend), _key)
     _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)
-torch.library.register_fake("kvmix::append", _append_fake, lib=_library)
-torch.library.register_fake("kvmix::attend", _attend_fake, lib=_library)
-torch.library.register_fake("kvmix::attend_stepwise", _attend_fake, lib=_library)
+_library.impl("append_paged", _append_paged_operator(paged.append), "CompositeExplicitAutograd")
+_library.impl("attend_paged", _attend_paged_operator(paged.attend), "CompositeExplicitAutograd")
+for _name in ("append", "append_paged"):
+    torch.library.register_fake(f"kvmix::{_name}", _append_fake, lib=_library)
+for _name in ("attend", "attend_stepwise", "attend_paged"):
+    torch.library.register_fake(f"kvmix::{_name}", _attend_fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout, packed_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.engine import Engine
 from tests.kernels.layouts import with_important_keys, with_window
 
 BITS = st.sampled_from([1, 2, 3, 4, 8, 16])
@@ -66,6 +68,21 @@ class Case:
         """Of attend; plain attention unless said otherwise."""
         weighting = weighting or Weighting(self.q.shape[-1] ** -0.5)
         return self.q, self.chunk, self.state, self.layout.storage, weighting
+
+    def paged_arguments(
+        self, page: tuple[int, int], weighting: Weighting | None = None
+    ) -> tuple[Tensor, Chunk, Pages, Storage, Weighting]:
+        """The same with pages, of so many tokens and so many blocks, that hold no more than is seen."""
+        q, chunk, state, storage, weighting = self.arguments(weighting)
+        lengths, starts = self.lengths.tolist(), self.starts.tolist()
+        engine = Engine(self.layout, len(lengths), q.dtype, page, most_tokens=max([*lengths, 1]))
+        # A row of padding alone sees nothing.
+        first = [
+            weighting.first_visible(length) if start < q.shape[2] else length
+            for length, start in zip(lengths, starts, strict=True)
+        ]
+        engine.hold(state, lengths, first)
+        return q, chunk, engine.pages(lengths, lengths), storage, weighting
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
         """The same with every tensor changed."""

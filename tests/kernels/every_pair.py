@@ -53,6 +53,9 @@ ATTENDING: Choices = STORING | {
     "slopes": (False, True),
 }
 
+# Tokens of a raw page, and blocks of a packed one.
+PAGES = ((32, 1), (16, 3), (96, 2))
+
 
 def precisions(chosen: Combination) -> tuple[Precision, Precision]:
     """Of keys and of values."""

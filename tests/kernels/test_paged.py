@@ -1,0 +1,115 @@
+"""append and attend over pages: what they are over a state, wherever the pages lie."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmix_compile.kernels import paged, reference
+from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.shape import SiteShape
+from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.kernels.weighting import Weighting
+from tests.kernels.attend_cases import Case, cases, weighted
+from tests.kernels.covering import Combination, covering, named
+from tests.kernels.engine import Engine, PagedPair
+from tests.kernels.every_pair import APPENDING, ATTENDING, PAGES, case_of, fits, layout_of, start_of
+from tests.kernels.layouts import drawn_layouts
+
+pages = st.sampled_from(PAGES)
+layouts = drawn_layouts(
+    st.builds(Precision, st.sampled_from([2, 16]), st.just(32)),
+    st.builds(Precision, st.sampled_from([3, 16]), st.just(8), st.just(4)),
+    key_dims=[16],
+    value_dims=[16, 24],
+    sinks=[0, 3, 40],
+    recent=[32, 45],
+)
+# All that is in a case of a row of some length with sinks, packed blocks and recent tokens, 100 tokens at least.
+LAYOUT = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16, 4), sinks=3, recent=32)
+
+
+@pytest.mark.parametrize("chosen", covering(APPENDING | {"page": PAGES}, fits), ids=named)
+def test_every_two_choices_of_append_meet(chosen: Combination) -> None:
+    pair = PagedPair(paged.append, layout_of(chosen), 2, chosen["dtype"], chosen["page"])
+    for tokens in chosen["chunks"]:
+        chunk = [torch.randn(2, chosen["kv_heads"], tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
+        pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
+        pair.check()
+
+
+@settings(max_examples=50)
+@given(layouts, pages, st.data())
+def test_append_writes_the_bytes_of_a_state(layout: StateLayout, page: tuple[int, int], data: st.DataObject) -> None:
+    pair = PagedPair(paged.append, layout, 2, torch.float32, page)
+    for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 110]), min_size=1, max_size=6)):
+        starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
+        k, v = (torch.randn(2, layout.kv_heads, tokens, dim) for dim in (layout.key_dim, layout.value_dim))
+        pair.append(k, v, starts)
+        pair.check()
+
+
+@pytest.mark.parametrize("chosen", covering(ATTENDING | {"page": PAGES}, fits), ids=named)
+def test_every_two_choices_of_attend_meet(chosen: Combination) -> None:
+    check(*case_of(chosen), chosen["page"])
+
+
+@settings(max_examples=100)
+@given(weighted(cases(values_are_keys=(False, False, True))), pages)
+def test_attend_reads_what_a_state_holds(case: tuple[Case, Weighting], page: tuple[int, int]) -> None:
+    check(*case, page)
+
+
+def check(case: Case, weighting: Weighting, page: tuple[int, int]) -> None:
+    attended = paged.attend(*case.paged_arguments(page, weighting))
+    assert attended.is_contiguous()
+    assert torch.equal(attended, reference.attend(*case.arguments(weighting)))
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int) -> None:
+    """Texts that begin with the same prompt, of which the last block is packed by the token that follows it."""
+    layout, rows = replace(LAYOUT, sinks=16), 3
+    prompt = layout.sinks + layout.recent
+    k, v = torch.randn(2, rows, 1, prompt + tokens, 16).unbind()
+    k[:, :, :prompt], v[:, :, :prompt] = k[0, :, :prompt], v[0, :, :prompt]
+    pair = PagedPair(paged.append, layout, rows, torch.float32, (16, 1))
+    for first in range(rows):
+        # All rows but one are padding.
+        starts = torch.tensor([0 if row == first else prompt for row in range(rows)])
+        pair.append(k[:, :, :prompt], v[:, :, :prompt], starts)
+    pair.engine.packed.keep(0, {0})
+    pair.engine.share_pages()
+    pair.append(k[:, :, prompt:], v[:, :, prompt:], torch.zeros(rows, dtype=torch.int64))
+    pair.check()
+
+
+def test_what_has_no_page_is_left_out() -> None:
+    """No place of the pools changes but those of pages that the table names."""
+    k, v, nothing = *torch.randn(2, 1, 1, 100, 16).unbind(), torch.zeros(1, dtype=torch.int64)
+    engine = Engine(LAYOUT, 1, torch.float32, (32, 1))
+    engine.keep(0, 100)
+    pages = engine.pages([0], [100])
+    before = [pool.clone() for pool in pages[2:6]]
+    paged.append(Chunk(k, v, nothing, nothing), pages, LAYOUT.storage)
+    # Of 100 tokens 3 are sinks, 96 packed, and the last one waits.
+    assert (pages.raw >= 0).tolist() == [[True, False, False, True]] and (pages.packed >= 0).all()
+    for table, pool, old in zip((pages.raw, pages.raw, pages.packed, pages.packed), pages[2:6], before, strict=True):
+        named = [page for page in table.flatten().tolist() if page >= 0]
+        others = [page for page in range(len(pool)) if page not in named]
+        assert torch.equal(pool[others].view(torch.uint8), old[others].view(torch.uint8))
+
+
+@pytest.mark.parametrize("entry", [-1, 1000])
+def test_what_is_needed_and_has_no_page_is_refused(entry: int) -> None:
+    case = Case.random(LAYOUT, 1, [100], [0], 1, torch.float32)
+    q, chunk, pages, storage, weighting = case.paged_arguments((32, 1))
+    for name, kind in (("raw", "token 99"), ("packed", "block 2")):
+        table = getattr(pages, name).clone()
+        table[0, -1] = entry
+        with pytest.raises(KVMixError, match=f"{kind} of row 0 in page {entry} of"):
+            paged.attend(q, chunk, pages._replace(**{name: table}), storage, weighting)
