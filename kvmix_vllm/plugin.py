@@ -16,9 +16,11 @@ _WRAPPED = "wrapped_by_kvmix"
 def register() -> None:
     """The entry point `vllm.general_plugins`. May be called more than once."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     _wrap(EngineArgs, "create_engine_config", _checked)
+    _wrap(Executor, "get_kv_cache_specs", _with_managers)
     _wrap(WorkerWrapperBase, "init_device", _with_layers)
     _wrap(WorkerWrapperBase, "initialize_from_config", _reported)
 
@@ -51,14 +53,20 @@ def _checked(create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return config
 
 
+def _with_managers(get_specs: Callable[..., Any], executor: Any) -> Any:
+    """The engine's process: before it hands out pages."""
+    if _is_asked_for(executor.vllm_config):
+        from kvmix_vllm.managers import register_managers
+
+        register_managers(executor.vllm_config)
+    return get_specs(executor)
+
+
 def _with_layers(init_device: Callable[..., Any], worker: Any) -> Any:
     """A worker's process: before the model is made."""
     if _is_asked_for(worker.vllm_config):
         from vllm.model_executor.layers.attention import Attention
 
-        from kvmix_vllm.managers import register_managers
-
-        register_managers(worker.vllm_config)
         _wrap(Attention, "__init__", _served)
     return init_device(worker)
 
