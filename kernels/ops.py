@@ -20,6 +20,7 @@ from torch import Tensor
 from kvmix_compile.kernels import paged, reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.cpu import paged as cpu_paged
 from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.state import SiteState
@@ -300,8 +301,9 @@ for _key, _append in _append_kernels.items():
     _library.impl("append", _append_operator(_append), _key)
     _library.impl("attend", _attend_operator(_attend), _key)
     _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)
-_library.impl("append_paged", _append_paged_operator(paged.append), "CompositeExplicitAutograd")
-_library.impl("attend_paged", _attend_paged_operator(paged.attend), "CompositeExplicitAutograd")
+for _key, _paged in {"CompositeExplicitAutograd": paged, "CPU": cpu_paged}.items():
+    _library.impl("append_paged", _append_paged_operator(_paged.append), _key)
+    _library.impl("attend_paged", _attend_paged_operator(_paged.attend), _key)
 for _name in ("append", "append_paged"):
     torch.library.register_fake(f"kvmix::{_name}", _append_fake, lib=_library)
 for _name in ("attend", "attend_stepwise", "attend_paged"):

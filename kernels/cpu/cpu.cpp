@@ -172,6 +172,7 @@ struct Blocks {
         int64_t block = first_block(row_index) + number;
         if (block >= end_block(row_index)) return;
         Row row(shape, row_index);
+        if (row.packed_pages && !row.packed_pages.has(block)) return;
         BlockWriter<Element> writer{shape, {shape, row, row_index, head}, scratch};
         writer.write(is_value ? value : key, is_value ? value_format : key_format, !is_value, block);
     }
@@ -184,22 +185,18 @@ void pack(const Shape& shape, const Side& key, const Side& value, const BlockFor
     if (blocks.most > 0) run(threads, blocks.tasks(), Blocks<Element>::work, &blocks);
 }
 
-// What of a chunk belongs into the sink and the ring. size: bytes of an element.
-void copy_tokens(const Shape& shape, const Side& side, int64_t size) {
-    for (int64_t row = 0; row < shape.rows; row++) {
-        int64_t length = shape.lengths[row], end = length + shape.tokens - shape.starts[row];
-        int64_t oldest = end - shape.slots > shape.sinks ? end - shape.slots : shape.sinks;
-        for (int64_t token = length; token < end; token++) {
+// What of a chunk belongs into the sink and the ring, or into raw pages.
+template <class Element>
+void copy_tokens(const Shape& shape, const Side& side) {
+    for (int64_t row_index = 0; row_index < shape.rows; row_index++) {
+        Row row(shape, row_index);
+        int64_t oldest = row.end - shape.slots > shape.sinks ? row.end - shape.slots : shape.sinks;
+        for (int64_t token = row.length; token < row.end; token++) {
             if (token >= shape.sinks && token < oldest) token = oldest;
-            int64_t place = token - length + shape.starts[row];
+            if (row.raw_pages && !row.raw_pages.has(token)) continue;
             for (int64_t head = 0; head < shape.heads; head++) {
-                int64_t pair = row * shape.heads + head;
-                int64_t from = row * side.row_stride + head * side.head_stride + place * side.token_stride;
-                bool is_sink = token < shape.sinks;
-                int64_t to = is_sink ? pair * shape.sinks + token
-                                     : pair * shape.slots + (token - shape.sinks) % shape.slots;
-                memcpy(static_cast<char*>(is_sink ? side.sink : side.ring) + to * side.dim * size,
-                       static_cast<const char*>(side.chunk) + from * size, side.dim * size);
+                Reader<Element> reader{shape, row, row_index, head};
+                memcpy(reader.stored(side, token), reader.element(side, token), side.dim * sizeof(Element));
             }
         }
     }
@@ -215,20 +212,42 @@ void with_element(const Shape& shape, Use use) {
     }
 }
 
-}  // namespace
-
-extern "C" void kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
-                             const BlockFormat* value_format, const Attention* attention, const Threads* threads) {
-    AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
-    with_element(*shape, [&](auto element) { attend<decltype(element)>(arguments, *threads); });
+// Whether whatever is read of pages is in one.
+bool is_readable(const AttendArguments& arguments) {
+    Scratch none;
+    for (int64_t row = 0; row < arguments.shape.rows && arguments.shape.raw.size; row++) {
+        Task<float> task(arguments, none, row, 0, 0);
+        if (!task.is_empty() && !Row(arguments.shape, row).is_readable(arguments.shape, task.earliest(0))) return false;
+    }
+    return true;
 }
 
-extern "C" void kvmix_append(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
+bool is_packable(const Shape& shape) {
+    for (int64_t row = 0; row < shape.rows && shape.raw.size; row++)
+        if (!Row(shape, row).is_packable(shape)) return false;
+    return true;
+}
+
+}  // namespace
+
+// Both say whether it was done: not, and nothing is written, where something that is read lies in no page.
+
+extern "C" bool kvmix_attend(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
+                             const BlockFormat* value_format, const Attention* attention, const Threads* threads) {
+    AttendArguments arguments{*attention, *shape, *key, *value, *key_format, *value_format};
+    if (!is_readable(arguments)) return false;
+    with_element(*shape, [&](auto element) { attend<decltype(element)>(arguments, *threads); });
+    return true;
+}
+
+extern "C" bool kvmix_append(const Shape* shape, const Side* key, const Side* value, const BlockFormat* key_format,
                              const BlockFormat* value_format, const Threads* threads) {
+    if (!is_packable(*shape)) return false;
     with_element(*shape, [&](auto element) {
         pack<decltype(element)>(*shape, *key, *value, *key_format, *value_format, *threads);
         // Only now may the ring be overwritten: the tokens just packed lay in it.
-        copy_tokens(*shape, *key, sizeof(element));
-        copy_tokens(*shape, *value, sizeof(element));
+        copy_tokens<decltype(element)>(*shape, *key);
+        copy_tokens<decltype(element)>(*shape, *value);
     });
+    return true;
 }

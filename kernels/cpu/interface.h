@@ -21,18 +21,32 @@ struct BlockFormat {
     Part parts[4];  // of a block, in order
 };
 
-// The keys or the values: a chunk, strides in elements, and the state's contiguous tensors.
+// From page to page of a pool, from head to head and from token or block to the next, in bytes.
+struct Strides {
+    int64_t page, head, place;
+};
+
+// The keys or the values: a chunk, strides in elements, and the state's contiguous tensors. Or, of pages (pages.py), the
+// pool of raw ones as sink and as ring, and the pool of packed ones.
 struct Side {
     const void* chunk;
     int64_t row_stride, head_stride, token_stride, dim;
     void* sink;
     const uint8_t* packed;
     void* ring;
+    Strides raw_strides, packed_strides;  // of pages
+};
+
+// In which of `count` pages rows' tokens or blocks lie, `size` to a page: [rows][width], from row to row `stride` numbers.
+struct Table {
+    const int32_t* pages;
+    int64_t stride, width, size, count;  // size 0: there are no pages
 };
 
 struct Shape {
     const int64_t *lengths, *starts;
     int64_t element, rows, heads, tokens, sinks, capacity, slots, recent;
+    Table raw, packed;
 };
 
 // GOMP_parallel of PyTorch's OpenMP runtime.
@@ -71,11 +85,15 @@ extern "C" const Extent* kvmix_extents() {
         MEMBER(Part, zero_point_bias), MEMBER(Part, log2_scale_bias),
         STRUCTURE(BlockFormat), MEMBER(BlockFormat, bits), MEMBER(BlockFormat, group), MEMBER(BlockFormat, scale_bits),
         MEMBER(BlockFormat, block_bytes), MEMBER(BlockFormat, part_count), MEMBER(BlockFormat, parts),
+        STRUCTURE(Strides), MEMBER(Strides, page), MEMBER(Strides, head), MEMBER(Strides, place),
         STRUCTURE(Side), MEMBER(Side, chunk), MEMBER(Side, row_stride), MEMBER(Side, head_stride),
         MEMBER(Side, token_stride), MEMBER(Side, dim), MEMBER(Side, sink), MEMBER(Side, packed), MEMBER(Side, ring),
+        MEMBER(Side, raw_strides), MEMBER(Side, packed_strides),
+        STRUCTURE(Table), MEMBER(Table, pages), MEMBER(Table, stride), MEMBER(Table, width), MEMBER(Table, size),
+        MEMBER(Table, count),
         STRUCTURE(Shape), MEMBER(Shape, lengths), MEMBER(Shape, starts), MEMBER(Shape, element), MEMBER(Shape, rows),
         MEMBER(Shape, heads), MEMBER(Shape, tokens), MEMBER(Shape, sinks), MEMBER(Shape, capacity), MEMBER(Shape, slots),
-        MEMBER(Shape, recent),
+        MEMBER(Shape, recent), MEMBER(Shape, raw), MEMBER(Shape, packed),
         STRUCTURE(Threads), MEMBER(Threads, count), MEMBER(Threads, parallel),
         STRUCTURE(Attention), MEMBER(Attention, query), MEMBER(Attention, row_stride), MEMBER(Attention, head_stride),
         MEMBER(Attention, token_stride), MEMBER(Attention, shared), MEMBER(Attention, values_are_keys), MEMBER(Attention, output), MEMBER(Attention, scale),

@@ -51,8 +51,14 @@ class BlockFormat(ctypes.Structure):
     )
 
 
+class Strides(ctypes.Structure):
+    """From page to page of a pool, from head to head and from token or block to the next, in bytes."""
+
+    _fields_ = (("page", c_int64), ("head", c_int64), ("place", c_int64))
+
+
 class Side(ctypes.Structure):
-    """The keys or the values: a chunk with its strides, in elements, and the tensors of the state."""
+    """The keys or the values: a chunk with its strides, in elements, and the tensors of the state or pools of pages."""
 
     _fields_ = (
         ("chunk", c_void_p),
@@ -63,6 +69,20 @@ class Side(ctypes.Structure):
         ("sink", c_void_p),
         ("packed", c_void_p),
         ("ring", c_void_p),
+        ("raw_strides", Strides),
+        ("packed_strides", Strides),
+    )
+
+
+class Table(ctypes.Structure):
+    """In which pages the tokens or blocks of rows lie."""
+
+    _fields_ = (
+        ("pages", c_void_p),
+        ("stride", c_int64),
+        ("width", c_int64),
+        ("size", c_int64),
+        ("count", c_int64),
     )
 
 
@@ -80,6 +100,8 @@ class Shape(ctypes.Structure):
         ("capacity", c_int64),
         ("slots", c_int64),
         ("recent", c_int64),
+        ("raw", Table),
+        ("packed", Table),
     )
 
 
@@ -109,7 +131,7 @@ class Attention(ctypes.Structure):
     )
 
 
-STRUCTURES = (Part, BlockFormat, Side, Shape, Threads, Attention)
+STRUCTURES = (Part, BlockFormat, Strides, Side, Table, Shape, Threads, Attention)
 
 
 class _Extent(ctypes.Structure):

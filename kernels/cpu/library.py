@@ -36,14 +36,14 @@ COMPILE_SECONDS = 300
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of cpu.cpp.
+    """The functions of cpu.cpp; of pages, they say whether all that is read is in one, and otherwise do nothing.
 
     parallel: the address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, so that no second set of threads
         competes with PyTorch's; 0 where that runtime has no such function, and one thread must do.
     """
 
-    attend: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Attention, Threads], None]
-    append: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Threads], None]
+    attend: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Attention, Threads], bool]
+    append: Callable[[Shape, Side, Side, BlockFormat, BlockFormat, Threads], bool]
     parallel: int
 
 
@@ -85,7 +85,7 @@ def load(file: Path) -> Library:
 
 def _taking(function: Any, *structures: type[ctypes.Structure]) -> Any:
     """The function, which takes such structures by address, and none in the place of another."""
-    function.argtypes, function.restype = [ctypes.POINTER(structure) for structure in structures], None
+    function.argtypes, function.restype = [ctypes.POINTER(structure) for structure in structures], ctypes.c_bool
     return function
 
 

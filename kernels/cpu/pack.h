@@ -50,9 +50,10 @@ struct NibbleRange {
 // Where a thread packs a block.
 struct PackScratch {
     std::vector<float> rows, columns, lowest, highest, zero_points;
-    std::vector<uint8_t> codes, turned;
+    std::vector<uint8_t> codes, turned, block;
 
-    void reserve(int64_t dim) {
+    void reserve(int64_t dim, int64_t block_bytes) {
+        block.resize(block_bytes);
         int64_t count = BLOCK * round_up(dim, LANES);
         for (auto* floats : {&rows, &columns, &lowest, &highest, &zero_points}) floats->resize(count + LANES);
         for (auto* bytes : {&codes, &turned}) bytes->resize(count + BYTE_LANES * BLOCK);
@@ -234,14 +235,14 @@ struct BlockWriter {
     int64_t first_token(int64_t block) const { return shape.sinks + block * BLOCK; }
 
     void write(const Side& side, const BlockFormat& format, bool is_keys, int64_t block) {
-        uint8_t* packed = const_cast<uint8_t*>(reader.block(side, format, block));
+        uint8_t* target = const_cast<uint8_t*>(reader.block(side, format, block));
         if (format.bits == 16) {
             int64_t bytes = side.dim * sizeof(Element);
-            for (int i = 0; i < BLOCK; i++, packed += bytes)
-                memcpy(packed, reader.element(side, first_token(block) + i), bytes);
+            for (int i = 0; i < BLOCK; i++, target += bytes)
+                memcpy(target, reader.element(side, first_token(block) + i), bytes);
             return;
         }
-        scratch.reserve(side.dim);
+        scratch.reserve(side.dim, format.block_bytes);
         int64_t stride = round_up(side.dim, LANES);
         for (int i = 0; i < BLOCK; i++) {
             const Element* from = reader.element(side, first_token(block) + i);
@@ -251,9 +252,12 @@ struct BlockWriter {
             }
         }
         if (is_keys)
-            write_keys(side, format, stride, packed);
+            write_keys(side, format, stride, scratch.block.data());
         else
-            write_values(side, format, stride, packed);
+            write_values(side, format, stride, scratch.block.data());
+        // Codes are put together bit by bit. Where rows share a page, other threads may write the same bytes at the same
+        // time: none is to find a byte that is not whole yet.
+        memcpy(target, scratch.block.data(), format.block_bytes);
     }
 
   private:

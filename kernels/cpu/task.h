@@ -99,6 +99,7 @@ class Task {
           query_stride(round_up(query_dim, LANES)), folded_stride(key_stride + LANES) {
         int64_t left = (arguments.shape.tokens - row.start) * arguments.shared - first_query;
         queries = left < TASK_QUERIES ? left : TASK_QUERIES;
+        reader.seen = earliest(0);
     }
 
     bool is_empty() const { return queries <= 0; }

@@ -47,6 +47,10 @@ class Pages(NamedTuple):
     packed_v: Tensor
     sinks: int
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All but the sinks, in the order the operators take them."""
+        return self[:6]
+
     @property
     def raw_tokens(self) -> int:
         """Tokens of a raw page."""

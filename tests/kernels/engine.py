@@ -200,7 +200,7 @@ class PagedPair:
         if self.device != "cpu":
             memories = self.engine.raw, self.engine.packed
             pools = [pool for memory in memories for pool in (memory.keys, memory.values)]
-            for pool, written in zip(pools, pages[2:6], strict=True):
+            for pool, written in zip(pools, pages.tensors()[2:], strict=True):
                 pool.copy_(written)
 
 

@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import kvmix_compile.kernels.ops  # noqa: F401  (registers the operators)
+from kvmix_compile.kernels import paged
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import SiteState, StateLayout
 from kvmix_compile.kernels.gpu import dispatch
+from kvmix_compile.kernels.ops import append_arguments, attend_arguments
 from kvmix_compile.kernels.reference import append, attend
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case
+from tests.kernels.engine import Engine
 
 LAYOUT = StateLayout(SiteShape(2, 16, 24), key=Precision(3, 32, 4), value=Precision(2, 8, 16), sinks=3, recent=32)
 IMPORTANT_KEYS = replace(LAYOUT, key=Precision(2, 32, 4, important_bits=(4, 4)))
@@ -32,6 +35,19 @@ def filled_state(layout: StateLayout = LAYOUT) -> tuple[SiteState, Tensor]:
     lengths, starts = torch.tensor([0, 0]), torch.tensor([0, 20])
     append(Chunk(key=k, value=v, lengths=lengths, starts=starts), state, layout.storage)
     return state, torch.tensor([100, 80])
+
+
+def paged_case(tokens: int, starts: list[int]) -> tuple[Case, Pages]:
+    """Rows with a past, whose pages hold it and have room for the chunk."""
+    lengths = [100, 80]
+    case = Case.random(LAYOUT, 2, lengths, starts, tokens, torch.float32)
+    engine = Engine(LAYOUT, 2, torch.float32, (32, 1))
+    engine.hold(case.state, lengths, [0, 0])
+    ends = [length + tokens - start for length, start in zip(lengths, starts, strict=True)]
+    for row, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        engine.keep(row, length, end)
+    *tensors, sinks = engine.pages(lengths, ends)
+    return case, Pages(*(tensor.nan_to_num(0) for tensor in tensors), sinks=sinks)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, IMPORTANT_KEYS])
@@ -51,6 +67,25 @@ def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: Sta
         torch.library.opcheck(torch.ops.kvmix.attend.default, (q, *stored, *weighting))
     torch.library.opcheck(torch.ops.kvmix.attend_stepwise.default, (q, *stored, 0.25, 0.0, 0))
     torch.library.opcheck(torch.ops.kvmix.append.default, stored)
+
+
+@pytest.mark.parametrize(("tokens", "starts"), [(1, [0, 0]), (40, [0, 7])])
+def test_torch_accepts_the_operators_over_pages(tokens: int, starts: list[int]) -> None:
+    case, pages = paged_case(tokens, starts)
+    arguments, by_name = attend_arguments(case.q, case.chunk, pages, LAYOUT.storage, Weighting(0.25))
+    torch.library.opcheck(torch.ops.kvmix.attend_paged.default, arguments, by_name)
+    torch.library.opcheck(torch.ops.kvmix.append_paged.default, append_arguments(case.chunk, pages, LAYOUT.storage))
+
+
+def test_the_operators_over_pages_are_the_reference() -> None:
+    (case, pages), weighting = paged_case(40, [0, 2]), Weighting(0.25, 5.0, 30)
+    other = Pages(*(tensor.clone() for tensor in pages.tensors()), sinks=pages.sinks)
+    arguments, by_name = attend_arguments(case.q, case.chunk, pages, LAYOUT.storage, weighting)
+    attended = torch.ops.kvmix.attend_paged.default(*arguments, **by_name)
+    torch.testing.assert_close(attended, paged.attend(case.q, case.chunk, other, LAYOUT.storage, weighting))
+    torch.ops.kvmix.append_paged.default(*append_arguments(case.chunk, pages, LAYOUT.storage))
+    paged.append(case.chunk, other, LAYOUT.storage)
+    assert all(torch.equal(one, two) for one, two in zip(pages.tensors(), other.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, IMPORTANT_KEYS])

@@ -1,15 +1,25 @@
-"""append and attend over pages: what they are over a state, wherever the pages lie."""
+"""append and attend over pages: what they are over a state, wherever the pages lie.
 
-from dataclasses import replace
+The reference and the CPU's kernels, each beside itself; Triton's are in gpu/.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kvmix_compile.kernels import paged, reference
 from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.cpu import binding as cpu
+from kvmix_compile.kernels.cpu import paged as cpu_paged
+from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
 from kvmix_compile.kernels.format.shape import SiteShape
 from kvmix_compile.kernels.format.state import StateLayout
@@ -19,6 +29,22 @@ from tests.kernels.covering import Combination, covering, named
 from tests.kernels.engine import Engine, PagedPair
 from tests.kernels.every_pair import APPENDING, ATTENDING, PAGES, case_of, fits, layout_of, start_of
 from tests.kernels.layouts import drawn_layouts
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of pages, and attend over a state."""
+
+    append: Callable[..., None]
+    attend: Callable[..., Tensor]
+    attend_state: Callable[..., Tensor]
+
+
+KERNELS = {
+    "reference": Kernels(paged.append, paged.attend, reference.attend),
+    "cpu": Kernels(cpu_paged.append, cpu_paged.attend, cpu.attend),
+}
+each_kernel = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 
 pages = st.sampled_from(PAGES)
 layouts = drawn_layouts(
@@ -35,17 +61,20 @@ LAYOUT = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 
 
 @pytest.mark.parametrize("chosen", covering(APPENDING | {"page": PAGES}, fits), ids=named)
 def test_every_two_choices_of_append_meet(chosen: Combination) -> None:
-    pair = PagedPair(paged.append, layout_of(chosen), 2, chosen["dtype"], chosen["page"])
-    for tokens in chosen["chunks"]:
-        chunk = [torch.randn(2, chosen["kv_heads"], tokens, dim).to(chosen["dtype"]) for dim in chosen["dimensions"]]
-        pair.append(*chunk, torch.tensor([start_of(chosen, tokens), 0]))
-        pair.check()
+    for kernels in KERNELS.values():
+        pair = PagedPair(kernels.append, layout_of(chosen), 2, chosen["dtype"], chosen["page"])
+        for tokens in chosen["chunks"]:
+            chunk = [torch.randn(2, chosen["kv_heads"], tokens, dim) for dim in chosen["dimensions"]]
+            pair.append(*(side.to(chosen["dtype"]) for side in chunk), torch.tensor([start_of(chosen, tokens), 0]))
+            pair.check()
 
 
 @settings(max_examples=50)
-@given(layouts, pages, st.data())
-def test_append_writes_the_bytes_of_a_state(layout: StateLayout, page: tuple[int, int], data: st.DataObject) -> None:
-    pair = PagedPair(paged.append, layout, 2, torch.float32, page)
+@given(st.sampled_from([*KERNELS.values()]), layouts, pages, st.data())
+def test_append_writes_the_bytes_of_a_state(
+    kernels: Kernels, layout: StateLayout, page: tuple[int, int], data: st.DataObject
+) -> None:
+    pair = PagedPair(kernels.append, layout, 2, torch.float32, page)
     for tokens in data.draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 20, 33, 110]), min_size=1, max_size=6)):
         starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
         k, v = (torch.randn(2, layout.kv_heads, tokens, dim) for dim in (layout.key_dim, layout.value_dim))
@@ -65,19 +94,22 @@ def test_attend_reads_what_a_state_holds(case: tuple[Case, Weighting], page: tup
 
 
 def check(case: Case, weighting: Weighting, page: tuple[int, int]) -> None:
-    attended = paged.attend(*case.paged_arguments(page, weighting))
-    assert attended.is_contiguous()
-    assert torch.equal(attended, reference.attend(*case.arguments(weighting)))
+    arguments = case.paged_arguments(page, weighting)
+    for kernels in KERNELS.values():
+        attended = kernels.attend(*arguments)
+        assert attended.is_contiguous()
+        assert torch.equal(attended, kernels.attend_state(*case.arguments(weighting)))
 
 
+@each_kernel
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int) -> None:
+def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int, kernels: Kernels) -> None:
     """Texts that begin with the same prompt, of which the last block is packed by the token that follows it."""
     layout, rows = replace(LAYOUT, sinks=16), 3
     prompt = layout.sinks + layout.recent
     k, v = torch.randn(2, rows, 1, prompt + tokens, 16).unbind()
     k[:, :, :prompt], v[:, :, :prompt] = k[0, :, :prompt], v[0, :, :prompt]
-    pair = PagedPair(paged.append, layout, rows, torch.float32, (16, 1))
+    pair = PagedPair(kernels.append, layout, rows, torch.float32, (16, 1))
     for first in range(rows):
         # All rows but one are padding.
         starts = torch.tensor([0 if row == first else prompt for row in range(rows)])
@@ -88,28 +120,79 @@ def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int) -> No
     pair.check()
 
 
-def test_what_has_no_page_is_left_out() -> None:
+@each_kernel
+def test_what_has_no_page_is_left_out(kernels: Kernels) -> None:
     """No place of the pools changes but those of pages that the table names."""
     k, v, nothing = *torch.randn(2, 1, 1, 100, 16).unbind(), torch.zeros(1, dtype=torch.int64)
     engine = Engine(LAYOUT, 1, torch.float32, (32, 1))
     engine.keep(0, 100)
     pages = engine.pages([0], [100])
-    before = [pool.clone() for pool in pages[2:6]]
-    paged.append(Chunk(k, v, nothing, nothing), pages, LAYOUT.storage)
+    before = [pool.clone() for pool in pages.tensors()[2:]]
+    kernels.append(Chunk(k, v, nothing, nothing), pages, LAYOUT.storage)
     # Of 100 tokens 3 are sinks, 96 packed, and the last one waits.
     assert (pages.raw >= 0).tolist() == [[True, False, False, True]] and (pages.packed >= 0).all()
-    for table, pool, old in zip((pages.raw, pages.raw, pages.packed, pages.packed), pages[2:6], before, strict=True):
+    for table, pool, old in zip(
+        (pages.raw, pages.raw, pages.packed, pages.packed), pages.tensors()[2:], before, strict=True
+    ):
         named = [page for page in table.flatten().tolist() if page >= 0]
         others = [page for page in range(len(pool)) if page not in named]
         assert torch.equal(pool[others].view(torch.uint8), old[others].view(torch.uint8))
 
 
+@pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")
+def test_no_token_reaches_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: Any) -> None:
+        raise AssertionError
+
+    pair = PagedPair(cpu_paged.append, LAYOUT, 2, torch.float32, (32, 1))
+    monkeypatch.setattr(paged, "append", unexpected)
+    monkeypatch.setattr(paged, "attend", unexpected)
+    for tokens in (1, 70, 1, 33):
+        q, k, v = torch.randn(3, 2, 1, tokens, 16).unbind()
+        starts = torch.zeros_like(pair.lengths)
+        lengths = pair.lengths.tolist()
+        if any(lengths):
+            chunk, pages = Chunk(k, v, pair.lengths, starts), pair.engine.pages(lengths, lengths)
+            assert cpu_paged.attend(q, chunk, pages, LAYOUT.storage, Weighting(0.25)).isfinite().all()
+        pair.append(k, v, starts)
+    pair.check()
+
+
+@each_kernel
 @pytest.mark.parametrize("entry", [-1, 1000])
-def test_what_is_needed_and_has_no_page_is_refused(entry: int) -> None:
-    case = Case.random(LAYOUT, 1, [100], [0], 1, torch.float32)
-    q, chunk, pages, storage, weighting = case.paged_arguments((32, 1))
+def test_what_is_seen_and_has_no_page_is_refused(entry: int, kernels: Kernels) -> None:
+    q, chunk, pages, storage, weighting = Case.random(LAYOUT, 1, [100], [0], 1, torch.float32).paged_arguments((32, 1))
     for name, kind in (("raw", "token 99"), ("packed", "block 2")):
-        table = getattr(pages, name).clone()
-        table[0, -1] = entry
+        wrong = with_last_entry(pages, name, entry)
         with pytest.raises(KVMixError, match=f"{kind} of row 0 in page {entry} of"):
-            paged.attend(q, chunk, pages._replace(**{name: table}), storage, weighting)
+            kernels.attend(q, chunk, wrong, storage, weighting)
+
+
+@each_kernel
+def test_what_is_to_be_packed_and_has_no_page_is_refused(kernels: Kernels) -> None:
+    """With nothing written."""
+    k, v, lengths = *torch.randn(2, 1, 1, 99, 16).unbind(), torch.tensor([60])
+    engine = Engine(LAYOUT, 1, torch.float32, (32, 1))
+    engine.keep(0, 60, 159)
+    pages = engine.pages([60], [159])
+    before = [pool.clone() for pool in pages.tensors()[2:]]
+    # Tokens 35 to 59 wait to be packed; tokens from 128 on, and block 3, are the chunk's.
+    for name, index, entry, kind in (
+        ("raw", 1, -1, "token .."),
+        ("raw", 4, 99, "token 128"),
+        ("packed", 3, 99, "block 3"),
+    ):
+        table = getattr(pages, name).clone()
+        table[0, index] = entry
+        with pytest.raises(KVMixError, match=f"{kind} of row 0 in page {entry} of"):
+            kernels.append(
+                Chunk(k, v, lengths, torch.zeros_like(lengths)), pages._replace(**{name: table}), LAYOUT.storage
+            )
+    for pool, old in zip(pages.tensors()[2:], before, strict=True):
+        assert torch.equal(pool.view(torch.uint8), old.view(torch.uint8))
+
+
+def with_last_entry(pages: Pages, name: str, entry: int) -> Pages:
+    table = getattr(pages, name).clone()
+    table[0, -1] = entry
+    return pages._replace(**{name: table})
