@@ -41,13 +41,15 @@ def attend_exactly(
         return tokens[0][:, token].transpose(0, 1)
 
     rows = Chunk(key=cut(chunk.key), value=cut(chunk.value), lengths=held + first, starts=starts)
-    given, extras = attend_arguments(cut(query), rows, _with_chunk(chunk, held, pages, storage, len(cuts)), storage, weighting)
+    given, extras = attend_arguments(
+        cut(query), rows, _with_chunk(chunk, held, pages, storage, len(cuts)), storage, weighting
+    )
     return torch.ops.kvmix.attend_paged(*given, **extras).transpose(1, 2)[slot >= starts[:, None]]
 
 
 def _with_chunk(chunk: Chunk, held: int, pages: Pages, storage: Storage, rows: int) -> Pages:
-    """The pages of one row, of which a chunk's tokens that are packed already lie in none, with all of these in pages of
-    their own: as many rows, all alike.
+    """The pages of one row, where tokens of its chunk that are packed already lie in none, with all of the chunk's
+    tokens in pages of their own; as many rows, all alike.
     """
     size, device = pages.raw_tokens, pages.raw.device
     end = held + chunk.key.shape[2]

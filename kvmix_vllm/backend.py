@@ -106,8 +106,8 @@ class PagedAttention(AttentionImpl[Any]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query [tokens, query heads, key_dim], key and value alike: of all rows of a step, one behind the other. Writes
-        output [tokens, query heads, value_dim].
+        """query [tokens, query heads, key_dim], key and value alike: of all rows of a step, one behind the other.
+        Writes output [tokens, query heads, value_dim].
         """
         # vLLM's trial run, before there are any pages.
         if attn_metadata is None:

@@ -1,8 +1,8 @@
 """Layers: what vLLM's attention layers become when they are served with a plan.
 
-A layer has two tables, of packed and of unquantized pages, and vLLM makes one for each layer that it knows. So a layer of
-which anything is packed gets a second one, `RawPages`, which computes nothing. Where nothing is, unquantized pages are
-all that there is.
+A layer has two tables, of packed and of unquantized pages, and vLLM makes one for each layer that it knows. So a layer
+of which anything is packed gets a second one, `RawPages`, which computes nothing. Where nothing is, unquantized pages
+are all that there is.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def serve(layer: Attention, config: VllmConfig, settings: Settings) -> None:
     """
     if not isinstance(layer.impl, PagedAttention):
         raise ServingError(
-            f"kvmix cannot serve {layer.layer_name}, which attends by {type(layer.impl).__name__}: serve the model without "
-            "a plan"
+            f"kvmix cannot serve {layer.layer_name}, which attends by {type(layer.impl).__name__}: serve the model "
+            "without a plan"
         )
     ranks = config.parallel_config.tensor_parallel_size
     site = site_of(layer, settings.plan, get_tensor_model_parallel_rank(), ranks)

@@ -139,7 +139,9 @@ class RawManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The pages of the longest row, a multiple of `alignment_tokens`, whose sinks and recent tokens are all there."""
+        """The pages of the longest row, a multiple of `alignment_tokens`, all of whose sinks and recent tokens are
+        there.
+        """
         kept = cast(RawSpec, kv_cache_spec).kept
         hashes = resolve_block_hashes(
             block_hashes,

@@ -9,8 +9,8 @@ layers of a group. Here a group is either of packed blocks or of unquantized tok
 Each group has a block table of its own (kernels.format.pages). Both count a row's tokens from its first one. A packed
 block is written when sinks and recent tokens are behind it, `skipped` blocks of tokens later than where its tokens lie;
 and there is its place in the table. So once a row has filled a page of the table with tokens, all of that page is
-written, and nothing behind it: whatever begins with the same tokens can share it. The blocks of a page divide `skipped`,
-so that a row's first block begins one of them.
+written, and nothing behind it: whatever begins with the same tokens can share it. The blocks of a page divide
+`skipped`, so that a row's first block begins one of them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Kept:
         return min(self.pages(length), self.pages(self.sinks) + self.pages(recent) + 1)
 
     def most_pages_of_chunk(self, length: int) -> int:
-        """Pages that a row may take, of whatever chunks it is made, up to so many tokens: with what was recent before."""
+        """Pages that a row may take which grows by chunks up to so many tokens: with what was recent before one."""
         return min(self.pages(length), 2 * self.most_pages(length))
 
 
@@ -150,9 +150,7 @@ def paging(layouts: Mapping[str, StateLayout], dtype: torch.dtype) -> Paging:
         (raw_tokens, blocks) for raw_tokens in RAW_TOKENS for blocks in range(1, skipped + 1) if skipped % blocks == 0
     ]
     raw_tokens, blocks = min(choices, key=lambda choice: _typical_bytes(packed, dtype, *choice))
-    pages = {
-        name: PackedPage(layout.kv_heads, layout.packed_bytes(dtype), blocks) for name, layout in packed.items()
-    }
+    pages = {name: PackedPage(layout.kv_heads, layout.packed_bytes(dtype), blocks) for name, layout in packed.items()}
     return Paging(raw_tokens, _in_one_group(pages))
 
 

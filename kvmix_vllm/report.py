@@ -27,15 +27,15 @@ def check_groups(config: VllmConfig, allotted: KVCacheConfig) -> None:
         for spec in iter_layer_specs(group.kv_cache_spec):
             if not isinstance(spec, PackedSpec | RawSpec):
                 raise ServingError(
-                    f"kvmix cannot serve {group.layer_names[0]}, whose cache is a {type(spec).__name__}: serve the model "
-                    "without a plan"
+                    f"kvmix cannot serve {group.layer_names[0]}, whose cache is a {type(spec).__name__}: serve the "
+                    "model without a plan"
                 )
         most += _most_pages(next(iter(iter_layer_specs(group.kv_cache_spec))), length)
     # vLLM keeps a block that holds nothing.
     if most >= allotted.num_blocks:
         raise ServingError(
-            f"a request of {length} tokens takes up to {most} blocks while its prompt is read, and {allotted.num_blocks - 1} "
-            "fit into the memory for the cache: allow more of it, or a smaller --max-model-len"
+            f"a request of {length} tokens takes up to {most} blocks while its prompt is read, and "
+            f"{allotted.num_blocks - 1} fit into the memory for the cache: allow more of it, or a smaller --max-model-len"
         )
 
 
@@ -52,8 +52,8 @@ def report(config: VllmConfig, settings: Settings, allotted: KVCacheConfig) -> N
     tokens, _ = get_kv_cache_capacity(config, allotted)
     stock = size // _stock_token_bytes(allotted)
     logger.info(
-        "kvmix: %.2f stored bits; %d tokens of requests of %d fit into %.2f GB, where %d would at %d bits: %.2f times as many; "
-        "chunks are %s",
+        "kvmix: %.2f stored bits; %d tokens of requests of %d fit into %.2f GB, where %d would at %d bits: %.2f times as "
+        "many; chunks are %s",
         plan.storage_bits,
         tokens,
         config.model_config.max_model_len,
@@ -69,7 +69,9 @@ def _described(specs: list[KVCacheSpec], layers: int) -> str:
     first = specs[0]
     if isinstance(first, RawSpec):
         kept = first.kept
-        what = f"the last {kept.window} tokens" if kept.window else f"{kept.sinks} first and {kept.recent} recent tokens"
+        what = (
+            f"the last {kept.window} tokens" if kept.window else f"{kept.sinks} first and {kept.recent} recent tokens"
+        )
         return f"unquantized pages of {first.block_size} tokens hold {what} of {layers} layers"
     sizes = sum(spec.page_size_bytes for spec in specs)
     return f"packed pages of {first.block_size} tokens, {sizes} bytes, hold the others of {layers} layers"

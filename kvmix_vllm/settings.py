@@ -1,5 +1,5 @@
-"""What a server is asked for: `--additional-config '{"kvmix": {"plan": "plan.json"}}'`, read and checked before anything
-is loaded.
+"""What a server is asked for: `--additional-config '{"kvmix": {"plan": "plan.json"}}'`, read and checked before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ def _refusals(config: VllmConfig) -> list[tuple[bool, str, str]]:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     heads, ranks = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
     return [
-        (cache.cache_dtype != "auto", f"--kv-cache-dtype {cache.cache_dtype}", "leave it out, the plan says how to store"),
+        (
+            cache.cache_dtype != "auto",
+            f"--kv-cache-dtype {cache.cache_dtype}",
+            "leave it out, the plan says how to store",
+        ),
         (model.dtype not in _DTYPES, f"a model of {model.dtype}", "choose --dtype float32, bfloat16 or float16"),
         (model.is_attention_free, "a model without attention", "serve it without a plan"),
         (model.is_hybrid, "a model that mixes tokens otherwise than by attention", "serve it without a plan"),
@@ -112,7 +116,6 @@ def _check_shapes(config: VllmConfig, plan: Plan) -> None:
         first = plan.sites[0]
         raise PlanError(
             f"this plan was made for another model: it has {len(plan.sites)} layers, the first with {first.kv_heads} "
-            f"heads of {first.key_dim} channels, and {model.model} has {layers}, with {heads} of {size}. Make a new plan "
-            "for this model"
+            f"heads of {first.key_dim} channels, and {model.model} has {layers}, with {heads} of {size}. Make a new "
+            "plan for this model"
         )
-

@@ -108,8 +108,8 @@ def _planned(name: str, plan: Plan) -> SitePlan:
     found = [site for site in plan.sites if _numbers(site.layer) == number]
     if len(found) != 1:
         raise PlanError(
-            f"this plan was made for another model: it has {len(found)} layers of the number of {name}. Make a new plan "
-            "for this model"
+            f"this plan was made for another model: it has {len(found)} layers of the number of {name}. Make a new "
+            "plan for this model"
         )
     return found[0]
 

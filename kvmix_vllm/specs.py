@@ -1,4 +1,4 @@
-"""What vLLM is told of the pages: which layers share a block table, how large a page is, and how many a request takes."""
+"""What vLLM is told of the pages: which layers share a block table, how large a page is, how many a request takes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A step of vLLM's: the rows of a batch, in the order in which they can be written and read.
 
-vLLM lays the tokens of all rows one behind the other, some rows with one token and some with a chunk of a prompt. Rows of
-one token are worked on together, others each on their own.
+vLLM lays the tokens of all rows one behind the other, some rows with one token and some with a chunk of a prompt. Rows
+of one token are worked on together, others each on their own.
 
 What a row reads of its past may be written in the same step: a request that begins with another's text takes over its
 pages when they are promised, not when they are filled. So all rows are written before any is read, and a row that may
@@ -69,9 +69,7 @@ class Step:
         return cls(written=(*alone, *following), read=tuple(line for line, _ in lines))
 
 
-def _lines(
-    tokens: Sequence[int], held: Sequence[int], lengths: Tensor, shared_at: int
-) -> Iterator[tuple[Rows, bool]]:
+def _lines(tokens: Sequence[int], held: Sequence[int], lengths: Tensor, shared_at: int) -> Iterator[tuple[Rows, bool]]:
     """The rows of a step, and whether they may have taken over pages that others fill in it."""
     starts = torch.zeros_like(lengths)
     follows = [length > 0 and length % shared_at == 0 for length in held]
@@ -87,7 +85,7 @@ def _lines(
 
 
 def pieces(held: int, tokens: int, unpacked: int) -> list[tuple[int, int]]:
-    """Where the tokens of a chunk, held by a row of `held` before it, are to be cut so that those of a piece all find the
+    """Where a chunk, of a row that holds `held` tokens before it, is to be cut so that all tokens of a piece find the
     same blocks packed: first and end of each, from 0.
 
     unpacked: the most tokens that a row holds before any is packed.

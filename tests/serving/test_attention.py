@@ -58,7 +58,9 @@ def test_it_is_what_stepwise_gives(cuts: tuple[int, ...]) -> None:
 
 def test_rows_come_one_behind_the_other() -> None:
     query, (key, value) = torch.randn(3, 2 * HEADS, 2, SIZE), torch.randn(2, 3, HEADS, 2, SIZE)
-    pages = empty_pages(8)._replace(raw=torch.zeros(3, 1, dtype=torch.int32), packed=torch.zeros(3, 1, dtype=torch.int32))
+    pages = empty_pages(8)._replace(
+        raw=torch.zeros(3, 1, dtype=torch.int32), packed=torch.zeros(3, 1, dtype=torch.int32)
+    )
     nothing = torch.zeros(3, dtype=torch.int64)
     found = attend(query, Chunk(key, value, nothing, nothing), pages, ONE.storage, Weighting(scale=1.0))
     assert found.shape == (6, 2 * HEADS, SIZE)

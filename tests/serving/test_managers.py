@@ -1,7 +1,5 @@
 """Pages that requests hold in vLLM's scheduler, with vLLM's own manager of the whole cache."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,7 +40,9 @@ class Cache:
         ]
         self.kept = groups[1].kv_cache_spec.kept
         self.manager = KVCacheManager(
-            KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups, prefix_cache_retention_interval=0),
+            KVCacheConfig(
+                num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups, prefix_cache_retention_interval=0
+            ),
             max_model_len=8192,
             scheduler_block_size=SHARED,
             hash_block_size=HASHED,

@@ -58,7 +58,9 @@ def test_what_is_kept_of_a_longer_row_was_kept_or_is_new(kept: Kept, lengths: li
 
 @given(kept=kept, length=st.integers(0, 2000))
 def test_a_row_that_grows_by_a_token_holds_no_more_than_is_said(kept: Kept, length: int) -> None:
-    held = {page for page in range(kept.pages(length + 1)) if kept.is_kept(page, length) or kept.is_kept(page, length + 1)}
+    held = {
+        page for page in range(kept.pages(length + 1)) if kept.is_kept(page, length) or kept.is_kept(page, length + 1)
+    }
     assert len(held) <= kept.most_pages(length + 1)
 
 

@@ -35,7 +35,9 @@ def plan(**options: int) -> Plan:
     return Plan((site(0, **options), site(1, **options)), policy="fisher", fingerprint="none", sinks=4, recent=32)
 
 
-def layer(name: str = "model.layers.1.self_attn.attn", heads: int = 2, size: int = 32, window: int | None = None) -> Any:
+def layer(
+    name: str = "model.layers.1.self_attn.attn", heads: int = 2, size: int = 32, window: int | None = None
+) -> Any:
     attention = SimpleNamespace(scale=0.5, softcap=0.0, sink_logits=None, slopes=None)
     return SimpleNamespace(
         layer_name=name, num_kv_heads=heads, head_size=size, head_size_v=size, sliding_window=window, impl=attention
@@ -98,7 +100,9 @@ def test_queries_score_keys_as_before_and_outputs_are_as_before() -> None:
 
 
 def test_nothing_is_done_where_a_plan_asks_for_nothing() -> None:
-    bare = replace(site(0), key=Precision(2, 32, 4), channel_tiers=(), key_exponents=(), value_exponents=(), values_rotated=False)
+    bare = replace(
+        site(0), key=Precision(2, 32, 4), channel_tiers=(), key_exponents=(), value_exponents=(), values_rotated=False
+    )
     stored = replace(plan(), sites=(bare,)).stored_sites()[0]
     rows = torch.randn(7, 2, 32)
     basis = Basis.of(stored, query_heads=2, like=rows)

@@ -16,7 +16,11 @@ def step(*rows: tuple[int, int], shared_at: int = 96) -> Step:
 
 def test_rows_of_one_token_go_together_and_others_alone() -> None:
     found = step((10, 1), (20, 1), (0, 7), (5, 1)).read
-    assert [(rows.first, rows.end, rows.token, rows.tokens) for rows in found] == [(0, 2, 0, 1), (2, 3, 2, 7), (3, 4, 9, 1)]
+    assert [(rows.first, rows.end, rows.token, rows.tokens) for rows in found] == [
+        (0, 2, 0, 1),
+        (2, 3, 2, 7),
+        (3, 4, 9, 1),
+    ]
     assert [rows.lengths.tolist() for rows in found] == [[10, 20], [0], [5]]
 
 
