@@ -3,8 +3,8 @@
     python -m benchmarks.serving FOLDER --plan plan.json [--gigabytes 0.4] [--prompt 500 2000] [--rate 2]
 
 FOLDER holds the model. Requests arrive as a Poisson process, their prompts have the given lengths in turn, and every
-other one begins with what all of these have in common. Each contender has a process of its own, one after the other, with the
-same seed: without a plan, with it, and with it where chunks are not exact.
+other one begins with what all of these have in common. Each contender has a process of its own, one after the other,
+with the same seed: without a plan, with it, and with it where chunks are not exact.
 
 Reported of each: the tokens that fit, by vLLM's own count; the most requests at once, and the most tokens that these
 had read or written; preemptions; tokens written a second; and the median and the worst of the seconds to a first token.

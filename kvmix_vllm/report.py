@@ -35,7 +35,7 @@ def check_groups(config: VllmConfig, allotted: KVCacheConfig) -> None:
     if most >= allotted.num_blocks:
         raise ServingError(
             f"a request of {length} tokens takes up to {most} blocks while its prompt is read, and "
-            f"{allotted.num_blocks - 1} fit into the memory for the cache: allow more of it, or a smaller --max-model-len"
+            f"{allotted.num_blocks - 1} fit into the memory for the cache: allow more, or a smaller --max-model-len"
         )
 
 
@@ -52,8 +52,8 @@ def report(config: VllmConfig, settings: Settings, allotted: KVCacheConfig) -> N
     tokens, _ = get_kv_cache_capacity(config, allotted)
     stock = size // _stock_token_bytes(allotted)
     logger.info(
-        "kvmix: %.2f stored bits; %d tokens of requests of %d fit into %.2f GB, where %d would at %d bits: %.2f times as "
-        "many; chunks are %s",
+        "kvmix: %.2f stored bits; %d tokens of requests of %d fit into %.2f GB, where %d would at %d bits: "
+        "%.2f times as many; chunks are %s",
         plan.storage_bits,
         tokens,
         config.model_config.max_model_len,

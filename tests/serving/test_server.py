@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ TOKENS = 40
 # model itself, other cuts of the same prompt differ by as much.
 TIE = 0.05
 # CPython's own English.
-TEXT = __import__("pydoc_data.topics", fromlist=["topics"]).topics["classes"] * 3
+TEXT = " ".join(topics.values())[:40_000]
+# Of 96 tokens packed, or of 8 unquantized ones. A request of 760 tokens takes 33, and one more before it is done; of the
+# longest, 61 while its prompt is read.
+BLOCKS = 67
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def folder(model: Any, twin: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """With pages for two requests of 700 tokens and a little more, and prompts cut into chunks."""
-    options = {"max-num-batched-tokens": 418, "num-gpu-blocks-override": 70, "max-model-len": 1024}
+    options = {"max-num-batched-tokens": 418, "num-gpu-blocks-override": BLOCKS, "max-model-len": 1024}
     with serving(folder, folder / "log.txt", folder / "plan.json", **options) as started:
         yield started
 
@@ -91,12 +95,12 @@ def test_prompts_in_chunks_and_prompts_that_are_cached(twin: Any, ids: list[int]
 
 
 def test_requests_that_give_way_to_others(twin: Any, ids: list[int], server: Server) -> None:
-    prompts = [ids[start : start + 700] for start in (0, 2000, 3000, 4000)]
+    prompts = [ids[start : start + 760] for start in (0, 2000, 3000, 4000)]
     before = server.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(prompts)) as clients:
         found = list(clients.map(lambda prompt: written(server, prompt), prompts))
     assert all(agrees(twin, prompt, tokens) for prompt, tokens in zip(prompts, found, strict=True))
-    assert server.metric("vllm:num_preemptions_total") >= before
+    assert server.metric("vllm:num_preemptions_total") > before
 
 
 def test_perplexity_through_its_cache(twin: Any, ids: list[int], server: Server) -> None:
