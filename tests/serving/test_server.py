@@ -21,8 +21,8 @@ TOKENS = 40
 TIE = 0.05
 # CPython's own English.
 TEXT = " ".join(topics.values())[:40_000]
-# Of 96 tokens packed, or of 8 unquantized ones. A request of 760 tokens takes 33, and one more before it is done; of the
-# longest, 61 while its prompt is read.
+# Of 96 tokens packed, or of 8 unquantized ones. A request of 760 tokens takes 33, and one more before it is done; the
+# longest takes 61 while its prompt is read.
 BLOCKS = 67
 
 
