@@ -29,6 +29,9 @@ def attend_exactly(
 
     held: the tokens of the row before its chunk.
     """
+    if held + chunk.key.shape[2] <= pages.sinks + storage.recent:
+        # Nothing is packed yet, or ever.
+        return attend(query, chunk, pages, storage, weighting)
     cuts = pieces(held, chunk.key.shape[2], pages.sinks + storage.recent)
     device = query.device
     first, end = torch.tensor(cuts, device=device).unbind(1)

@@ -45,11 +45,7 @@ def serve(layer: Attention, config: VllmConfig, settings: Settings) -> None:
 
     Raises PlanError or ServingError where that is not possible.
     """
-    if not isinstance(layer.impl, PagedAttention):
-        raise ServingError(
-            f"kvmix cannot serve {layer.layer_name}, which attends by {type(layer.impl).__name__}: serve the model "
-            "without a plan"
-        )
+    _check(layer)
     ranks = config.parallel_config.tensor_parallel_size
     site = site_of(layer, settings.plan, get_tensor_model_parallel_rank(), ranks)
     layer.impl.serve(site, settings.exact_chunks)
@@ -58,6 +54,19 @@ def serve(layer: Attention, config: VllmConfig, settings: Settings) -> None:
     layer.get_kv_cache_spec = lambda config: own
     if raw is not None:
         config.compilation_config.static_forward_context[layer.layer_name + RAW] = RawPages(raw)
+
+
+def _check(layer: Attention) -> None:
+    """Raises ServingError for a layer that does more than append a row's tokens and attend to them."""
+    own = None
+    if not isinstance(layer.impl, PagedAttention):
+        own = f"attends by {type(layer.impl).__name__}"
+    elif type(layer).get_kv_cache_spec is not Attention.get_kv_cache_spec:
+        own = f"has the cache of a {type(layer).__name__}"
+    elif layer.kv_cache_dtype != "auto":
+        own = f"has a cache in {layer.kv_cache_dtype} by its checkpoint"
+    if own is not None:
+        raise ServingError(f"kvmix cannot serve {layer.layer_name}, which {own}: serve the model without a plan")
 
 
 def specs_of(site: ServedSite, pages: Paging, dtype: torch.dtype) -> tuple[AttentionSpec, RawSpec | None]:

@@ -86,6 +86,8 @@ def _refusals(config: VllmConfig) -> list[tuple[bool, str, str]]:
         (model.is_attention_free, "a model without attention", "serve it without a plan"),
         (model.is_hybrid, "a model that mixes tokens otherwise than by attention", "serve it without a plan"),
         (model.is_encoder_decoder, "an encoder-decoder", "serve it without a plan"),
+        (model.is_mm_prefix_lm, "images whose tokens see each other", "serve it without a plan"),
+        (model.rswa_window is not None, "a window that begins with the answer", "serve it without a plan"),
         (model.use_mla, "multi-head latent attention", "serve it without a plan"),
         (config.speculative_config is not None, "speculative decoding", "leave --speculative-config out"),
         (config.kv_transfer_config is not None, "a KV connector", "leave --kv-transfer-config and offloading out"),

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kvmix_vllm.settings import ServingError
 from kvmix_vllm.specs import PackedSpec
 from kvmix_vllm.steps import Step
 
@@ -46,7 +47,12 @@ class TableBuilder(AttentionMetadataBuilder[Any]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PackedTable | RawTable:
-        """As of vLLM's builders."""
+        """As of vLLM's builders.
+
+        Raises ServingError where tokens are to see later ones.
+        """
+        if common_attn_metadata.causal is not True:
+            raise ServingError("kvmix serves causal attention alone: serve this model without a plan")
         pages = common_attn_metadata.block_table_tensor
         if isinstance(self.kv_cache_spec, PackedSpec):
             return PackedTable(pages[:, self.kv_cache_spec.skipped_pages :].contiguous())
