@@ -7,7 +7,8 @@ other one begins with what all of these have in common. Each contender has a pro
 with the same seed: without a plan, with it, and with it where chunks are not exact.
 
 Reported of each: the tokens that fit, by vLLM's own count; the most requests at once, and the most tokens that these
-had read or written; preemptions; tokens written a second; and the median and the worst of the seconds to a first token.
+had read or written; preemptions; tokens written a second, in all and in steps in which no prompt was read or waited; the
+median and the worst of the seconds to a first token.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Found:
     most_tokens: int = 0
     preemptions: int = 0
     tokens_a_second: float = 0.0
+    decoded_a_second: float = 0.0
     median_first_token: float = 0.0
     worst_first_token: float = 0.0
     vllm: str = ""
@@ -103,7 +105,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['contender']:32} {row['tokens_that_fit']:8} tokens fit, at most {row['most_requests']:3} requests at "
         f"once with {row['most_tokens']:7} tokens, {row['preemptions']:3} preemptions, "
-        f"{row['tokens_a_second']:7.2f} tokens/s, first token {row['median_first_token']:.2f} s, "
+        f"{row['tokens_a_second']:7.2f} tokens/s ({row['decoded_a_second']:.2f} decoding), "
+        f"first token {row['median_first_token']:.2f} s, "
         f"at worst {row['worst_first_token']:.2f} s"
     )
 
@@ -158,7 +161,7 @@ def _answer(llm: Any, sent: Sequence[Sent], tokens: int, found: Found) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    engine, begin, added = llm.llm_engine, time.perf_counter(), 0
+    engine, begin, added, decoded, seconds = llm.llm_engine, time.perf_counter(), 0, 0, 0.0
     while not all(one.is_finished for one in sent):
         now = time.perf_counter() - begin
         while added < len(sent) and sent[added].arrival <= now:
@@ -167,13 +170,19 @@ def _answer(llm: Any, sent: Sequence[Sent], tokens: int, found: Found) -> None:
         if not engine.has_unfinished_requests():
             time.sleep(max(0.0, sent[added].arrival - now))
             continue
+        is_decoding = all(one.tokens for one in sent[:added])
+        written, started = sum(one.tokens for one in sent), time.perf_counter()
         for output in engine.step():
             one = sent[int(output.request_id)]
             one.first_token = one.first_token or time.perf_counter() - begin
             one.tokens, one.is_finished = len(output.outputs[0].token_ids), output.finished
+        if is_decoding:
+            decoded += sum(one.tokens for one in sent) - written
+            seconds += time.perf_counter() - started
         running = [len(one.prompt) + one.tokens for one in sent if one.tokens and not one.is_finished]
         found.most_tokens = max(found.most_tokens, sum(running))
         found.most_requests = max(found.most_requests, int(_metric(llm, "vllm:num_requests_running")))
+    found.decoded_a_second = decoded / seconds if seconds else 0.0
 
 
 def _metric(llm: Any, name: str) -> float:
