@@ -7,8 +7,8 @@ other one begins with what all of these have in common. Each contender has a pro
 with the same seed: without a plan, with it, and with it where chunks are not exact.
 
 Reported of each: the tokens that fit, by vLLM's own count; the most requests at once, and the most tokens that these
-had read or written; preemptions; tokens written a second, in all and in steps in which no prompt was read or waited; the
-median and the worst of the seconds to a first token.
+had read or written; preemptions; tokens written a second, in all and in steps in which no prompt was read or waited;
+the median and the worst of the seconds to a first token.
 """
 
 from __future__ import annotations
