@@ -1,5 +1,5 @@
 """The operators a compiled graph calls: torch.ops.kvmix.append, attend, attend_stepwise and order_channels; and those
-that an engine calls whose memory is pages: append_paged and attend_paged.
+that an engine calls whose memory is pages: append_paged, attend_paged and attend_stepwise_paged.
 
 Here alone is known in which order they take what the records of a call hold; a precision travels through a schema as
 the integers of Precision.as_ints. Devices without a kernel of their own run the reference; one that has its own
@@ -32,7 +32,7 @@ from kvmix_compile.kernels.weighting import Weighting
 # Library.define, not custom_op: its wrappers cost more a call than the small kernels of a decode step.
 _library = torch.library.Library("kvmix", "DEF")
 
-# What attend, attend_stepwise and attend_paged are told besides, alike.
+# What all ways of attending are told besides, alike.
 _ATTENTION = (
     "int[] key, int[] value, int recent, float scale, float softcap, int sliding_window, "
     "int attention_chunk=0, Tensor? sink_logits=None, Tensor? slopes=None) -> Tensor"
@@ -62,6 +62,11 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
+    "attend_stepwise_paged(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, Tensor raw, Tensor packed, "
+    "Tensor(a!) raw_k, Tensor(b!) raw_v, Tensor(c!) packed_k, Tensor(d!) packed_v, int sinks, " + _ATTENTION,
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
     "attend_paged(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor starts, Tensor raw, Tensor packed, "
     "Tensor raw_k, Tensor raw_v, Tensor packed_k, Tensor packed_v, int sinks, " + _ATTENTION,
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -82,7 +87,7 @@ def append_arguments(chunk: Chunk, state: SiteState | Pages, storage: Storage) -
 def attend_arguments(
     query: Tensor, chunk: Chunk, state: SiteState | Pages, storage: Storage, weighting: Weighting
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What torch.ops.kvmix.attend and attend_stepwise take, or of pages attend_paged: in their order what every model
+    """What torch.ops.kvmix.attend and attend_stepwise take, or of pages those of pages: in their order what every model
     needs, and by name what few do. In a graph nodes stand in the records for tensors.
     """
     key, value = storage.key.as_ints(), storage.value.as_ints()
@@ -296,17 +301,25 @@ _append_kernels = {
 _attend_kernels = {
     "CompositeExplicitAutograd": reference.attend, "CPU": cpu.attend, "CUDA": dispatch.attend_on_cuda
 }  # fmt: skip
+_paged_kernels = {
+    "CompositeExplicitAutograd": (paged.append, paged.attend),
+    "CPU": (cpu_paged.append, cpu_paged.attend),
+    "CUDA": (dispatch.append_paged_on_cuda, dispatch.attend_paged_on_cuda),
+}
 for _key, _append in _append_kernels.items():
     _attend = _attend_kernels[_key]
+    _stepwise = stepwise(_attend, _append)
     _library.impl("append", _append_operator(_append), _key)
     _library.impl("attend", _attend_operator(_attend), _key)
-    _library.impl("attend_stepwise", _attend_operator(stepwise(_attend, _append)), _key)
-for _key, _paged in {"CompositeExplicitAutograd": paged, "CPU": cpu_paged}.items():
-    _library.impl("append_paged", _append_paged_operator(_paged.append), _key)
-    _library.impl("attend_paged", _attend_paged_operator(_paged.attend), _key)
+    _library.impl("attend_stepwise", _attend_operator(_stepwise), _key)
+    _append_paged, _attend_paged = _paged_kernels[_key]
+    _stepwise_paged = paged.stepwise(_attend_paged, _append_paged, _stepwise)
+    _library.impl("append_paged", _append_paged_operator(_append_paged), _key)
+    _library.impl("attend_paged", _attend_paged_operator(_attend_paged), _key)
+    _library.impl("attend_stepwise_paged", _attend_paged_operator(_stepwise_paged), _key)
 for _name in ("append", "append_paged"):
     torch.library.register_fake(f"kvmix::{_name}", _append_fake, lib=_library)
-for _name in ("attend", "attend_stepwise", "attend_paged"):
+for _name in ("attend", "attend_stepwise", "attend_paged", "attend_stepwise_paged"):
     torch.library.register_fake(f"kvmix::{_name}", _attend_fake, lib=_library)
 # Made of PyTorch's own operators, which a compiler behind this one may fuse.
 _library.impl("order_channels", _order_channels, "CompositeImplicitAutograd")

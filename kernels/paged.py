@@ -6,7 +6,9 @@ Shapes: those of Chunk (chunk.py) and of Pages (format/pages.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState, packed_blocks
 from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.stepwise import Attend, is_one_piece
 from kvmix_compile.kernels.weighting import Weighting
 
 
@@ -37,7 +40,7 @@ def append(chunk: Chunk, pages: Pages, storage: Storage) -> None:
     token = (lengths - chunk.starts)[:, None] + place
     tokens = _Places.of_tokens(pages, token, place >= chunk.starts[:, None]).there()
     state = _waiting(pages, lengths, blocks.wanted, storage)
-    reference.append(chunk, state, replace(storage, window=0))
+    reference.append(chunk, state, _seeing_all(storage))
     blocks.write(pages.packed_k, state.packed_k)
     blocks.write(pages.packed_v, state.packed_v)
     tokens.write(pages.raw_k, chunk.key)
@@ -51,10 +54,39 @@ def attend(query: Tensor, chunk: Chunk, pages: Pages, storage: Storage, weightin
     Returns [B, Hq, M, value_dim] in the query's dtype, contiguous; zeros for padding.
     Raises KVMixError where what is seen lies in no page.
     """
-    # A row of padding alone sees nothing.
-    first = torch.where(chunk.starts < query.shape[2], weighting.first_visible(chunk.lengths), chunk.lengths)
-    state = _held(pages, chunk.lengths, first, storage)
-    return reference.attend(query, chunk, state, replace(storage, window=0), weighting)
+    state = _held(pages, chunk.lengths, _first_seen(query, chunk, weighting), storage)
+    return reference.attend(query, chunk, state, _seeing_all(storage), weighting)
+
+
+def stepwise(
+    attend: Callable[[Tensor, Chunk, Pages, Storage, Weighting], Tensor],
+    append: Callable[[Chunk, Pages, Storage], None],
+    stepwise_over_state: Attend,
+) -> Callable[[Tensor, Chunk, Pages, Storage, Weighting], Tensor]:
+    """As stepwise.stepwise, of attend and append over pages: a kernel that attends to each of a chunk's tokens alone,
+    and appends the chunk. It needs no more pages than append does.
+
+    stepwise_over_state: a kernel that stepwise.stepwise made. It works on a copy of what the rows hold, since there is
+        no page for tokens that wait while a chunk is cut.
+    """
+
+    @torch.no_grad()
+    def kernel(query: Tensor, chunk: Chunk, pages: Pages, storage: Storage, weighting: Weighting) -> Tensor:
+        if is_one_piece(query, storage):
+            attended = attend(query, chunk, pages, storage, weighting)
+        else:
+            ends = chunk.lengths + query.shape[2] - chunk.starts
+            state = _held(pages, chunk.lengths, _first_seen(query, chunk, weighting), storage, ends)
+            attended = stepwise_over_state(query, chunk, state, _seeing_all(storage), weighting)
+        append(chunk, pages, storage)
+        return attended
+
+    return kernel
+
+
+def _first_seen(query: Tensor, chunk: Chunk, weighting: Weighting) -> Tensor:
+    """The first token of each row that one of its queries sees: int64 [B]. A row of padding alone sees nothing."""
+    return torch.where(chunk.starts < query.shape[2], weighting.first_visible(chunk.lengths), chunk.lengths)
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,12 @@ class _Places:
             )
 
 
+@lru_cache(maxsize=1024)
+def _seeing_all(storage: Storage) -> Storage:
+    """The same for states that have room for all blocks."""
+    return replace(storage, window=0)
+
+
 def _most(counts: Tensor) -> int:
     return max(counts.tolist(), default=0)
 
@@ -148,15 +186,19 @@ def _waiting(pages: Pages, lengths: Tensor, is_packed: Tensor, storage: Storage)
     )
 
 
-def _held(pages: Pages, lengths: Tensor, first: Tensor, storage: Storage) -> SiteState:
-    """What rows of so many tokens hold from token `first` on, int64 [B] each, with every block in its own place."""
+def _held(pages: Pages, lengths: Tensor, first: Tensor, storage: Storage, ends: Tensor | None = None) -> SiteState:
+    """What rows of so many tokens hold from token `first` on, with every block in its own place: int64 [B] each.
+
+    ends: how many tokens there is room for; as many as there are, unless said otherwise.
+    """
     rows, sinks = len(lengths), pages.sinks
     count = packed_blocks(lengths, sinks, storage.recent)
     token = torch.arange(sinks, device=lengths.device).expand(rows, -1)
     in_sink = _Places.of_tokens(pages, token, (token >= first[:, None]) & (token < lengths[:, None]))
-    token = _ring((sinks + BLOCK_TOKENS * count).maximum(first), lengths, sinks)
+    token = _ring((sinks + BLOCK_TOKENS * count).maximum(first), lengths, sinks, 1 if ends is None else storage.recent)
     recent = _Places.of_tokens(pages, token, token < lengths[:, None])
-    block = torch.arange(_most(count), device=lengths.device).expand(rows, -1)
+    room = _most(count if ends is None else packed_blocks(ends, sinks, storage.recent))
+    block = torch.arange(room, device=lengths.device).expand(rows, -1)
     first_block = (first - sinks).clamp(min=0) // BLOCK_TOKENS
     blocks = _Places.of_blocks(pages, block, (block >= first_block[:, None]) & (block < count[:, None]))
     return SiteState(
@@ -169,9 +211,9 @@ def _held(pages: Pages, lengths: Tensor, first: Tensor, storage: Storage) -> Sit
     )
 
 
-def _ring(first: Tensor, end: Tensor, sinks: int) -> Tensor:
-    """The token in each slot of a ring that holds tokens first to end - 1 of rows: int64 [B, slots]; where a slot holds
-    none, one from `end` on.
+def _ring(first: Tensor, end: Tensor, sinks: int, least: int = 1) -> Tensor:
+    """The token in each slot of a ring that holds tokens first to end - 1 of rows: int64 [B, slots], as many slots as
+    it takes and `least` at least; where a slot holds none, one from `end` on.
     """
-    slot = torch.arange(max(1, _most(end - first)), device=first.device)
+    slot = torch.arange(max(least, _most(end - first)), device=first.device)
     return first[:, None] + (slot - (first - sinks)[:, None]) % len(slot)

@@ -34,7 +34,7 @@ def stepwise(attend: Attend, append: Append) -> Attend:
     """
 
     def kernel(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
-        if query.shape[2] == 1 or not _is_read_otherwise(storage):
+        if is_one_piece(query, storage):
             attended = attend(query, chunk, state, storage, weighting)
             append(chunk, state, storage)
             return attended
@@ -49,9 +49,10 @@ def stepwise(attend: Attend, append: Append) -> Attend:
     return kernel
 
 
-def _is_read_otherwise(storage: Storage) -> bool:
-    """Whether what is stored differs from what was."""
-    return storage.recent != ENDLESS and (storage.key.is_quantized or storage.value.is_quantized)
+def is_one_piece(query: Tensor, storage: Storage) -> bool:
+    """Whether a chunk is attended to as by attend: it is of one token, or what is stored is what was."""
+    is_read_otherwise = storage.recent != ENDLESS and (storage.key.is_quantized or storage.value.is_quantized)
+    return query.shape[2] == 1 or not is_read_otherwise
 
 
 @dataclass(frozen=True)

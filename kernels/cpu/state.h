@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr int64_t CACHE_LINE = 64;
+
 // What a call of attend is given.
 struct AttendArguments : Attention {
     const Shape& shape;
@@ -126,17 +128,42 @@ struct Reader {
         return static_cast<Element*>(side.ring) + (pair * shape.slots + slot) * side.dim;
     }
 
+    // Has a block's bytes on their way: in pages they do not lie behind those of the one before.
+    void prefetch(const Side& side, const BlockFormat& format, int64_t number) const {
+        const uint8_t* bytes = block(side, format, number);
+        for (int64_t i = 0; i < format.block_bytes; i += CACHE_LINE) __builtin_prefetch(bytes + i);
+    }
+
+    // Neighbouring tokens, `step` elements apart.
+    struct Run {
+        const Element* first;
+        int64_t step, count;
+    };
+
+    // Unquantized tokens from one on, up to `end`.
+    Run run(const Side& side, int64_t token, int64_t end) const {
+        if (token >= row.length) return {element(side, token), side.token_stride, end - token};
+        int64_t count = (end < row.length ? end : row.length) - token, step = side.dim, left;
+        if (row.raw_pages) {
+            left = row.raw_pages.size - token % row.raw_pages.size;
+            step = side.raw_strides.place / int64_t(sizeof(Element));
+        } else {
+            left = token < shape.sinks ? shape.sinks - token : shape.slots - (token - shape.sinks) % shape.slots;
+        }
+        return {element(side, token), step, count < left ? count : left};
+    }
+
     // Unquantized tokens of a tile to [32][stride], zeros where there is none or it is not seen.
     void rows(const Side& side, const BlockFormat& format, int64_t tile, float* to, int64_t stride) const {
         int64_t first = row.first(tile), count = row.last(tile) - first, packed = row.block(tile);
         int64_t unseen = packed < 0 && first < seen ? seen - first : 0;
         memset(to, 0, unseen * stride * sizeof(float));
-        for (int64_t i = unseen; i < count; i++) {
-            const Element* from =
-                packed < 0 ? element(side, first + i)
-                           : reinterpret_cast<const Element*>(block(side, format, packed)) + i * side.dim;
-            for (int64_t channel = 0; channel < side.dim; channel += LANES)
-                store(to + i * stride + channel, load_first(from + channel, side.dim - channel));
+        for (int64_t i = unseen; i < count;) {
+            Run run = packed < 0 ? this->run(side, first + i, first + count)
+                                 : Run{reinterpret_cast<const Element*>(block(side, format, packed)), side.dim, count};
+            for (int64_t end = i + run.count; i < end; i++, run.first += run.step)
+                for (int64_t channel = 0; channel < side.dim; channel += LANES)
+                    store(to + i * stride + channel, load_first(run.first + channel, side.dim - channel));
         }
         memset(to + count * stride, 0, (BLOCK - count) * stride * sizeof(float));
     }

@@ -125,6 +125,10 @@ class Task {
         int64_t first = first_tile() + stretch * stretch_tiles(), end = first + stretch_tiles();
         if (end > end_tile()) end = end_tile();
         for (int64_t tile = first; tile < end; tile++) {
+            if (int64_t next = row.block(tile + 1); row.packed_pages && tile + 1 < end && next >= 0) {
+                reader.prefetch(key, key_format, next);
+                reader.prefetch(value, value_format, next);
+            }
             score_tile(tile);
             for (int64_t query = 0; query < queries; query++) softmax(tile, query);
             weigh_tile(tile);

@@ -9,15 +9,16 @@ There is no ring, and no block takes the place of another: what is kept, and for
 
 append packs blocks from raw pages and from its chunk, whichever holds their tokens, and so a long chunk needs few raw
 pages. It writes the chunk's tokens and the completed blocks into those pages of theirs that there are. There is none
-where an entry of the table is negative, or the table ends before it: what belongs there is left out. Nothing
-else is written. So a row needs
-- raw pages of its sinks and of its last `recent` tokens, whose page is kept whole, and
+where an entry of the table is negative, or the table ends before it: what belongs there is left out, and nothing else
+is written. So a row needs
+- raw pages of its sinks and of its last `recent` tokens, and
 - packed pages of its packed blocks,
 as far as a later token sees them, or, of recent tokens, as far as they will be packed into a block that one sees. The
-engine may free, and hand out again, all others; their entries are never read, whatever they are.
+engine may free all others and hand them out again; their entries are never read, whatever they are.
 
 Rows may share pages that hold what they have in common. Where several rows complete the same block of a shared page in
-the same call, they write the same bytes.
+the same call, they write the same bytes. Which tokens a packed block holds depends on the sinks: an engine whose pages
+are known by the tokens in them hands over its table from the page of the first token behind the sinks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 For a row, a head and one side (keys or values) unit 0 packs the blocks that hold tokens of the ring and then writes the
 ring and the sink; the units behind it pack a block of the chunk each. Which blocks are complete is decided on the
-device, from the row's own length: the host reads nothing.
+device, from the row's own length: the host reads nothing. In pages (format/pages.py) no token takes the place of
+another, and each unit writes 32 of the chunk's tokens.
 
 A block is packed in two steps, as a reader will find it: scales and zero points are written, and codes computed from
 what was written.
@@ -28,9 +29,11 @@ from kvmix_compile.kernels.format.packing import (
     SMALLEST_SCALE,
     kept_range,
 )
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Axis, Precision
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.gpu.pages import Places, offset_in_pages
 from kvmix_compile.kernels.gpu.unpack import BlockFormat, exact_log2, load_metadata, nibble_step, part_of
 
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
@@ -90,11 +93,11 @@ def append_kernel(
     v,
     lengths,
     starts,
-    sink_k,
+    sink_k,  # of pages None
     sink_v,
     packed_k,
     packed_v,
-    recent_k,
+    recent_k,  # of pages the raw ones
     recent_v,
     k_row,  # strides, in elements
     k_head,
@@ -115,6 +118,26 @@ def append_kernel(
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     SLOTS: tl.constexpr,
+    raw=None,  # tables of pages, their strides and widths, and the strides of pools (pages.py); of a state none
+    packed=None,
+    raw_row=None,
+    packed_row=None,
+    raw_width=None,
+    packed_width=None,
+    raw_k_page=None,
+    raw_k_head=None,
+    raw_k_place=None,
+    raw_v_page=None,
+    raw_v_head=None,
+    raw_v_place=None,
+    packed_k_page=None,
+    packed_k_head=None,
+    packed_k_place=None,
+    packed_v_page=None,
+    packed_v_head=None,
+    packed_v_place=None,
+    PAGE_TOKENS: tl.constexpr = 0,
+    PAGE_BLOCKS: tl.constexpr = 0,
 ):
     """One unit of one row, head and side, as the head of this file divides the work."""
     state_head = tl.program_id(0).to(tl.int64)
@@ -122,9 +145,28 @@ def append_kernel(
     unit = tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
     start = tl.load(starts + row).to(tl.int32)
-    if tl.program_id(2) == 0:
+    head_of_k, head_of_v = k + row * k_row + head * k_head, v + row * v_row + head * v_head
+    if PAGE_TOKENS > 0:
+        row_of_raw, row_of_packed = raw + row * raw_row, packed + row * packed_row
+        if tl.program_id(2) == 0:
+            _append_to_pages(
+                *(head_of_k, k_token, k_channel),
+                (recent_k + head * raw_k_head, row_of_raw, raw_width, raw_k_page, raw_k_place),
+                (packed_k + head * packed_k_head, row_of_packed, packed_width, packed_k_page, packed_k_place),
+                *(length, start, tokens, unit),
+                *(KEYS, KEY_WRITERS, SINKS, RECENT, PAGE_TOKENS, PAGE_BLOCKS),
+            )
+        else:
+            _append_to_pages(
+                *(head_of_v, v_token, v_channel),
+                (recent_v + head * raw_v_head, row_of_raw, raw_width, raw_v_page, raw_v_place),
+                (packed_v + head * packed_v_head, row_of_packed, packed_width, packed_v_page, packed_v_place),
+                *(length, start, tokens, unit),
+                *(VALUES, VALUE_WRITERS, SINKS, RECENT, PAGE_TOKENS, PAGE_BLOCKS),
+            )
+    elif tl.program_id(2) == 0:
         _append(
-            k + row * k_row + head * k_head,
+            head_of_k,
             k_token,
             k_channel,
             sink_k + state_head * SINKS * KEYS[0].head_dim,
@@ -144,7 +186,7 @@ def append_kernel(
         )
     else:
         _append(
-            v + row * v_row + head * v_head,
+            head_of_v,
             v_token,
             v_channel,
             sink_v + state_head * SINKS * VALUES[0].head_dim,
@@ -189,32 +231,18 @@ def _append(
     # So that the row's token u lies at chunk + u * chunk_token.
     chunk += (start - length).to(tl.int64) * chunk_token
     end = tl.maximum(length + tokens - start, length)
-    packed_already = _blocks(length - SINKS - RECENT)
     complete = _blocks(end - SINKS - RECENT)
     if not WINDOWED:
         complete = tl.minimum(complete, capacity)
-    # From this block on all tokens are the chunk's.
-    fresh = tl.maximum(packed_already, _blocks(length - SINKS))
-    begin = tl.where(unit == 0, packed_already, fresh + unit - 1)
-    until = tl.minimum(tl.where(unit == 0, fresh, begin + 1), complete)
+    begin, until = _blocks_of_unit(unit, length, SINKS, RECENT)
+    until = tl.minimum(until, complete)
     # Of more blocks than there is room for, the first ones are seen by nothing that follows.
     for block in tl.range(tl.maximum(begin, complete - capacity), until, num_stages=1):
         target = packed + (block % capacity if WINDOWED else block) * FORMAT.block_bytes
         first = SINKS + block * _TOKENS
-        for part in tl.static_range(len(FORMATS)):
-            _pack_part(
-                target + FORMATS[part].first_byte,
-                first,
-                chunk + FORMATS[part].first_channel * chunk_channel,
-                chunk_token,
-                chunk_channel,
-                ring + FORMATS[part].first_channel,
-                length,
-                part_of(FORMATS, part),
-                part_of(WRITERS, part),
-                SINKS,
-                SLOTS,
-            )
+        _pack_block(
+            *(target, first, chunk, chunk_token, chunk_channel, (ring,), length, FORMATS, WRITERS, SINKS, SLOTS)
+        )
     if unit == 0:
         # Only now may the ring be overwritten: the tokens just packed lay in it.
         tl.debug_barrier()
@@ -222,6 +250,64 @@ def _append(
         _copy_tokens(sink, chunk, chunk_token, chunk_channel, length, in_sink, 0, SINKS, FORMAT, WRITER)
         oldest = tl.maximum(tl.maximum(length, SINKS), end - SLOTS)
         _copy_tokens(ring, chunk, chunk_token, chunk_channel, oldest, end, SINKS, SLOTS, FORMAT, WRITER)
+
+
+@triton.jit
+def _append_to_pages(
+    chunk,
+    chunk_token,
+    chunk_channel,
+    raw,
+    packed,
+    length,
+    start,
+    tokens,
+    unit,
+    FORMATS: tl.constexpr,
+    WRITERS: tl.constexpr,
+    SINKS: tl.constexpr,
+    RECENT: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
+):
+    """raw, packed: (pool of the head, the row's entries of the table, how many these are, strides from page to page and
+    from token or block to the next).
+    """
+    # So that the row's token u lies at chunk + u * chunk_token.
+    chunk += (start - length).to(tl.int64) * chunk_token
+    end = tl.maximum(length + tokens - start, length)
+    raw_pool, raw_entries, raw_width, raw_page, raw_place = raw
+    packed_pool, packed_entries, packed_width, packed_page, packed_place = packed
+    waiting = (raw_pool, raw_entries, raw_page, raw_place)
+    begin, until = _blocks_of_unit(unit, length, SINKS, RECENT)
+    for block in tl.range(begin, tl.minimum(until, _blocks(end - SINKS - RECENT)), num_stages=1):
+        page = tl.load(packed_entries + block // PAGE_BLOCKS, mask=block // PAGE_BLOCKS < packed_width, other=-1)
+        # What has no page is left out.
+        if page >= 0:
+            target = packed_pool + page.to(tl.int64) * packed_page + block % PAGE_BLOCKS * packed_place
+            first = SINKS + block * _TOKENS
+            _pack_block(
+                *(target, first, chunk, chunk_token, chunk_channel, waiting, length),
+                *(FORMATS, WRITERS, SINKS, PAGE_TOKENS),
+            )
+    token = length + unit * _TOKENS + tl.arange(0, _TOKENS)
+    index = token // PAGE_TOKENS
+    page = tl.load(raw_entries + index, mask=(token < end) & (index < raw_width), other=-1)
+    target = raw_pool + page.to(tl.int64) * raw_page + token % PAGE_TOKENS * raw_place
+    channel = tl.arange(0, WRITERS[0].padded_dim)[None, :]
+    mask = (page >= 0)[:, None] & (channel < FORMATS[0].head_dim)
+    elements = tl.load(chunk + (token.to(tl.int64) * chunk_token)[:, None] + channel * chunk_channel, mask=mask)
+    tl.store(target[:, None] + channel, elements, mask=mask)
+
+
+@triton.jit
+def _blocks_of_unit(unit, length, SINKS: tl.constexpr, RECENT: tl.constexpr):
+    """From which to which block a unit packs those that are complete."""
+    packed_already = _blocks(length - SINKS - RECENT)
+    # From this block on all tokens are the chunk's.
+    fresh = tl.maximum(packed_already, _blocks(length - SINKS))
+    begin = tl.where(unit == 0, packed_already, fresh + unit - 1)
+    return begin, tl.where(unit == 0, fresh, begin + 1)
 
 
 @triton.jit
@@ -255,15 +341,67 @@ def _copy_tokens(
 
 @triton.jit
 def _load_tokens(
-    token, channel, mask, chunk, chunk_token, chunk_channel, ring, length, DIM, SINKS: tl.constexpr, SLOTS: tl.constexpr
+    token,
+    channel,
+    mask,
+    chunk,
+    chunk_token,
+    chunk_channel,
+    waiting,
+    length,
+    DIM,
+    SINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Elements of tokens from the ring or, from number `length` on, from the chunk."""
-    slot = tl.where(token < length, token - SINKS, 0) % SLOTS
-    old = tl.load(ring + slot * DIM + channel, mask=mask & (token < length), other=0.0)
+    """Elements of tokens that waited to be packed or, from number `length` on, of the chunk's.
+
+    waiting: (ring,), which has so many slots; or of pages of as many tokens (pool, the row's entries of the table,
+    strides from page to page and from token to token).
+    """
+    is_old = mask & (token < length)
+    if len(waiting) > 1:
+        pool, entries, page_stride, token_stride = waiting
+        rows = pool + offset_in_pages(token, is_old, entries, page_stride, token_stride, SLOTS)
+    else:
+        slot = tl.where(token < length, token - SINKS, 0) % SLOTS
+        rows = waiting[0] + slot * DIM
+    old = tl.load(rows + channel, mask=is_old, other=0.0)
     new = tl.load(
         chunk + token.to(tl.int64) * chunk_token + channel * chunk_channel, mask=mask & (token >= length), other=0.0
     )
     return tl.where(token < length, old, new)
+
+
+@triton.jit
+def _pack_block(
+    target,
+    first,
+    chunk,
+    chunk_token,
+    chunk_channel,
+    waiting,
+    length,
+    FORMATS: tl.constexpr,
+    WRITERS: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """first: the block's first token; waiting, SLOTS: as _load_tokens takes them."""
+    for part in tl.static_range(len(FORMATS)):
+        channel = FORMATS[part].first_channel
+        _pack_part(
+            target + FORMATS[part].first_byte,
+            first,
+            chunk + channel * chunk_channel,
+            chunk_token,
+            chunk_channel,
+            (waiting[0] + channel,) + waiting[1:],
+            length,
+            part_of(FORMATS, part),
+            part_of(WRITERS, part),
+            SINKS,
+            SLOTS,
+        )
 
 
 @triton.jit
@@ -273,28 +411,28 @@ def _pack_part(
     chunk,
     chunk_token,
     chunk_channel,
-    ring,
+    waiting,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """target, chunk and ring: pointers to where the part's own bytes and channels begin."""
+    """target, chunk and what waits: pointers to where the part's own bytes and channels begin."""
     if FORMAT.bits == 16:
-        _copy_block(target, first, chunk, chunk_token, chunk_channel, ring, length, FORMAT, WRITER, SINKS, SLOTS)
+        _copy_block(target, first, chunk, chunk_token, chunk_channel, waiting, length, FORMAT, WRITER, SINKS, SLOTS)
     else:
-        _write_metadata(target, first, chunk, chunk_token, chunk_channel, ring, length, FORMAT, WRITER, SINKS, SLOTS)
+        _write_metadata(target, first, chunk, chunk_token, chunk_channel, waiting, length, FORMAT, WRITER, SINKS, SLOTS)
         # Other threads of this program read what was written.
         tl.debug_barrier()
         LOW: tl.constexpr = 8 // FORMAT.slices
         _write_plane(
-            *(target, first, chunk, chunk_token, chunk_channel, ring, length, 0, LOW),
+            *(target, first, chunk, chunk_token, chunk_channel, waiting, length, 0, LOW),
             *(FORMAT, WRITER, SINKS, SLOTS),
         )
         if FORMAT.bits == 3:
             _write_plane(
-                *(target, first, chunk, chunk_token, chunk_channel, ring, length, 2, 1),
+                *(target, first, chunk, chunk_token, chunk_channel, waiting, length, 2, 1),
                 *(FORMAT, WRITER, SINKS, SLOTS),
             )
 
@@ -306,7 +444,7 @@ def _copy_block(
     chunk,
     chunk_token,
     chunk_channel,
-    ring,
+    waiting,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
@@ -317,7 +455,7 @@ def _copy_block(
     channel = tl.arange(0, WRITER.padded_dim)[None, :]
     mask = (place >= 0) & (channel < FORMAT.head_dim)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, waiting, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     typed = target.to(tl.pointer_type(elements.dtype))
@@ -331,7 +469,7 @@ def _write_metadata(
     chunk,
     chunk_token,
     chunk_channel,
-    ring,
+    waiting,
     length,
     FORMAT: tl.constexpr,
     WRITER: tl.constexpr,
@@ -350,7 +488,7 @@ def _write_metadata(
     is_group = index < WRITER.groups
     mask = is_group[:, None] & (within < FORMAT.group)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, waiting, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     elements = _clamped(elements)
@@ -393,7 +531,7 @@ def _write_plane(
     chunk,
     chunk_token,
     chunk_channel,
-    ring,
+    waiting,
     length,
     BELOW: tl.constexpr,  # bits of a code in the planes before this one
     BITS: tl.constexpr,  # bits of a field of this plane
@@ -411,7 +549,7 @@ def _write_plane(
     channel = field * WIDTH + within
     mask = (place >= 0) & (field >= 0) & (within < WIDTH)
     elements = _load_tokens(
-        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, ring, length),
+        *(first + place, channel, mask, chunk, chunk_token, chunk_channel, waiting, length),
         *(FORMAT.head_dim, SINKS, SLOTS),
     )
     if WRITER.by_tokens:
@@ -461,30 +599,31 @@ def _rounded(numbers, most):
 
 
 @torch.no_grad()
-def append(chunk: Chunk, state: SiteState, storage: Storage) -> None:
-    """As reference.append, for contiguous state tensors; never waits for the device.
+def append(chunk: Chunk, state: SiteState | Pages, storage: Storage) -> None:
+    """As reference.append, for contiguous state tensors, or as paged.append; never waits for the device.
 
     Lengths are not known to the host, so that a row without room for a block cannot be refused: such a block is not
-    written. SiteState.grow makes room before.
+    written. SiteState.grow makes room before. Nor can pages be refused that are missing.
     """
     key, value = chunk.key, chunk.value
     rows, heads, tokens, key_dim = key.shape
     value_dim, itemsize = value.shape[3], key.element_size()
     if rows == 0 or heads == 0 or tokens == 0:
         return
+    places = Places.of(state)
     units = 1 + tokens // BLOCK_TOKENS
     append_kernel[(rows * heads, units, 2)](
-        *(key, value, chunk.lengths, chunk.starts, *state.tensors()),
-        *(*key.stride(), *value.stride(), tokens, state.blocks),
+        *(key, value, chunk.lengths, chunk.starts, *places.tensors),
+        *(*key.stride(), *value.stride(), tokens, places.capacity),
         WINDOWED=storage.window != 0,
         HEADS=heads,
         KEYS=BlockFormat.parts(storage.key, key_dim, itemsize),
         KEY_WRITERS=BlockWriter.parts(storage.key, Axis.TOKENS, key_dim),
         VALUES=BlockFormat.parts(storage.value, value_dim, itemsize),
         VALUE_WRITERS=BlockWriter.parts(storage.value, Axis.CHANNELS, value_dim),
-        SINKS=state.sinks,
         RECENT=storage.recent,
-        SLOTS=state.recent_slots,
+        **places.arguments,
+        **places.widths,
         num_warps=4,
         # A product and a sum must be rounded one after the other, as PyTorch does.
         enable_fp_fusion=False,

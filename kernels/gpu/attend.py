@@ -22,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvmix_compile.kernels.chunk import Chunk
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.gpu.attend_codes import attend_codes_kernel
 from kvmix_compile.kernels.gpu.attend_elements import attend_elements_kernel
 from kvmix_compile.kernels.gpu.code_rows import rows_of_keys, rows_of_values
+from kvmix_compile.kernels.gpu.pages import Places
 from kvmix_compile.kernels.gpu.unpack import BlockFormat
 from kvmix_compile.kernels.weighting import Weighting
 
@@ -174,12 +176,14 @@ def has_codes(storage: Storage, key_dim: int, value_dim: int, dtype: torch.dtype
 def attend(
     query: Tensor,
     chunk: Chunk,
-    state: SiteState,
+    state: SiteState | Pages,
     storage: Storage,
     weighting: Weighting,
     launch: Launch | None = None,
 ) -> Tensor:
-    """As reference.attend, for contiguous state tensors; never waits for the device.
+    """As reference.attend, for contiguous state tensors, or as paged.attend; never waits for the device.
+
+    So it cannot refuse pages that are missing: what is seen must lie in one.
 
     launch: how the work is cut; chosen from the shapes where it is not given.
     """
@@ -188,10 +192,11 @@ def attend(
     heads, value_dim = value.shape[1], value.shape[3]
     shared, itemsize = query_heads // heads, query.element_size()
     output = query.new_empty(rows, query_heads, tokens, value_dim)
+    places = Places.of(state)
     if output.numel() == 0:
         return output
     if launch is None:
-        most_tokens = state.sinks + state.blocks * BLOCK_TOKENS + state.recent_slots + tokens
+        most_tokens = places.most_tokens + tokens
         widest = max(key_dim, value_dim)
         processors = _multiprocessors(query.device)
         codes = has_codes(storage, key_dim, value_dim, query.dtype)
@@ -201,12 +206,12 @@ def attend(
     partial = output if splits == 1 else query.new_empty(splits, queries, value_dim, dtype=torch.float32)
     log_sums = query.new_empty(splits, queries, dtype=torch.float32) if splits > 1 else partial
     launch.kernel[(launch.query_tiles, rows * heads, splits)](
-        *(query, key, value, chunk.lengths, chunk.starts, *state.tensors(), partial, log_sums),
+        *(query, key, value, chunk.lengths, chunk.starts, *places.tensors, partial, log_sums),
         *(weighting.sink_logits, weighting.slopes),
         *(*query.stride(), *key.stride(), *value.stride()),
         *(
             tokens,
-            state.blocks,
+            places.capacity,
             weighting.scale,
             weighting.softcap,
             weighting.sliding_window,
@@ -215,9 +220,8 @@ def attend(
         HEADS=heads,
         SHARED=shared,
         **launch.formats(storage, key_dim, value_dim, itemsize),
-        SINKS=state.sinks,
         RECENT=storage.recent,
-        SLOTS=state.recent_slots,
+        **places.arguments,
         SOFTCAP=weighting.softcap != 0,
         SLIDING=weighting.sliding_window != 0,
         CHUNKED=weighting.attention_chunk != 0,

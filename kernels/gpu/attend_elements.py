@@ -25,11 +25,11 @@ def attend_elements_kernel(
     v,
     lengths,
     starts,
-    sink_k,
+    sink_k,  # of pages None
     sink_v,
     packed_k,
     packed_v,
-    recent_k,
+    recent_k,  # of pages the raw ones
     recent_v,
     output,  # [splits, B, Hq, M, value_dim], in q's dtype where there is one split, else float32
     log_sums,  # float32 [splits, B, Hq, M]: log2 of the sum of exponentials
@@ -67,6 +67,24 @@ def attend_elements_kernel(
     QUERIES: tl.constexpr,  # rows of a tile of queries
     BLOCKS: tl.constexpr,  # packed blocks of a tile of tokens
     THREADS: tl.constexpr,
+    raw=None,  # tables of pages, their strides, and the strides of pools (pages.py); of a state none
+    packed=None,
+    raw_row=None,
+    packed_row=None,
+    raw_k_page=None,
+    raw_k_head=None,
+    raw_k_place=None,
+    raw_v_page=None,
+    raw_v_head=None,
+    raw_v_place=None,
+    packed_k_page=None,
+    packed_k_head=None,
+    packed_k_place=None,
+    packed_v_page=None,
+    packed_v_head=None,
+    packed_v_place=None,
+    PAGE_TOKENS: tl.constexpr = 0,
+    PAGE_BLOCKS: tl.constexpr = 0,
 ):
     """One tile of queries over one split of its tokens: values averaged, and what their weights sum to."""
     first_query = tl.program_id(0) * QUERIES
@@ -121,16 +139,21 @@ def attend_elements_kernel(
     place_in_tile = tl.arange(0, TILE)
 
     state_head = row * HEADS + head
-    head_of_packed_k = packed_k + state_head * capacity * KEYS[0].block_bytes
-    head_of_packed_v = packed_v + state_head * capacity * VALUE.block_bytes
+    key_bytes, value_bytes = KEYS[0].block_bytes, VALUE.block_bytes
+    head_of_packed_k = packed_k + (head * packed_k_head if PAGE_BLOCKS > 0 else state_head * capacity * key_bytes)
+    head_of_packed_v = packed_v + (head * packed_v_head if PAGE_BLOCKS > 0 else state_head * capacity * value_bytes)
     # Of a window only the last blocks may be kept; elsewhere each lies in its own place.
     ring = capacity if SLIDING or CHUNKED else None
+    key_blocks = (packed + row * packed_row, packed_k_page, packed_k_place) if PAGE_BLOCKS > 0 else ring
+    value_blocks = (packed + row * packed_row, packed_v_page, packed_v_place) if PAGE_BLOCKS > 0 else ring
     for tile in tl.range(begin, tl.minimum(end, packed_tiles)):
         block = first_block + tile * BLOCKS
         token = SINKS + block * _TOKENS + place_in_tile
         scores = tl.zeros([QUERIES, TILE], tl.float32)
         for part in tl.static_range(len(KEYS)):
-            keys = unpack_keys(head_of_packed_k, ring, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part), THREADS)
+            keys = unpack_keys(
+                head_of_packed_k, key_blocks, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part), THREADS, PAGE_BLOCKS
+            )
             scores = multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
         if SLIDING or CHUNKED:
@@ -138,15 +161,34 @@ def attend_elements_kernel(
         weights, highest, total, correction = weigh(
             scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
         )
-        values = unpack_values(head_of_packed_v, ring, block, blocks, DTYPE, BLOCKS, VALUE, THREADS)
+        values = unpack_values(
+            head_of_packed_v, value_blocks, block, blocks, DTYPE, BLOCKS, VALUE, THREADS, PAGE_BLOCKS
+        )
         attended = multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
-    head_of_sink_k = sink_k + state_head * SINKS * KEYS[0].head_dim
-    head_of_sink_v = sink_v + state_head * SINKS * VALUE.head_dim
-    head_of_recent_k = recent_k + state_head * SLOTS * KEYS[0].head_dim
-    head_of_recent_v = recent_v + state_head * SLOTS * VALUE.head_dim
-    key_places = (head_of_sink_k, head_of_recent_k, k + row * k_row + head * k_head, k_token, k_channel)
-    value_places = (head_of_sink_v, head_of_recent_v, v + row * v_row + head * v_head, v_token, v_channel)
+    head_of_k, head_of_v = k + row * k_row + head * k_head, v + row * v_row + head * v_head
+    key_places = (
+        (raw + row * raw_row, recent_k + head * raw_k_head, raw_k_page, raw_k_place, head_of_k, k_token, k_channel)
+        if PAGE_TOKENS > 0
+        else (
+            sink_k + state_head * SINKS * KEYS[0].head_dim,
+            recent_k + state_head * SLOTS * KEYS[0].head_dim,
+            head_of_k,
+            k_token,
+            k_channel,
+        )
+    )
+    value_places = (
+        (raw + row * raw_row, recent_v + head * raw_v_head, raw_v_page, raw_v_place, head_of_v, v_token, v_channel)
+        if PAGE_TOKENS > 0
+        else (
+            sink_v + state_head * SINKS * VALUE.head_dim,
+            recent_v + state_head * SLOTS * VALUE.head_dim,
+            head_of_v,
+            v_token,
+            v_channel,
+        )
+    )
     span = (in_sink, in_chunk, length, start)
     # Few tiles: reading ahead would only take shared memory from the loop above.
     for tile in tl.range(tl.maximum(begin, packed_tiles), end, num_stages=1):
@@ -155,7 +197,7 @@ def attend_elements_kernel(
         scores = tl.zeros([QUERIES, TILE], tl.float32)
         for part in tl.static_range(len(KEYS)):
             scores = _add_unpacked_scores(
-                key_places, token, span, queries[part], scores, part_of(KEYS, part), SINKS, SLOTS
+                key_places, token, span, queries[part], scores, part_of(KEYS, part), SINKS, SLOTS, PAGE_TOKENS
             )
         visible = is_query[:, None] & (token[None, :] <= number[:, None])
         if SLIDING or CHUNKED:
@@ -163,7 +205,9 @@ def attend_elements_kernel(
         weights, highest, total, correction = weigh(
             scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
         )
-        values = load_unpacked(value_places, token, span, value_channel, is_value_channel, SINKS, SLOTS, VALUE.head_dim)
+        values = load_unpacked(
+            *(value_places, token, span, value_channel, is_value_channel, SINKS, SLOTS, VALUE.head_dim, PAGE_TOKENS)
+        )
         attended = multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
     # A query that saw nothing, padding or a split with no tokens for it, has a total of zero and gives zeros.
@@ -196,8 +240,16 @@ def _load_queries(queries, channel_stride, is_query, KEYS: tl.constexpr):
 
 @triton.jit
 def _add_unpacked_scores(
-    places, token, span, queries, scores, FORMAT: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr
+    places,
+    token,
+    span,
+    queries,
+    scores,
+    FORMAT: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     channel, is_channel = channels_in_order(FORMAT)
-    keys = load_unpacked(places, token, span, channel, is_channel, SINKS, SLOTS, FORMAT.head_dim)
+    keys = load_unpacked(places, token, span, channel, is_channel, SINKS, SLOTS, FORMAT.head_dim, PAGE)
     return multiply(queries, keys.trans(), scores)

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kvmix_compile.kernels import reference
+from kvmix_compile.kernels import paged, reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.errors import KVMixError
+from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
@@ -18,6 +19,9 @@ from kvmix_compile.kernels.weighting import Weighting
 # A chunk this long may be a prompt on an empty state, which PyTorch's flash attention serves best. To know, the host
 # waits for the lengths; with shorter chunks it never waits, and a step can be captured in a CUDA graph.
 PROMPT_TOKENS = 128
+
+# Bytes that a packed block is aligned to, which kernels load at once.
+BLOCK_ALIGNMENT = 8
 
 # Accumulators of wider heads do not fit a program's registers.
 WIDEST_HEAD = 256
@@ -38,16 +42,44 @@ def append_on_cuda(chunk: Chunk, state: SiteState, storage: Storage) -> None:
 
 def attend_on_cuda(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
     """As reference.attend."""
-    same_dim = chunk.key.shape[3] == chunk.value.shape[3]
-    flash = weighting.is_softmax and not weighting.is_limited and same_dim
-    is_prompt = flash and query.shape[2] >= PROMPT_TOKENS and not bool(chunk.lengths.any())
-    if is_prompt or not _triton_serves(chunk) or chunk.values_are_keys(query):
+    if _reference_serves(query, chunk, weighting):
         return reference.attend(query, chunk, state, storage, weighting)
     from kvmix_compile.kernels.gpu import attend as triton_attend
 
     _check_contiguous(chunk, state)
     with torch.cuda.device(query.device):
         return triton_attend.attend(query, chunk, state, storage, weighting)
+
+
+def append_paged_on_cuda(chunk: Chunk, pages: Pages, storage: Storage) -> None:
+    """As paged.append, but for pages that are missing: what is packed must lie in one."""
+    if not _triton_serves(chunk):
+        paged.append(chunk, pages, storage)
+        return
+    from kvmix_compile.kernels.gpu import append as triton_append
+
+    _check_pages(chunk, pages)
+    with torch.cuda.device(chunk.key.device):
+        triton_append.append(chunk, pages, storage)
+
+
+def attend_paged_on_cuda(query: Tensor, chunk: Chunk, pages: Pages, storage: Storage, weighting: Weighting) -> Tensor:
+    """As paged.attend, but for pages that are missing: what is seen must lie in one."""
+    if _reference_serves(query, chunk, weighting):
+        return paged.attend(query, chunk, pages, storage, weighting)
+    from kvmix_compile.kernels.gpu import attend as triton_attend
+
+    _check_pages(chunk, pages)
+    with torch.cuda.device(query.device):
+        return triton_attend.attend(query, chunk, pages, storage, weighting)
+
+
+def _reference_serves(query: Tensor, chunk: Chunk, weighting: Weighting) -> bool:
+    """Whether PyTorch's flash attention is best, or Triton's kernels do not know of what is asked."""
+    same_dim = chunk.key.shape[3] == chunk.value.shape[3]
+    flash = weighting.is_softmax and not weighting.is_limited and same_dim
+    is_prompt = flash and query.shape[2] >= PROMPT_TOKENS and not bool(chunk.lengths.any())
+    return is_prompt or not _triton_serves(chunk) or chunk.values_are_keys(query)
 
 
 def _triton_serves(chunk: Chunk) -> bool:
@@ -62,3 +94,17 @@ def _has_triton() -> bool:
 def _check_contiguous(chunk: Chunk, state: SiteState) -> None:
     if not all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts, *state.tensors()))):
         raise KVMixError("lengths, starts and a state's tensors must be contiguous: call .contiguous() on them")
+
+
+def _check_pages(chunk: Chunk, pages: Pages) -> None:
+    if not all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts))):
+        raise KVMixError("lengths and starts must be contiguous: call .contiguous() on them")
+    if any(tensor.stride()[-1] != 1 for tensor in pages.tensors()):
+        raise KVMixError("the last dimension of tables and pools must be contiguous: lay out pools with channels last")
+    if any(table.dtype != torch.int32 for table in (pages.raw, pages.packed)):
+        raise KVMixError("tables of pages must be of int32: call .int() on them")
+    for pool in (pages.packed_k, pages.packed_v):
+        if any(number % BLOCK_ALIGNMENT for number in (pool.data_ptr(), *pool.stride()[:3])):
+            raise KVMixError(
+                f"packed blocks must begin at multiples of {BLOCK_ALIGNMENT} bytes: align the pool and its strides"
+            )

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.gpu.pages import offset_in_pages
 
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -74,39 +75,65 @@ def first_visible(number, sliding_window, attention_chunk, SLIDING: tl.constexpr
 
 @triton.jit
 def load_unpacked(
-    places, token, span, channel, is_channel, SINKS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr
+    places,
+    token,
+    span,
+    channel,
+    is_channel,
+    SINKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
-    """The elements of tokens that lie in the sink, the ring or the chunk: [tokens, channels], zero beyond the chunk.
+    """The elements of tokens that are not packed: [tokens, channels], zero beyond the chunk.
 
-    places: pointers to the three, of the row and head, and the chunk's strides from token to token and from channel to
+    places: where they lie, of the row and head. In a state, pointers to sink and ring; in pages of PAGE tokens, which
+    else is 0, pointers to the row's entries of the table and to the pool, and its strides from page to page and from
+    token to token. Behind these a pointer to the chunk, and its strides from token to token and from channel to
     channel. span: (in_sink, in_chunk, length, start).
     """
-    sink, ring, chunk, chunk_token, chunk_channel = places
-    in_sink, in_chunk, length, start = span
-    in_ring = (token >= in_sink) & (token < length)
+    if PAGE > 0:
+        table, pool, page_stride, token_stride, chunk, chunk_token, chunk_channel = places
+        elements = _load_of_chunk(chunk, chunk_token, chunk_channel, token, span, channel, is_channel)
+        of_past = token < span[2]
+        offset = offset_in_pages(token, of_past, table, page_stride, token_stride, PAGE)
+        mask = of_past[:, None] & is_channel[None, :]
+        from_page = tl.load(pool + offset[:, None] + channel[None, :], mask=mask, other=0.0)
+        elements = tl.where(of_past[:, None], from_page, elements)
+    else:
+        sink, ring, chunk, chunk_token, chunk_channel = places
+        in_sink, _, length, _ = span
+        # One of the three is read; the others are masked out.
+        elements = _load_of_chunk(chunk, chunk_token, chunk_channel, token, span, channel, is_channel)
+        in_ring = (token >= in_sink) & (token < length)
+        slot = tl.where(in_ring, token - SINKS, 0) % SLOTS
+        from_ring = tl.load(
+            ring + (slot * HEAD_DIM)[:, None] + channel[None, :],
+            mask=in_ring[:, None] & is_channel[None, :],
+            other=0.0,
+        )
+        elements = tl.where(in_ring[:, None], from_ring, elements)
+        if SINKS > 0:
+            of_sink = token < in_sink
+            from_sink = tl.load(
+                sink + (token * HEAD_DIM)[:, None] + channel[None, :],
+                mask=of_sink[:, None] & is_channel[None, :],
+                other=0.0,
+            )
+            elements = tl.where(of_sink[:, None], from_sink, elements)
+    return elements
+
+
+@triton.jit
+def _load_of_chunk(chunk, token_stride, channel_stride, token, span, channel, is_channel):
+    _, in_chunk, length, start = span
     of_chunk = (token >= length) & (token < length + in_chunk)
-    slot = tl.where(in_ring, token - SINKS, 0) % SLOTS
-    # One of the three is read; the others are masked out.
-    elements = tl.load(
-        chunk + ((token - length + start).to(tl.int64) * chunk_token)[:, None] + (channel * chunk_channel)[None, :],
+    place = (token - length + start).to(tl.int64) * token_stride
+    return tl.load(
+        chunk + place[:, None] + (channel * channel_stride)[None, :],
         mask=of_chunk[:, None] & is_channel[None, :],
         other=0.0,
     )
-    from_ring = tl.load(
-        ring + (slot * HEAD_DIM)[:, None] + channel[None, :],
-        mask=in_ring[:, None] & is_channel[None, :],
-        other=0.0,
-    )
-    elements = tl.where(in_ring[:, None], from_ring, elements)
-    if SINKS > 0:
-        of_sink = token < in_sink
-        from_sink = tl.load(
-            sink + (token * HEAD_DIM)[:, None] + channel[None, :],
-            mask=of_sink[:, None] & is_channel[None, :],
-            other=0.0,
-        )
-        elements = tl.where(of_sink[:, None], from_sink, elements)
-    return elements
 
 
 @triton.jit

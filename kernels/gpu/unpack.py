@@ -17,6 +17,7 @@ from triton.language.extra import libdevice
 
 from kvmix_compile.kernels.format.packing import PLANES
 from kvmix_compile.kernels.format.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Part, Precision
+from kvmix_compile.kernels.gpu.pages import offset_in_pages
 
 # Where the mask $2 is not set, a byte's higher bits take the lower ones' places: $1 & $2 | $1 >> 1 & ~$2.
 HALVED = tl.constexpr("{ .reg .b32 higher; shr.u32 higher, $1, 1; lop3.b32 $0, $1, higher, $2, 0xE4; }")
@@ -127,35 +128,38 @@ def channels_in_order(FORMAT: tl.constexpr):
 @triton.jit
 def unpack_keys(
     blocks,
-    capacity,
+    places,
     first,
     end,
     DTYPE: tl.constexpr,
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
     THREADS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
 
-    blocks: pointer to the bytes of the head's block 0. capacity: None, or how many blocks there is room for where later
-    ones may have taken the slots of earlier ones. THREADS: of a program.
+    blocks: pointer to the bytes of the head's block 0, or to its first byte in the pool of pages.
+    places: None where each block lies in its own place; how many there is room for where later ones may have taken the
+    places of earlier ones; or of pages (row of the table, strides from page to page and from block to block).
+    THREADS: of a program. PAGE: blocks of a page, or 0 where there are none.
     """
     if FORMAT.bits == 16:
-        return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
+        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGE)
     blocks += FORMAT.first_byte
     PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
     GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
     group = tl.arange(0, GROUPS)
     block = first + group // PER_BLOCK
-    slot = _slot_of(first, group // PER_BLOCK, capacity)
-    metadata = (blocks + FORMAT.code_bytes + slot * FORMAT.block_bytes)[:, None, None]
+    offset = _offset_of(first, group // PER_BLOCK, end, places, FORMAT, PAGE)
+    metadata = (blocks + FORMAT.code_bytes + offset)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
     index = (group % PER_BLOCK * FORMAT.channels)[:, None, None] + slice_ * FORMAT.width + within
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
+    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGE)
     SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -172,30 +176,31 @@ def unpack_keys(
 @triton.jit
 def unpack_values(
     blocks,
-    capacity,
+    places,
     first,
     end,
     DTYPE: tl.constexpr,
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
     THREADS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """As unpack_keys; values have all their channels in one part."""
     if FORMAT.bits == 16:
-        return _load_elements(blocks, capacity, first, end, DTYPE, BLOCKS, FORMAT)
+        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGE)
     PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
     RUNS: tl.constexpr = FORMAT.padded_width // FORMAT.run
     token = tl.arange(0, BLOCKS * _TOKENS)
     block = first + token // _TOKENS
-    slot = _slot_of(first, token // _TOKENS, capacity)
-    metadata = (blocks + FORMAT.code_bytes + slot * FORMAT.block_bytes)[:, None, None]
+    offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+    metadata = (blocks + FORMAT.code_bytes + offset)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
     index = (token % _TOKENS * PER_TOKEN)[:, None, None] + (slice_ * FORMAT.width + within) // FORMAT.group
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, capacity, first, end, BLOCKS, FORMAT)
+    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGE)
     SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -220,17 +225,41 @@ def _slot_of(first, offset, capacity):
 
 
 @triton.jit
-def _load_elements(blocks, capacity, first, end, DTYPE: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def _offset_of(first, offset, end, places, FORMAT: tl.constexpr, PAGE: tl.constexpr):
+    """Bytes to where block first + offset lies; those from block `end` on are not read. The rest: unpack_keys."""
+    if PAGE > 0:
+        table, page_stride, block_stride = places
+        return offset_in_pages(first + offset, first + offset < end, table, page_stride, block_stride, PAGE)
+    else:
+        return _slot_of(first, offset, places) * FORMAT.block_bytes
+
+
+@triton.jit
+def _load_elements(
+    blocks,
+    places,
+    first,
+    end,
+    DTYPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PAGE: tl.constexpr,
+):
     token = tl.arange(0, BLOCKS * _TOKENS)
     channel, is_channel = channels_in_order(FORMAT)
-    row = _slot_of(first, token // _TOKENS, capacity) * _TOKENS + token % _TOKENS
     mask = (first + token // _TOKENS < end)[:, None] & is_channel[None, :]
-    elements = blocks.to(tl.pointer_type(DTYPE)) + (row * FORMAT.head_dim)[:, None]
+    if PAGE > 0:
+        offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+        of_block = (blocks + offset).to(tl.pointer_type(DTYPE))
+        elements = (of_block + token % _TOKENS * FORMAT.head_dim)[:, None]
+    else:
+        row = _slot_of(first, token // _TOKENS, places) * _TOKENS + token % _TOKENS
+        elements = blocks.to(tl.pointer_type(DTYPE)) + (row * FORMAT.head_dim)[:, None]
     return tl.load(elements + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr):
+def _load_planes(blocks, places, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr, PAGE: tl.constexpr):
     """The bytes of the lowest plane, and for 3 bits those of the high one: uint8 [BLOCKS * 32, padded_width] each.
 
     Bit 2 * i of a high byte belongs to the code in field i of the low one.
@@ -238,8 +267,8 @@ def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.
     token = tl.arange(0, BLOCKS * _TOKENS)
     within = tl.arange(0, FORMAT.padded_width)
     mask = (first + token // _TOKENS < end)[:, None] & (within < FORMAT.width)[None, :]
-    slot = _slot_of(first, token // _TOKENS, capacity)
-    rows = blocks + slot * FORMAT.block_bytes + token % _TOKENS * FORMAT.width
+    offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+    rows = blocks + offset + token % _TOKENS * FORMAT.width
     pointers = rows[:, None] + within[None, :]
     if _one_thread_would_load(FORMAT.padded_width):
         pointers = tl.max_contiguous(pointers, [1, FORMAT.padded_width // 2])
@@ -248,7 +277,7 @@ def _load_planes(blocks, capacity, first, end, BLOCKS: tl.constexpr, FORMAT: tl.
         return low, low
     # Fields 2 i and 2 i + 1 of the high plane are the two halves of field i of the low one.
     HALF: tl.constexpr = FORMAT.width // 2
-    rows = blocks + _TOKENS * FORMAT.width + slot * FORMAT.block_bytes + token % _TOKENS * HALF
+    rows = blocks + _TOKENS * FORMAT.width + offset + token % _TOKENS * HALF
     high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
     return low, _halved(high, within // HALF)
 

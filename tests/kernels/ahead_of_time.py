@@ -1,5 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and says what became of them: what several tests share."""
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -25,6 +26,9 @@ MULTIPROCESSORS = {80: 108, 90: 132}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, SHARED = 8, 4
 STATE = {"SINKS": 64, "RECENT": 128, "SLOTS": 128}
+# Of pages: no sinks and no ring, and tokens and blocks of a page.
+PAGED = {"sink_k": None, "sink_v": None, "SLOTS": 0, "PAGE_TOKENS": 32, "PAGE_BLOCKS": 1}
+TABLES = {"raw": "*i32", "packed": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,18 @@ class Compiled:
 def compile_kernel(
     kernel: Any, chip: int, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> Compiled:
-    """types: of the arguments that are no 32-bit integers and no constants."""
+    """types: of the arguments that are no 32-bit integers and no constants. Where no pages are among the constants,
+    what is about pages has its default, which is none.
+    """
+    if "PAGE_TOKENS" not in constants:
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        constants |= {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # As at a launch: memory is aligned, and so are strides of whole heads.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith(("_row", "_head", "_token"))
+        if kind.startswith("*") or (kind == "i32" and name.endswith(("_row", "_head", "_token")))
     }
     source = ASTSource(kernel, signature, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -105,11 +114,12 @@ def compile_attend(
     tokens: int = 1,
     extras: Extras = NOTHING,
     from_codes: bool = True,
+    paged: bool = False,
 ) -> Compiled:
-    """from_codes: False to make the elements in any case."""
+    """from_codes: False to make the elements in any case. paged: whether the past lies in pages."""
     launch = launch_of(chip, key, value, key_dim, value_dim, dtype, tokens, from_codes)
     elements = dict.fromkeys(("q", "k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
-    types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
+    types = elements | TABLES | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     types |= {
         "output": "*fp32",
         "log_sums": "*fp32",
@@ -133,6 +143,7 @@ def compile_attend(
         ),
     }
     constants |= {name: None for name in ("sink_logits", "slopes") if not getattr(extras, name)}
+    constants |= PAGED if paged else {}
     options = {
         "num_warps": launch.warps,
         "num_stages": triton_attend.STAGES,
@@ -162,10 +173,17 @@ def launch_of(
 
 
 def compile_append(
-    chip: int, key: Precision, value: Precision, key_dim: int, value_dim: int, dtype: str, windowed: bool
+    chip: int,
+    key: Precision,
+    value: Precision,
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    windowed: bool,
+    paged: bool = False,
 ) -> Compiled:
     elements = dict.fromkeys(("k", "v", "sink_k", "sink_v", "recent_k", "recent_v"), f"*{dtype}")
-    types = elements | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
+    types = elements | TABLES | {"packed_k": "*u8", "packed_v": "*u8", "lengths": "*i64", "starts": "*i64"}
     constants = {
         "WINDOWED": windowed,
         "HEADS": HEADS,
@@ -176,6 +194,7 @@ def compile_append(
         **STATE,
         **unit_strides("k", "v"),
     }
+    constants |= PAGED if paged else {}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     return compile_kernel(triton_append.append_kernel, chip, types, constants, options)
 

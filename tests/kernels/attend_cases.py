@@ -70,9 +70,11 @@ class Case:
         return self.q, self.chunk, self.state, self.layout.storage, weighting
 
     def paged_arguments(
-        self, page: tuple[int, int], weighting: Weighting | None = None
+        self, page: tuple[int, int], weighting: Weighting | None = None, device: str | None = None
     ) -> tuple[Tensor, Chunk, Pages, Storage, Weighting]:
-        """The same with pages, of so many tokens and so many blocks, that hold no more than is seen."""
+        """The same with pages, of so many tokens and so many blocks, that hold no more than is seen; or copies of them
+        on a device.
+        """
         q, chunk, state, storage, weighting = self.arguments(weighting)
         lengths, starts = self.lengths.tolist(), self.starts.tolist()
         engine = Engine(self.layout, len(lengths), q.dtype, page, most_tokens=max([*lengths, 1]))
@@ -82,7 +84,7 @@ class Case:
             for length, start in zip(lengths, starts, strict=True)
         ]
         engine.hold(state, lengths, first)
-        return q, chunk, engine.pages(lengths, lengths), storage, weighting
+        return q, chunk, engine.pages(lengths, lengths, device), storage, weighting
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Case":
         """The same with every tensor changed."""

@@ -139,17 +139,25 @@ class Engine:
         for memory in (self.raw, self.packed):
             memory.held = [dict(memory.held[0]) for _ in memory.held]
 
-    def pages(self, lengths: list[int], ends: list[int], device: str = "cpu") -> Pages:
-        """What a call is given whose chunks take rows from these lengths to those."""
+    def pages(self, lengths: list[int], ends: list[int], device: str | None = None) -> Pages:
+        """What a call is given whose chunks take rows from these lengths to those.
+
+        device: where copies of the pools go to; None: these themselves.
+        """
         sinks, recent = self.layout.sinks, self.layout.recent
         before, after = ([packed_blocks(length, sinks, recent) for length in each] for each in (lengths, ends))
         tables = self.raw.table(lengths, ends), self.packed.table(before, after)
         pools = (self.raw.keys, self.raw.values, self.packed.keys, self.packed.values)
-        return Pages(*(tensor.to(device) for tensor in (*tables, *pools)), sinks=sinks)
+        if device is None:
+            return Pages(*tables, *pools, sinks=sinks)
+        return Pages(*(tensor.clone().to(device) for tensor in (*tables, *pools)), sinks=sinks)
 
 
 class PagedPair:
-    """As append_pair.Pair: pages that a kernel of append writes beside a state that the reference writes."""
+    """As append_pair.Pair: pages that a kernel of append writes beside a state that the reference writes.
+
+    device: where the kernel has copies of them.
+    """
 
     def __init__(
         self,
@@ -158,7 +166,7 @@ class PagedPair:
         batch: int,
         dtype: torch.dtype,
         page: tuple[int, int],
-        device: str = "cpu",
+        device: str | None = None,
         most_tokens: int = 420,
     ) -> None:
         self.kernel, self.layout, self.device = kernel, layout, device
@@ -174,7 +182,7 @@ class PagedPair:
         for row, (length, end) in enumerate(lengths):
             engine.keep(row, length, end)
         pages = engine.pages(*(list(each) for each in zip(*lengths, strict=True)), device=self.device)
-        self.kernel(Chunk(*(tensor.to(self.device) for tensor in chunk)), pages, storage)
+        self.kernel(Chunk(*(tensor.to(self.device or "cpu") for tensor in chunk)), pages, storage)
         self._copy_back(pages)
         for row, (_, end) in enumerate(lengths):
             engine.keep(row, end)
@@ -197,7 +205,7 @@ class PagedPair:
                 assert_same_bytes(self.engine.packed.at(row, block), there, f"block {block} of row {row}")
 
     def _copy_back(self, pages: Pages) -> None:
-        if self.device != "cpu":
+        if self.device is not None:
             memories = self.engine.raw, self.engine.packed
             pools = [pool for memory in memories for pool in (memory.keys, memory.values)]
             for pool, written in zip(pools, pages.tensors()[2:], strict=True):

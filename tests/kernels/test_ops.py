@@ -1,5 +1,6 @@
 """The operators as graphs call them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,8 @@ def test_torch_accepts_the_operators(tokens: int, starts: list[int], layout: Sta
 def test_torch_accepts_the_operators_over_pages(tokens: int, starts: list[int]) -> None:
     case, pages = paged_case(tokens, starts)
     arguments, by_name = attend_arguments(case.q, case.chunk, pages, LAYOUT.storage, Weighting(0.25))
-    torch.library.opcheck(torch.ops.kvmix.attend_paged.default, arguments, by_name)
+    for operator in (torch.ops.kvmix.attend_paged, torch.ops.kvmix.attend_stepwise_paged):
+        torch.library.opcheck(operator.default, arguments, by_name)
     torch.library.opcheck(torch.ops.kvmix.append_paged.default, append_arguments(case.chunk, pages, LAYOUT.storage))
 
 
@@ -180,3 +182,23 @@ def test_queries_of_values_that_are_keys_run_the_reference_on_cuda(monkeypatch: 
     layout = StateLayout(SiteShape(1, 8, 16), key=Precision(16), value=Precision(2, 16, 4), sinks=3, recent=32)
     case = Case.random(layout, 4, [100, 7], [0, 0], 1, torch.float32, values_are_keys=True)
     assert torch.equal(dispatch.attend_on_cuda(*case.arguments()), attend(*case.arguments()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda pages: {"raw": pages.raw.long()}, "int32"),
+        (lambda pages: {"raw_k": pages.raw_k.mT.contiguous().mT}, "channels last"),
+        (lambda pages: {"packed_v": pages.packed_v[..., 4:]}, "multiples of 8 bytes"),
+    ],
+)
+def test_pages_that_triton_cannot_read_are_refused_on_cuda(
+    changed: Callable[[Pages], dict[str, Tensor]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_triton_serves", lambda chunk: True)
+    case, pages = paged_case(1, [0, 0])
+    wrong = pages._replace(**changed(pages))
+    with pytest.raises(KVMixError, match=message):
+        dispatch.append_paged_on_cuda(case.chunk, wrong, LAYOUT.storage)
+    with pytest.raises(KVMixError, match=message):
+        dispatch.attend_paged_on_cuda(case.q, case.chunk, wrong, LAYOUT.storage, Weighting(0.25))

@@ -4,7 +4,7 @@ The reference and the CPU's kernels, each beside itself; Triton's are in gpu/.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,28 +21,31 @@ from kvmix_compile.kernels.cpu.library import library
 from kvmix_compile.kernels.errors import KVMixError
 from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import Precision
-from kvmix_compile.kernels.format.shape import SiteShape
-from kvmix_compile.kernels.format.state import StateLayout
+from kvmix_compile.kernels.format.state import SiteState, StateLayout
+from kvmix_compile.kernels.format.storage import Storage
+from kvmix_compile.kernels.stepwise import stepwise
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.engine import Engine, PagedPair
 from tests.kernels.every_pair import APPENDING, ATTENDING, PAGES, case_of, fits, layout_of, start_of
-from tests.kernels.layouts import drawn_layouts
+from tests.kernels.layouts import drawn_layouts, with_window
+from tests.kernels.page_checks import LAYOUT, check_left_out, check_shared_pages
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of pages, and attend over a state."""
+    """Over pages, and over a state."""
 
     append: Callable[..., None]
     attend: Callable[..., Tensor]
+    append_state: Callable[..., None]
     attend_state: Callable[..., Tensor]
 
 
 KERNELS = {
-    "reference": Kernels(paged.append, paged.attend, reference.attend),
-    "cpu": Kernels(cpu_paged.append, cpu_paged.attend, cpu.attend),
+    "reference": Kernels(paged.append, paged.attend, reference.append, reference.attend),
+    "cpu": Kernels(cpu_paged.append, cpu_paged.attend, cpu.append, cpu.attend),
 }
 each_kernel = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 
@@ -55,8 +58,6 @@ layouts = drawn_layouts(
     sinks=[0, 3, 40],
     recent=[32, 45],
 )
-# All that is in a case of a row of some length with sinks, packed blocks and recent tokens, 100 tokens at least.
-LAYOUT = StateLayout(SiteShape(1, 16, 16), key=Precision(2), value=Precision(2, 16, 4), sinks=3, recent=32)
 
 
 @pytest.mark.parametrize("chosen", covering(APPENDING | {"page": PAGES}, fits), ids=named)
@@ -102,41 +103,38 @@ def check(case: Case, weighting: Weighting, page: tuple[int, int]) -> None:
 
 
 @each_kernel
-@pytest.mark.parametrize("tokens", [1, 70])
-def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int, kernels: Kernels) -> None:
-    """Texts that begin with the same prompt, of which the last block is packed by the token that follows it."""
-    layout, rows = replace(LAYOUT, sinks=16), 3
-    prompt = layout.sinks + layout.recent
-    k, v = torch.randn(2, rows, 1, prompt + tokens, 16).unbind()
-    k[:, :, :prompt], v[:, :, :prompt] = k[0, :, :prompt], v[0, :, :prompt]
-    pair = PagedPair(kernels.append, layout, rows, torch.float32, (16, 1))
-    for first in range(rows):
-        # All rows but one are padding.
-        starts = torch.tensor([0 if row == first else prompt for row in range(rows)])
-        pair.append(k[:, :, :prompt], v[:, :, :prompt], starts)
-    pair.engine.packed.keep(0, {0})
-    pair.engine.share_pages()
-    pair.append(k[:, :, prompt:], v[:, :, prompt:], torch.zeros(rows, dtype=torch.int64))
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("cuts", [[170], [57, 1, 112]])
+def test_stepwise_is_what_it_is_over_a_state(cuts: list[int], window: int, kernels: Kernels) -> None:
+    """Two rows, one with padding, and no more pages than append needs."""
+    layout, weighting = with_window(LAYOUT, window), Weighting(0.25, sliding_window=window)
+    over_state = stepwise(kernels.attend_state, kernels.append_state)
+    over_pages = paged.stepwise(kernels.attend, kernels.append, over_state)
+    state = SiteState.allocate(layout, 2, layout.required_blocks(170), torch.float32)
+    queries, found = torch.empty(0), list[Tensor]()
+
+    def attend_and_append(chunk: Chunk, pages: Pages, storage: Storage) -> None:
+        found.append(over_pages(queries, chunk, pages, storage, weighting))
+
+    pair = PagedPair(attend_and_append, layout, 2, torch.float32, (32, 1))
+    for tokens in cuts:
+        queries, (k, v) = torch.randn(2, 2, tokens, 16), torch.randn(2, 2, 1, tokens, 16)
+        starts = (torch.tensor([0, 11]) - pair.lengths[0]).clamp(0, tokens)
+        expected = over_state(queries, Chunk(k, v, pair.lengths, starts), state, layout.storage, weighting)
+        pair.append(k, v, starts)
+        assert torch.equal(found[-1], expected)
     pair.check()
 
 
 @each_kernel
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_rows_share_pages_and_complete_the_same_block_of_them(tokens: int, kernels: Kernels) -> None:
+    check_shared_pages(kernels.append, tokens)
+
+
+@each_kernel
 def test_what_has_no_page_is_left_out(kernels: Kernels) -> None:
-    """No place of the pools changes but those of pages that the table names."""
-    k, v, nothing = *torch.randn(2, 1, 1, 100, 16).unbind(), torch.zeros(1, dtype=torch.int64)
-    engine = Engine(LAYOUT, 1, torch.float32, (32, 1))
-    engine.keep(0, 100)
-    pages = engine.pages([0], [100])
-    before = [pool.clone() for pool in pages.tensors()[2:]]
-    kernels.append(Chunk(k, v, nothing, nothing), pages, LAYOUT.storage)
-    # Of 100 tokens 3 are sinks, 96 packed, and the last one waits.
-    assert (pages.raw >= 0).tolist() == [[True, False, False, True]] and (pages.packed >= 0).all()
-    for table, pool, old in zip(
-        (pages.raw, pages.raw, pages.packed, pages.packed), pages.tensors()[2:], before, strict=True
-    ):
-        named = [page for page in table.flatten().tolist() if page >= 0]
-        others = [page for page in range(len(pool)) if page not in named]
-        assert torch.equal(pool[others].view(torch.uint8), old[others].view(torch.uint8))
+    check_left_out(kernels.append)
 
 
 @pytest.mark.skipif(library() is None, reason="there is no C++ compiler, or KVMIX_CPU_KERNELS=0")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmix_compile.kernels.cpu import binding, paged
+from kvmix_compile.kernels.cpu import binding
 from kvmix_compile.kernels.cpu import library as cpu_library
 from kvmix_compile.kernels.cpu.library import Library
 
@@ -21,5 +21,4 @@ def narrow_library(request: pytest.FixtureRequest) -> Library:
 @pytest.fixture
 def narrower_vectors(narrow_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """attend and append run with it."""
-    for module in (binding, paged):
-        monkeypatch.setattr(module, "library", lambda: narrow_library)
+    monkeypatch.setattr(binding, "library", lambda: narrow_library)

@@ -26,6 +26,7 @@ from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import APPENDING, ATTENDING, Choices, fits
 from tests.kernels.gpu.trials import (
     LAUNCHES,
+    PLACES,
     SMALLEST_QUERY_TILE,
     check_attend,
     check_chosen_append,
@@ -41,8 +42,8 @@ CHIPS = (80, 90)
 # Heads as large as any, and a prompt of more than a tile.
 LARGE: Choices = {"dimensions": (*ATTENDING["dimensions"], (96, 96), (256, 256))}
 KERNELS: dict[str, tuple[Choices, Callable[[Combination], Any]]] = {
-    "attend": (ATTENDING | LAUNCHES | LARGE | {"tokens": (*ATTENDING["tokens"], 70)}, check_chosen_attend),
-    "append": (APPENDING | LARGE, check_chosen_append),
+    "attend": (ATTENDING | LAUNCHES | PLACES | LARGE | {"tokens": (*ATTENDING["tokens"], 70)}, check_chosen_attend),
+    "append": (APPENDING | PLACES | LARGE, check_chosen_append),
 }
 # A large tile of queries of wider heads would not fit into shared memory, and is not launched (Launch.choose).
 WIDEST_OF_LARGE_TILES = 128

@@ -18,9 +18,11 @@ from kvmix_compile.kernels.stepwise import stepwise
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
-from tests.kernels.every_pair import APPENDING, fits
-from tests.kernels.gpu.trials import check_chosen_append, random_chunk
+from tests.kernels.engine import PagedPair
+from tests.kernels.every_pair import APPENDING, PAGES, fits
+from tests.kernels.gpu.trials import PLACES, check_chosen_append, random_chunk
 from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
+from tests.kernels.page_checks import check_left_out, check_shared_pages
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 
@@ -45,7 +47,7 @@ def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype, grows: bool = F
     return Pair(triton_append.append, layout, batch, dtype, DEVICE, grows=grows, least_slots=1)
 
 
-@pytest.mark.parametrize("chosen", covering(APPENDING, fits), ids=named)
+@pytest.mark.parametrize("chosen", covering(APPENDING | PLACES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_append(chosen, DEVICE)
 
@@ -103,6 +105,26 @@ def test_equal_elements(constant: float) -> None:
         chunk = torch.full((1, 1, 100, 32), constant)
         pair.append(chunk, chunk, torch.tensor([0]))
         pair.check()
+
+
+@settings(max_examples=10)
+@given(with_important_keys(layouts), dtypes, st.sampled_from(PAGES), st.data())
+def test_it_writes_the_bytes_of_the_reference_into_pages(
+    layout: StateLayout, dtype: torch.dtype, page: tuple[int, int], data: st.DataObject
+) -> None:
+    pair = PagedPair(triton_append.append, layout, 2, dtype, page, DEVICE)
+    for tokens in data.draw(st.lists(st.sampled_from([1, 1, 2, 33, 70]), min_size=1, max_size=3)):
+        starts = torch.tensor([data.draw(st.sampled_from([0, 0, tokens // 2, tokens])) for _ in range(2)])
+        pair.append(*random_chunk(layout, 2, tokens, dtype, 1.0), starts)
+        pair.check()
+
+
+def test_rows_share_pages_and_complete_the_same_block_of_them() -> None:
+    check_shared_pages(triton_append.append, 1, DEVICE)
+
+
+def test_what_has_no_page_is_left_out() -> None:
+    check_left_out(triton_append.append, DEVICE)
 
 
 def test_a_block_without_room_is_not_written() -> None:

@@ -15,8 +15,8 @@ from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
-from tests.kernels.every_pair import ATTENDING, fits
-from tests.kernels.gpu.trials import LAUNCHES, beyond_half_precision, check_attend, check_chosen_attend
+from tests.kernels.every_pair import ATTENDING, PAGES, fits
+from tests.kernels.gpu.trials import LAUNCHES, PLACES, beyond_half_precision, check_attend, check_chosen_attend
 from tests.kernels.layouts import IMPORTANT_BITS
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
@@ -37,7 +37,7 @@ def check_both(case: Case) -> None:
         check_attend(case, splits=2, blocks=1, device=DEVICE, from_codes=from_codes)
 
 
-@pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES, fits), ids=named)
+@pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES | PLACES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_attend(chosen, DEVICE)
 
@@ -53,6 +53,12 @@ def test_it_is_the_reference(case: tuple[Case, Weighting], splits: int, blocks: 
 def test_it_reads_a_state_that_grew(case: tuple[Case, Weighting], splits: int) -> None:
     """A ring of no slots is none to it: on a GPU there are none."""
     check(case[0].as_grown(least_slots=1), splits, 1, case[1])
+
+
+@settings(max_examples=15)
+@given(weighted(cases()), st.sampled_from([1, 2]), st.sampled_from(PAGES))
+def test_it_reads_pages(case: tuple[Case, Weighting], splits: int, page: tuple[int, int]) -> None:
+    check_attend(case[0], splits, 1, case[1], device=DEVICE, page=page)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])

@@ -160,3 +160,18 @@ def test_appending(
     compiled = compile_append(chip, key, value, dim, dim, "bf16", windowed)
     show(chip, f"append {key.tiers}/{value_bits} bits, dim {dim}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chip]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "dim", "dtype"),
+    [(2, 2, 128, "bf16"), (4, 4, 64, "fp16")],
+)
+def test_over_pages(chip: int, key_bits: int, value_bits: int, dim: int, dtype: str) -> None:
+    key, value = precisions(key_bits, value_bits, 4, dim)
+    attending = compile_attend(chip, key, value, dim, dim, dtype, paged=True)
+    show(chip, f"attend over pages, {key_bits}/{value_bits} bits, dim {dim}, {dtype}", attending)
+    check_decoding(chip, attending)
+    appending = compile_append(chip, key, value, dim, dim, dtype, windowed=False, paged=True)
+    show(chip, f"append over pages, {key_bits}/{value_bits} bits, dim {dim}, {dtype}", appending)
+    assert appending.shared_bytes <= SHARED_MEMORY[chip]

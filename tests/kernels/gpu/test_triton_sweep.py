@@ -1,5 +1,5 @@
 """Every kernel that dispatch can choose compiles, for every chip: all pairs of bits, groups, scales, dimensions,
-dtypes, ways of attending and numbers of tokens.
+dtypes, ways of attending and numbers of tokens, over a state and over pages.
 
 Twenty minutes of a core: `make sweep` runs it and prints the table. CI compiles the sample of test_triton_compile.py.
 """
@@ -40,6 +40,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "value_group": (16, 32, 64),
     "dimensions": DIMENSIONS,
     "dtype": ("fp16", "bf16", "fp32"),
+    "paged": (False, True),
 }
 ATTENDING = {
     "extras": (
@@ -67,7 +68,9 @@ def fits(chosen: Combination) -> bool:
 @pytest.mark.parametrize("chosen", covering(COMMON | ATTENDING, fits), ids=named)
 def test_attend_compiles(chosen: Combination) -> None:
     compiled = compile_attend(
-        chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"], chosen["tokens"], chosen["extras"]
+        *(chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"], chosen["tokens"]),
+        extras=chosen["extras"],
+        paged=chosen["paged"],
     )
     show(chosen["chip"], f"attend, {named(chosen)}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chosen["chip"]]
@@ -79,7 +82,9 @@ def test_attend_compiles(chosen: Combination) -> None:
 @pytest.mark.parametrize("chosen", covering(COMMON | {"windowed": (False, True)}, fits), ids=named)
 def test_append_compiles(chosen: Combination) -> None:
     compiled = compile_append(
-        chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"], chosen["windowed"]
+        *(chosen["chip"], *precisions(chosen), *chosen["dimensions"], chosen["dtype"]),
+        windowed=chosen["windowed"],
+        paged=chosen["paged"],
     )
     show(chosen["chip"], f"append, {named(chosen)}", compiled)
     assert compiled.shared_bytes <= SHARED_MEMORY[chosen["chip"]]

@@ -15,13 +15,15 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.append_pair import Pair
 from tests.kernels.attend_cases import TOLERANCE, Case
 from tests.kernels.covering import Combination
-from tests.kernels.every_pair import Choices, case_of, layout_of, start_of
+from tests.kernels.engine import PagedPair
+from tests.kernels.every_pair import PAGES, Choices, case_of, layout_of, start_of
 
 triton_append = pytest.importorskip("kvmix_compile.kernels.gpu.append")
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
 code_rows = pytest.importorskip("kvmix_compile.kernels.gpu.code_rows")
 
 SMALLEST_QUERY_TILE = triton_attend.SMALLEST_QUERY_TILE
+PLACES: Choices = {"page": (None, *PAGES)}
 LAUNCHES: Choices = {
     "splits": (1, 2, 4),
     "blocks": (1, 2),
@@ -40,10 +42,12 @@ def check_attend(
     warps: int = 4,
     device: str = "cpu",
     from_codes: bool = False,
+    page: tuple[int, int] | None = None,
 ) -> float:
     """The largest difference from the reference; at most the tolerance of the dtype, or an AssertionError.
 
     from_codes: whether codes are multiplied as they are, where they can be.
+    page: tokens and blocks of pages that hold what the state does; None: the state itself.
     """
     expected = reference.attend(*case.arguments(weighting))
     queries = case.q.shape[1] // case.layout.kv_heads * case.q.shape[2]
@@ -53,7 +57,8 @@ def check_attend(
         from_codes = False
     launch = triton_attend.Launch(query_tile, -(-queries // query_tile), splits, blocks, warps, from_codes)
     on_device = case.poisoned().mapped(lambda tensor: tensor.to(device))
-    attended = triton_attend.attend(*on_device.arguments(weighting), launch=launch)
+    arguments = on_device.paged_arguments(page, weighting, device) if page else on_device.arguments(weighting)
+    attended = triton_attend.attend(*arguments, launch=launch)
     assert attended.dtype == case.q.dtype and attended.is_contiguous()
     tolerance = TOLERANCE[case.q.dtype]
     torch.testing.assert_close(attended.cpu(), expected, rtol=tolerance, atol=tolerance)
@@ -71,12 +76,16 @@ def check_chosen_attend(chosen: Combination, device: str = "cpu") -> float:
     """As check_attend, of choices of every_pair.ATTENDING and LAUNCHES."""
     case, weighting = case_of(chosen)
     launch = {name: chosen[name] for name in LAUNCHES}
-    return check_attend(case, weighting=weighting, device=device, **launch)
+    return check_attend(case, weighting=weighting, device=device, page=chosen["page"], **launch)
 
 
 def check_chosen_append(chosen: Combination, device: str = "cpu") -> None:
     """The reference's bytes, of choices of every_pair.APPENDING, or an AssertionError."""
-    pair = Pair(triton_append.append, layout_of(chosen), 2, chosen["dtype"], device)
+    made = layout_of(chosen), 2, chosen["dtype"]
+    page: tuple[int, int] | None = chosen["page"]
+    pair: Pair | PagedPair = (
+        PagedPair(triton_append.append, *made, page, device) if page else Pair(triton_append.append, *made, device)
+    )
     for tokens in chosen["chunks"]:
         k, v = random_chunk(pair.layout, 2, tokens, chosen["dtype"], 1.0)
         start = start_of(chosen, tokens)
