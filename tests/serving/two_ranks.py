@@ -1,4 +1,4 @@
-"""A tiny model on two ranks, over gloo; test_ranks.py starts it. Prints what was said, as JSON.
+"""A tiny model on two ranks, over gloo; test_ranks.py starts it. Writes what was said to FOLDER/said.json.
 
 python -m tests.serving.two_ranks FOLDER
 """
@@ -14,7 +14,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 from tests.serving.toy import Toy, engine, ids, written
 
 if __name__ == "__main__":
-    with engine(Toy("llama", Path(sys.argv[1])), tensor_parallel_size=2) as llm:
+    folder = Path(sys.argv[1])
+    with engine(Toy("llama", folder), tensor_parallel_size=2) as llm:
         found = [one for text in (ids(150), ids(150)) for one in written(llm, [text, ids(20, 9)])]
     said = [
         {
@@ -28,4 +29,4 @@ if __name__ == "__main__":
         }
         for one in found
     ]
-    print(json.dumps(said))
+    (folder / "said.json").write_text(json.dumps(said))
