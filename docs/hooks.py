@@ -22,6 +22,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGEL
 PACKAGES = {
     "kvmix_compile": "kvmix_compile",
     "kvmix_command": "kvmix_command",
+    "kvmix_vllm": "kvmix_vllm",
     "passes": "kvmix_compile.passes",
     "kernels": "kvmix_compile.kernels",
     "models_zoo": "kvmix_compile.models_zoo",

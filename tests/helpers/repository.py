@@ -3,8 +3,8 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What the command line declares: a package of its own.
-COMMAND = "kvmix_command"
+# Packages of their own: what the command line declares, and the plugin for vLLM.
+BESIDE = ("kvmix_command", "kvmix_vllm")
 # Each other folder of modules, and where it lies in the installed package.
 FOLDERS = {"kvmix_compile": "", "passes": "passes", "kernels": "kernels", "models_zoo": "models_zoo"}
 

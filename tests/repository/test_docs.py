@@ -21,7 +21,7 @@ PAGES = (
     *sorted((ROOT / "docs").glob("**/*.md")),
 )
 # Folders that pages name files of, and files that they name of others.
-FOLDERS = ("kvmix_compile", "kvmix_command", "passes", "kernels", "models_zoo", "benchmarks", "tests")
+FOLDERS = ("kvmix_compile", "kvmix_command", "kvmix_vllm", "passes", "kernels", "models_zoo", "benchmarks", "tests")
 OTHERS = {"argparse.py", "transformer.h", "llama.cpp"}
 PACKAGES = ("torch/", "transformers/")
 # What examples show and not every environment has: pyproject.toml's extra `clients`.

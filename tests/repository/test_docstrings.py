@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.repository import COMMAND, ROOT, modules
+from tests.helpers.repository import BESIDE, ROOT, modules
 
-FILES = [*modules().values(), *sorted((ROOT / COMMAND).glob("*.py"))]
+FILES = [*modules().values(), *(path for package in BESIDE for path in sorted((ROOT / package).glob("*.py")))]
 Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -1,5 +1,5 @@
 """What is installed: every module, header and page of the repository's folders, each once, under one package; and the
-command line's.
+packages beside it.
 """
 
 import subprocess
@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-from tests.helpers.repository import COMMAND, FOLDERS, ROOT
+from tests.helpers.repository import BESIDE, FOLDERS, ROOT
 
 
 def test_the_wheel_holds_every_module_header_and_page(tmp_path: Path) -> None:
     # Of a copy, as setuptools leaves what it builds in the folder.
-    names = [*FOLDERS, COMMAND, "pyproject.toml", "README.md", "LICENSE"]
+    names = [*FOLDERS, *BESIDE, "pyproject.toml", "README.md", "LICENSE"]
     copied = ["tar", "--exclude=__pycache__", "-cf", str(tmp_path / "sources.tar"), *names]
     subprocess.run(copied, cwd=ROOT, check=True)
     subprocess.run(["tar", "-xf", "sources.tar"], cwd=tmp_path, check=True)
@@ -26,5 +26,5 @@ def test_the_wheel_holds_every_module_header_and_page(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*")  # which follows no links
         if path.suffix in (".py", ".cpp", ".h", ".html", ".typed")
     }
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / COMMAND).glob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for package in BESIDE for path in (ROOT / package).glob("*.py")}
     assert sorted(held) == sorted(expected)
