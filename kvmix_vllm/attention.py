@@ -25,7 +25,7 @@ def attend_exactly(
     query: Tensor, chunk: Chunk, held: int, pages: Pages, storage: Storage, weighting: Weighting
 ) -> Tensor:
     """As attend, of one row, as if its tokens had come one by one (kernels.stepwise): each reads what lies behind its
-    recent window as it is stored, its own chunk's tokens too. The chunk has been appended.
+    recent window as it is stored, its own chunk's tokens too. The chunk, in the pages' dtype, has been appended.
 
     held: the tokens of the row before its chunk.
     """

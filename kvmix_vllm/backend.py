@@ -122,6 +122,8 @@ class PagedAttention(AttentionImpl[Any]):
             torch.ops.kvmix.append_paged(*append_arguments(rows.chunk(key, value), pages, storage))
         for rows in raw.step.read:
             chunk, pages = rows.chunk(key, value), pools.pages(rows, raw, packed)
+            if self._exact_chunks:
+                chunk = chunk.in_dtype(pages.dtype)
             if self._exact_chunks and rows.tokens > 1:
                 attended = attend_exactly(rows.of(query), chunk, rows.held, pages, storage, weighting)
             else:

@@ -136,8 +136,8 @@ def skipped_blocks(layout: StateLayout) -> int:
 
 
 def raw_bytes(layout: StateLayout, dtype: torch.dtype) -> int:
-    """Bytes of one head's keys and values of a token that is not quantized."""
-    return (layout.key_dim + layout.value_dim) * dtype.itemsize
+    """Bytes of one head's keys and values of a token that is not quantized, of a model in this dtype."""
+    return (layout.key_dim + layout.value_dim) * layout.unquantized_dtype(dtype).itemsize
 
 
 def paging(layouts: Mapping[str, StateLayout], dtype: torch.dtype) -> Paging:

@@ -25,12 +25,12 @@ class Pools:
 
     @classmethod
     def of(cls, layout: StateLayout, raw: Tensor, packed: Tensor | None, dtype: torch.dtype) -> Pools:
-        """Of one layer.
+        """Of one layer of a model in this dtype.
 
         raw: uint8 [pages, heads, tokens, bytes of a key and a value]. packed: uint8 [pages, heads, blocks, bytes of the
         keys and the values of a block]; None where nothing is packed.
         """
-        raw_k, raw_v = raw.view(dtype).split([layout.key_dim, layout.value_dim], dim=-1)
+        raw_k, raw_v = raw.view(layout.unquantized_dtype(dtype)).split([layout.key_dim, layout.value_dim], dim=-1)
         sizes = [
             layout.key.block_bytes(layout.key_dim, dtype.itemsize),
             layout.value.block_bytes(layout.value_dim, dtype.itemsize),

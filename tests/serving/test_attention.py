@@ -17,7 +17,7 @@ ONE = layout(sinks=4, recent=40)
 KEPT = Kept.of(ONE, PAGE)
 
 
-def empty_pages(length: int) -> Pages:
+def empty_pages(length: int, dtype: torch.dtype = torch.float32) -> Pages:
     """With a page for all that is packed of a row of so many tokens, and for each of its tokens."""
     raw = torch.arange(-(-length // PAGE), dtype=torch.int32)[None]
     packed = torch.arange(length // 32 // BLOCKS + 1, dtype=torch.int32)[None]
@@ -25,7 +25,7 @@ def empty_pages(length: int) -> Pages:
     return Pages(
         raw,
         packed,
-        *(torch.full((raw.shape[1], HEADS, PAGE, SIZE), torch.nan) for _ in range(2)),
+        *(torch.full((raw.shape[1], HEADS, PAGE, SIZE), torch.nan, dtype=dtype) for _ in range(2)),
         *(torch.zeros(packed.shape[1], HEADS, BLOCKS, count, dtype=torch.uint8) for count in bytes_of),
         ONE.sinks,
     )
@@ -38,18 +38,21 @@ def holding(pages: Pages, *lengths: int) -> Pages:
 
 
 @pytest.mark.parametrize("cuts", [(0, 200), (0, 3, 200), (0, 120, 121, 190), (0, 44, 45, 77, 200)])
-def test_it_is_what_stepwise_gives(cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_it_is_what_stepwise_gives(cuts: tuple[int, ...], kept: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(1, 2 * HEADS, cuts[-1], SIZE, generator=generator)
     key, value = torch.randn(2, 1, HEADS, cuts[-1], SIZE, generator=generator)
     weighting, start = Weighting(scale=SIZE**-0.5), torch.zeros(1, dtype=torch.int64)
-    pages, found = empty_pages(cuts[-1]), []
+    pages, found = empty_pages(cuts[-1], kept), []
     for held, end in zip(cuts, cuts[1:], strict=False):
-        chunk = Chunk(key[:, :, held:end], value[:, :, held:end], lengths=torch.tensor([held]), starts=start)
+        chunk = Chunk(key[:, :, held:end], value[:, :, held:end], lengths=torch.tensor([held]), starts=start).in_dtype(
+            kept
+        )
         step = holding(pages, held, end)
         torch.ops.kvmix.append_paged(*append_arguments(chunk, step, ONE.storage))
         found.append(attend_exactly(query[:, :, held:end], chunk, held, step, ONE.storage, weighting))
-    state = SiteState.allocate(ONE, 1, blocks=ONE.required_blocks(cuts[-1]), dtype=torch.float32)
+    state = SiteState.allocate(ONE, 1, blocks=ONE.required_blocks(cuts[-1]), dtype=kept)
     whole = Chunk(key, value, lengths=start, starts=start)
     given, extras = attend_arguments(query, whole, state, ONE.storage, weighting)
     expected = torch.ops.kvmix.attend_stepwise(*given, **extras)[0].transpose(0, 1)
