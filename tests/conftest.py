@@ -29,6 +29,7 @@ settings.load_profile("kvmix")
 # busy and the others idle.
 LONGEST = (
     "distributed/test_tensor_parallel.py",
+    "devices/test_device_map.py",
     "kernels/gpu/test_triton_interpreter.py",
     "backend/test_backend.py",
     "kernels/gpu/test_triton_compile.py",
