@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
+from kvmix_compile.kernels.gpu.pages import bytes_to_blocks
 from kvmix_compile.kernels.gpu.tiles import first_visible, load_unpacked, multiply, tiles_of_split, weigh
 from kvmix_compile.kernels.gpu.unpack import channels_in_order, part_of, unpack_keys, unpack_values
 
@@ -144,15 +145,21 @@ def attend_elements_kernel(
     head_of_packed_v = packed_v + (head * packed_v_head if PAGE_BLOCKS > 0 else state_head * capacity * value_bytes)
     # Of a window only the last blocks may be kept; elsewhere each lies in its own place.
     ring = capacity if SLIDING or CHUNKED else None
-    key_blocks = (packed + row * packed_row, packed_k_page, packed_k_place) if PAGE_BLOCKS > 0 else ring
-    value_blocks = (packed + row * packed_row, packed_v_page, packed_v_place) if PAGE_BLOCKS > 0 else ring
+    table = packed + row * packed_row if PAGE_BLOCKS > 0 else None
+    PAGED: tl.constexpr = PAGE_BLOCKS > 0
     for tile in tl.range(begin, tl.minimum(end, packed_tiles)):
         block = first_block + tile * BLOCKS
         token = SINKS + block * _TOKENS + place_in_tile
+        key_blocks = (
+            bytes_to_blocks(table, block, blocks, packed_k_page, packed_k_place, BLOCKS, PAGE_BLOCKS) if PAGED else ring
+        )
+        value_blocks = (
+            bytes_to_blocks(table, block, blocks, packed_v_page, packed_v_place, BLOCKS, PAGE_BLOCKS) if PAGED else ring
+        )
         scores = tl.zeros([QUERIES, TILE], tl.float32)
         for part in tl.static_range(len(KEYS)):
             keys = unpack_keys(
-                head_of_packed_k, key_blocks, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part), THREADS, PAGE_BLOCKS
+                head_of_packed_k, key_blocks, block, blocks, DTYPE, BLOCKS, part_of(KEYS, part), THREADS, PAGED
             )
             scores = multiply(queries[part], keys.trans(), scores)
         visible = is_query[:, None] & (token < SINKS + blocks * _TOKENS)[None, :]
@@ -161,9 +168,7 @@ def attend_elements_kernel(
         weights, highest, total, correction = weigh(
             scores, visible, token[None, :] - number[:, None], highest, total, scale_log2, softcap, slope, SOFTCAP
         )
-        values = unpack_values(
-            head_of_packed_v, value_blocks, block, blocks, DTYPE, BLOCKS, VALUE, THREADS, PAGE_BLOCKS
-        )
+        values = unpack_values(head_of_packed_v, value_blocks, block, blocks, DTYPE, BLOCKS, VALUE, THREADS, PAGED)
         attended = multiply(weights.to(DTYPE), values, attended * correction[:, None])
 
     head_of_k, head_of_v = k + row * k_row + head * k_head, v + row * v_row + head * v_head

@@ -20,9 +20,6 @@ from kvmix_compile.kernels.weighting import Weighting
 # waits for the lengths; with shorter chunks it never waits, and a step can be captured in a CUDA graph.
 PROMPT_TOKENS = 128
 
-# Bytes that a packed block is aligned to, which kernels load at once.
-BLOCK_ALIGNMENT = 8
-
 # Accumulators of wider heads do not fit a program's registers.
 WIDEST_HEAD = 256
 
@@ -97,6 +94,9 @@ def _check_contiguous(chunk: Chunk, state: SiteState) -> None:
 
 
 def _check_pages(chunk: Chunk, pages: Pages) -> None:
+    # There is Triton where there are pages to be checked.
+    from kvmix_compile.kernels.gpu.pages import BLOCK_ALIGNMENT
+
     if not all(map(Tensor.is_contiguous, (chunk.lengths, chunk.starts))):
         raise KVMixError("lengths and starts must be contiguous: call .contiguous() on them")
     if any(tensor.stride()[-1] != 1 for tensor in pages.tensors()):

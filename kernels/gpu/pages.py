@@ -16,6 +16,9 @@ from kvmix_compile.kernels.format.pages import Pages
 from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import SiteState
 
+# Bytes that packed blocks of pages are aligned to, so that several are loaded at once.
+BLOCK_ALIGNMENT = 8
+
 
 @dataclass(frozen=True)
 class Places:
@@ -56,6 +59,20 @@ class Places:
         tensors = (None, None, pages.packed_k, pages.packed_v, pages.raw_k, pages.raw_v)
         widths = {"raw_width": pages.raw.shape[1], "packed_width": pages.packed.shape[1]}
         return cls(tensors, 0, pages.raw.shape[1] * pages.raw_tokens, arguments, widths)
+
+
+@triton.jit
+def bytes_to_blocks(table, first, end, page_stride, block_stride, BLOCKS: tl.constexpr, PAGE: tl.constexpr):
+    """From where a head's part of a pool begins to each of BLOCKS blocks from the first on, or to the last one before
+    `end` again: a tuple of int64. Once for a tile: an entry that each thread looked up for each byte would cost as much
+    as all the rest.
+    """
+    found = tl.tuple([])
+    for index in tl.static_range(BLOCKS):
+        block = tl.minimum(first + index, end - 1)
+        page = tl.load(table + block // PAGE).to(tl.int64)
+        found += (page * page_stride + block % PAGE * block_stride,)
+    return found
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from triton.language.extra import libdevice
 
 from kvmix_compile.kernels.format.packing import PLANES
 from kvmix_compile.kernels.format.precision import BLOCK_EXTREMES_BYTES, BLOCK_TOKENS, Part, Precision
-from kvmix_compile.kernels.gpu.pages import offset_in_pages
+from kvmix_compile.kernels.gpu.pages import BLOCK_ALIGNMENT
 
 # Where the mask $2 is not set, a byte's higher bits take the lower ones' places: $1 & $2 | $1 >> 1 & ~$2.
 HALVED = tl.constexpr("{ .reg .b32 higher; shr.u32 higher, $1, 1; lop3.b32 $0, $1, higher, $2, 0xE4; }")
@@ -30,6 +30,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 _TOKENS = tl.constexpr(BLOCK_TOKENS)
 _EXTREMES_BYTES = tl.constexpr(BLOCK_EXTREMES_BYTES)
+_BLOCK_ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)
 _NIBBLE_LEVELS = tl.constexpr(15.0)
 _FLOAT16_MAX = tl.constexpr(65504.0)
 
@@ -135,23 +136,23 @@ def unpack_keys(
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
     THREADS: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """A part of the keys of blocks first to first + BLOCKS - 1, zero from block `end` on: [BLOCKS * 32, places].
 
     blocks: pointer to the bytes of the head's block 0, or to its first byte in the pool of pages.
     places: None where each block lies in its own place; how many there is room for where later ones may have taken the
-    places of earlier ones; or of pages (row of the table, strides from page to page and from block to block).
-    THREADS: of a program. PAGE: blocks of a page, or 0 where there are none.
+    places of earlier ones; or, where they are PAGED, bytes to each of the BLOCKS (pages.py), which are two at most.
+    THREADS: of a program.
     """
     if FORMAT.bits == 16:
-        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGE)
+        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGED)
     blocks += FORMAT.first_byte
     PER_BLOCK: tl.constexpr = _TOKENS // FORMAT.group
     GROUPS: tl.constexpr = BLOCKS * PER_BLOCK
     group = tl.arange(0, GROUPS)
     block = first + group // PER_BLOCK
-    offset = _offset_of(first, group // PER_BLOCK, end, places, FORMAT, PAGE)
+    offset = _offset_of(first, group // PER_BLOCK, places, FORMAT, PAGED)
     metadata = (blocks + FORMAT.code_bytes + offset)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, FORMAT.padded_width)[None, None, :]
@@ -159,7 +160,7 @@ def unpack_keys(
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGE)
+    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGED)
     SHAPE: tl.constexpr = (GROUPS, FORMAT.group, 1, FORMAT.padded_width)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -183,16 +184,16 @@ def unpack_values(
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
     THREADS: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """As unpack_keys; values have all their channels in one part."""
     if FORMAT.bits == 16:
-        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGE)
+        return _load_elements(blocks, places, first, end, DTYPE, BLOCKS, FORMAT, PAGED)
     PER_TOKEN: tl.constexpr = FORMAT.head_dim // FORMAT.group
     RUNS: tl.constexpr = FORMAT.padded_width // FORMAT.run
     token = tl.arange(0, BLOCKS * _TOKENS)
     block = first + token // _TOKENS
-    offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+    offset = _offset_of(first, token // _TOKENS, places, FORMAT, PAGED)
     metadata = (blocks + FORMAT.code_bytes + offset)[:, None, None]
     slice_ = tl.arange(0, FORMAT.slices)[None, :, None]
     within = tl.arange(0, RUNS)[None, None, :] * FORMAT.run
@@ -200,7 +201,7 @@ def unpack_values(
     is_block = (block < end)[:, None, None]
     scale, zero_point = load_metadata(metadata, index, is_block, within < FORMAT.width, FORMAT, THREADS, EXACT=False)
     scale, zero_point = _of_codes(scale, zero_point, DTYPE, FORMAT)
-    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGE)
+    low, high = _load_planes(blocks, places, first, end, BLOCKS, FORMAT, PAGED)
     SHAPE: tl.constexpr = (BLOCKS * _TOKENS, 1, RUNS, FORMAT.run)
     elements = _dequantized(
         low.reshape(SHAPE),
@@ -225,11 +226,10 @@ def _slot_of(first, offset, capacity):
 
 
 @triton.jit
-def _offset_of(first, offset, end, places, FORMAT: tl.constexpr, PAGE: tl.constexpr):
-    """Bytes to where block first + offset lies; those from block `end` on are not read. The rest: unpack_keys."""
-    if PAGE > 0:
-        table, page_stride, block_stride = places
-        return offset_in_pages(first + offset, first + offset < end, table, page_stride, block_stride, PAGE)
+def _offset_of(first, offset, places, FORMAT: tl.constexpr, PAGED: tl.constexpr):
+    """Bytes to where block first + offset lies. The rest: unpack_keys."""
+    if PAGED:
+        return tl.where(offset == 0, places[0], places[len(places) - 1])
     else:
         return _slot_of(first, offset, places) * FORMAT.block_bytes
 
@@ -243,13 +243,13 @@ def _load_elements(
     DTYPE: tl.constexpr,
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     token = tl.arange(0, BLOCKS * _TOKENS)
     channel, is_channel = channels_in_order(FORMAT)
     mask = (first + token // _TOKENS < end)[:, None] & is_channel[None, :]
-    if PAGE > 0:
-        offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+    if PAGED:
+        offset = _offset_of(first, token // _TOKENS, places, FORMAT, PAGED)
         of_block = (blocks + offset).to(tl.pointer_type(DTYPE))
         elements = (of_block + token % _TOKENS * FORMAT.head_dim)[:, None]
     else:
@@ -259,7 +259,7 @@ def _load_elements(
 
 
 @triton.jit
-def _load_planes(blocks, places, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr, PAGE: tl.constexpr):
+def _load_planes(blocks, places, first, end, BLOCKS: tl.constexpr, FORMAT: tl.constexpr, PAGED: tl.constexpr):
     """The bytes of the lowest plane, and for 3 bits those of the high one: uint8 [BLOCKS * 32, padded_width] each.
 
     Bit 2 * i of a high byte belongs to the code in field i of the low one.
@@ -267,11 +267,14 @@ def _load_planes(blocks, places, first, end, BLOCKS: tl.constexpr, FORMAT: tl.co
     token = tl.arange(0, BLOCKS * _TOKENS)
     within = tl.arange(0, FORMAT.padded_width)
     mask = (first + token // _TOKENS < end)[:, None] & (within < FORMAT.width)[None, :]
-    offset = _offset_of(first, token // _TOKENS, end, places, FORMAT, PAGE)
+    offset = _offset_of(first, token // _TOKENS, places, FORMAT, PAGED)
     rows = blocks + offset + token % _TOKENS * FORMAT.width
     pointers = rows[:, None] + within[None, :]
     if _one_thread_would_load(FORMAT.padded_width):
         pointers = tl.max_contiguous(pointers, [1, FORMAT.padded_width // 2])
+    if PAGED:
+        # Of strides that are no constants the compiler does not know how rows are aligned.
+        pointers = tl.multiple_of(pointers, [1, _row_alignment(FORMAT.width)])
     low = tl.load(pointers, mask=mask, other=0)
     if FORMAT.bits != 3:
         return low, low
@@ -280,6 +283,12 @@ def _load_planes(blocks, places, first, end, BLOCKS: tl.constexpr, FORMAT: tl.co
     rows = blocks + _TOKENS * FORMAT.width + offset + token % _TOKENS * HALF
     high = tl.load(rows[:, None] + (within % HALF)[None, :], mask=mask, other=0)
     return low, _halved(high, within // HALF)
+
+
+@triton.constexpr_function
+def _row_alignment(width):
+    """Of rows of so many bytes, in blocks of pages."""
+    return min(width & -width, _BLOCK_ALIGNMENT.value)
 
 
 @triton.constexpr_function
