@@ -16,6 +16,9 @@ from urllib.request import Request, urlopen
 
 from tests.helpers.repository import ROOT
 
+# Of the memory of the machine that tests run on, a little.
+CACHE_BYTES = 500_000_000
+
 # In seconds: what a server takes to start on two slow cores, and the longest request.
 START, ANSWER = 900, 900
 
@@ -49,7 +52,8 @@ def serving(folder: Path, log: Path, plan: Path | None = None, **options: Any) -
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"dtype": "float32", "port": port, "served-model-name": "smollm2", "max-model-len": 2048, **options}
+    common = {"dtype": "float32", "port": port, "served-model-name": "smollm2", "kv-cache-memory-bytes": CACHE_BYTES}
+    common |= options
     if plan is not None:
         common["additional-config"] = json.dumps({"kvmix": {"plan": str(plan)}})
     given = [part for name, value in common.items() for part in (f"--{name}", str(value))]

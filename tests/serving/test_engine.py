@@ -87,6 +87,13 @@ def test_adapters_have_caches_of_their_own(toy: Toy, llm: Any) -> None:
     assert largest_difference(toy, adapted) > 2 * ROUNDING
 
 
+def test_nothing_is_done_unless_it_is_asked_for(toy: Toy) -> None:
+    with engine(toy, additional_config={}) as llm:
+        (found,) = written(llm, [ids(150, 9)])
+    assert largest_difference(toy, found, twin=toy.model) < 1e-3
+    assert largest_difference(toy, found) > 2 * ROUNDING
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral"])
 def test_models_with_windows(name: str, tmp_path: Path) -> None:
     """Layers of which nothing is ever packed, beside others or alone."""
