@@ -23,7 +23,7 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.single_nodes import StatefulModule
 from kvmix_compile.passes.files import replacing
 from kvmix_compile.passes.graph.plain import PlainNode, as_graph, as_plain
-from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
+from kvmix_compile.passes.graph.rounding import difference, tolerance_of
 from kvmix_compile.passes.rewrite import original
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, constants, over, single_nodes
 from kvmix_compile.passes.untouched.digest import digest
@@ -181,4 +181,5 @@ def _gives_logits_of(program: Program, model: nn.Module) -> bool:
         inputs = (part, held.seen + every[None], every)
         none = torch.zeros(1, dtype=torch.int64, device=ids.device)
         logits.append(held.run(program.graph, inputs, none, part.shape[1]).float())
-    return difference(torch.cat(logits, dim=1), expected) <= TOLERANCE[program.parameter_dtype]
+    tolerance = tolerance_of(program.parameter_dtype, *program.format.state_dtypes)
+    return difference(torch.cat(logits, dim=1), expected) <= tolerance

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.capture.signature import caching
-from kvmix_compile.passes.graph.rounding import TOLERANCE
+from kvmix_compile.passes.graph.rounding import tolerance_of
 from kvmix_compile.passes.rewrite.stored_form import append_to
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.program import Program
@@ -59,7 +59,8 @@ def _nearest(
 ) -> tuple[int, Place]:
     """The layer that caches what a site does, and how. Raises InputError where none does."""
     layout, stored = held.layouts[site], program.own_plan.stored_sites()[site]
-    best, found, device = TOLERANCE[program.parameter_dtype], None, program.site_devices[site]
+    best, found = tolerance_of(program.parameter_dtype, expected.dtype), None
+    device = program.site_devices[site]
     for layer, pair in cached.items():
         for swapped in (False, True):
             key, value = pair[::-1] if swapped else pair

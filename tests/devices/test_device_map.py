@@ -17,7 +17,7 @@ from tests.helpers.repository import ROOT
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
 
 # In seconds: a few times what it takes on two slow cores.
-TIME_OUT = 1200
+TIME_OUT = 480
 
 # The largest difference of logits that the order of sums makes.
 ROUNDING = 1e-4
@@ -41,8 +41,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def largest(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The largest difference of two tensors, wherever they are."""
-    one, other = (tensor.cpu() for tensor in pair)
+    """The largest difference of two tensors."""
+    one, other = pair
     return (one - other).abs().max().item()
 
 
@@ -72,7 +72,7 @@ def test_the_graph_is_verified_and_the_model_left_as_it_was(found: dict[str, Any
 
 def test_logits_are_where_the_token_ids_were(found: dict[str, Any]) -> None:
     assert {found[name]["where logits are"] for name in MODELS} == {DEVICES[0]}
-    assert found["llama"]["spread"]["logits"].device.type == "cpu"  # as the ids that it was given
+    assert found["llama"]["spread"]["logits are on"] == "cpu"  # as the ids that it was given
 
 
 def test_what_goes_to_another_device_goes_there_once(found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 import kvmix_compile
@@ -81,6 +82,7 @@ def given_by(twin: Any, folder: Path) -> dict[str, Any]:
     return {
         "plan": twin.kvmix_plan,
         "logits": torch.cat([prompt, step], dim=1),
+        "logits are on": prompt.device.type,
         "goes on from a file": torch.equal(step, again),
         "bytes": cache.nbytes,
         "devices": [str(state.recent_k.device) for state in cache.states],
@@ -263,7 +265,8 @@ def main(folder: Path) -> None:
     found["folders"] = of_folders(plan, folder)
     found["refusals"] = of_refusals(plan, twin)
     found["refresh"] = of_refresh(kvmix_compile.apply(spread(toy("llama")), plan=plan))
-    torch.save(found, folder / "found.pt")
+    # Who looks at it has no such devices.
+    torch.save(tree_map_only(Tensor, Tensor.cpu, found), folder / "found.pt")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from kvmix_compile.models_zoo.plain import hand_written
 from kvmix_compile.models_zoo.tiny import tiny
 from kvmix_compile.runtime import kept
 from tests.helpers.one_capture import applied
-from tests.helpers.toy_llama import ids, quantized, quantized_twin
+from tests.helpers.toy_llama import RECENT, SINKS, ids, quantized, quantized_twin
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,13 @@ def test_the_second_start_gives_the_same_and_captures_nothing(folder: Path) -> N
     given = {"attention_mask": mask, "max_new_tokens": 50, "do_sample": False}
     assert torch.equal(again.generate(ids(2, 90), **given), before.generate(ids(2, 90), **given))
     assert len(files(folder)) == 1
+
+
+def test_so_does_that_of_more_layers_though_each_keeps_its_tokens_as_float16() -> None:
+    deep = tiny("llama", num_hidden_layers=3)
+    made = kvmix_compile.apply(deep, budget=2.3, calibration=ids(1, 64), sinks=SINKS, recent=RECENT).kvmix_plan
+    with mock.patch.object(compiler, "capture", side_effect=AssertionError("it was captured")):
+        kvmix_compile.apply(tiny("llama", num_hidden_layers=3), plan=made)
 
 
 def test_what_is_known_of_the_model_is_kept_with_it() -> None:

@@ -126,7 +126,7 @@ def read(plan: Plan, *chunks: int) -> Tensor:
 
 def test_what_is_done_to_keys_and_values_is_done_to_the_queries() -> None:
     """Rotated, divided by powers of two, and in an order of their own, they give the original's logits where none are
-    packed yet.
+    packed yet, but for what keeping them as float16 rounds off.
     """
     plan = plan_of(3)
     changed = {
@@ -139,7 +139,7 @@ def test_what_is_done_to_keys_and_values_is_done_to_the_queries() -> None:
     }
     plan = replace(plan, sites=tuple(replace(site, **changed) for site in plan.sites), sinks=64, recent=128)
     expected = zoo("deepseek_v3")(ids(2, 131)).logits
-    torch.testing.assert_close(read(plan, 100, 1, 30), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(read(plan, 100, 1, 30), expected, atol=0.02, rtol=1e-3)
 
 
 def test_a_cache_holds_no_more_numbers_than_the_models_own() -> None:
