@@ -295,7 +295,7 @@ _attend_kernels = {
 _paged_kernels = {
     "CompositeExplicitAutograd": (paged.append, paged.attend),
     "CPU": (cpu_paged.append, cpu_paged.attend),
-    "CUDA": (dispatch.append_paged_on_cuda, dispatch.attend_paged_on_cuda),
+    "CUDA": (dispatch.append_on_cuda, dispatch.attend_on_cuda),
 }
 for _key in _append_kernels:
     _append, _attend = _append_kernels[_key], attending_any_dtype(_attend_kernels[_key])

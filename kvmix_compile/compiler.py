@@ -33,9 +33,9 @@ from kvmix_compile.passes.measure.exponents import described, with_fitting_expon
 from kvmix_compile.passes.measure.importance import (
     Importance,
     check_reachable,
-    check_rows,
     fingerprint,
     measure,
+    usable_rows,
     usual_context,
 )
 from kvmix_compile.passes.measure.one_path import capture_to_measure
@@ -190,7 +190,7 @@ def _applied(
         if compile:
             _check_one_device(model)
             check_compiler(next(parameter.device for parameter in model.parameters()))
-        text = None if given else _given_calibration(model, report, config)
+        text = None if given else given_calibration(model, report, config)
     _check_same_call(ranks, config, text is None, verify, compile)
     with report.timed("look up"):
         start = Start.of(model)
@@ -277,7 +277,7 @@ def analyze(
             tokenizer=tokenizer, calibration=calibration, recent_window=recent_window, sinks=sinks, recent=recent
         ).checked()
         report = Report(type(model).__name__)
-        text = _given_calibration(model, report, config)
+        text = given_calibration(model, report, config)
     _check_same_call(ranks, config, text is None)
     check_weights(model)
     with report.timed("capture"):
@@ -301,7 +301,7 @@ def examine(model: nn.Module, config: Config, *, progress: bool = False) -> tupl
     Raises BudgetError, AllocationError, PlanError or CalibrationError for what the model cannot be given.
     """
     report, given = Report(type(model).__name__), config.given_plan
-    text = _given_calibration(model, report, config)
+    text = given_calibration(model, report, config)
     found = _found_or_problem(model, report)
     if found is None:
         return report, None
@@ -420,12 +420,12 @@ def _verify(found: Found, report: Report) -> None:
         report.verified = verify_rewrite(captured, found.sites)
 
 
-def _given_calibration(model: nn.Module, report: Report, config: Config) -> Calibration | None:
+def given_calibration(model: nn.Module, report: Report, config: Config) -> Calibration | None:
     """What to measure on, made before anything else so that it is refused then; None where the model is to write it."""
     if config.tokenizer is None and config.calibration is None:
         return None
     text = _calibration(model, report, config, CALIBRATION_LENGTH)
-    check_rows(text.rows)
+    usable_rows(text.rows)  # or refused
     return text
 
 
@@ -441,14 +441,21 @@ def _planned(importance: Importance, report: Report, config: Config) -> Plan:
     return plan
 
 
-def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
-    """`text`: what to measure on, made anew where it is longer than the model's context, or not yet made."""
-    model, ranks = found.captured.original, found.captured.ranks
-    length = min(CALIBRATION_LENGTH, found.captured.longest_context or CALIBRATION_LENGTH)
+def rows_to_measure(found: Found, report: Report, config: Config, text: Calibration | None) -> list[Tensor]:
+    """Rows of token ids on the model's device, int64 `[tokens]` each, the same on all ranks. `text`: they are of this,
+    made anew where it is longer than the model's context, or not yet made.
+    """
+    captured = found.captured
+    length = min(CALIBRATION_LENGTH, captured.longest_context or CALIBRATION_LENGTH)
     if text is None or text.longest > length:
-        text = _calibration(model, report, config, length)
+        text = _calibration(captured.original, report, config, length)
     report.calibration = text.source
-    rows = [row.to(found.captured.parameter.device) for row in ranks.told(text.rows)[0]]
+    return [row.to(captured.parameter.device) for row in captured.ranks.told(text.rows)[0]]
+
+
+def _measure(found: Found, report: Report, config: Config, text: Calibration | None, progress: bool) -> Importance:
+    """`text`: as of `rows_to_measure`."""
+    rows = rows_to_measure(found, report, config, text)
     sinks, recent = config.unquantized
     with report.timed("measure"), progress_bar("measuring importance", len(rows), progress) as advance:
         return measure(found.captured, found.sites, rows, sinks=sinks, recent=recent, on_row=advance)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvmix_vllm.settings import Settings
 
 _WRAPPED = "wrapped_by_kvmix"
 
@@ -42,13 +45,11 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 def _checked(create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The server's own process: before anything is loaded."""
     config = create(*args, **kwargs)
-    if _is_asked_for(config):
+    if (settings := _asked_for(config)) is not None:
         import vllm
 
-        from kvmix_vllm.settings import asked_for, check
+        from kvmix_vllm.settings import check
 
-        settings = asked_for(config)
-        assert settings is not None
         check(config, settings, vllm.__version__)
     return config
 
@@ -76,32 +77,36 @@ def _served(init: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) ->
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
-    if not _is_asked_for(config):
+    if (settings := _asked_for(config)) is None:
         return init(layer, *args, **kwargs)
     from kvmix_vllm.backend import PagedBackend
     from kvmix_vllm.layers import serve
-    from kvmix_vllm.settings import asked_for
 
     kwargs["attn_backend"] = kwargs.get("attn_backend") or PagedBackend
     init(layer, *args, **kwargs)
-    settings = asked_for(config)
-    assert settings is not None
     return serve(layer, config, settings)
 
 
 def _reported(initialize: Callable[..., Any], worker: Any, allotted: Any) -> Any:
     """A worker's process: before pages are made."""
     config = worker.vllm_config
-    if _is_asked_for(config):
+    if (settings := _asked_for(config)) is not None:
         from kvmix_vllm.report import check_groups, report
-        from kvmix_vllm.settings import asked_for
 
-        settings, own = asked_for(config), allotted[worker.global_rank]
-        assert settings is not None
+        own = allotted[worker.global_rank]
         check_groups(config, own)
         if worker.global_rank == 0:
             report(config, settings, own)
     return initialize(worker, allotted)
+
+
+def _asked_for(config: Any) -> Settings | None:
+    """What is asked for. Of this project nothing is imported where that is nothing."""
+    if not _is_asked_for(config):
+        return None
+    from kvmix_vllm.settings import asked_for
+
+    return asked_for(config)
 
 
 def _is_asked_for(config: Any) -> bool:

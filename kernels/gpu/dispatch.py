@@ -24,51 +24,33 @@ PROMPT_TOKENS = 128
 WIDEST_HEAD = 256
 
 
-def append_on_cuda(chunk: Chunk, state: SiteState, storage: Storage) -> None:
-    """As reference.append."""
+def append_on_cuda(chunk: Chunk, held: SiteState | Pages, storage: Storage) -> None:
+    """As reference.append; or as paged.append, but for pages that are missing: what is packed must lie in one."""
     if not _triton_serves(chunk):
-        reference.append(chunk, state, storage)
-        return
+        if isinstance(held, Pages):
+            return paged.append(chunk, held, storage)
+        return reference.append(chunk, held, storage)
     from kvmix_compile.kernels.gpu import append as triton_append
 
-    _check_contiguous(chunk, state)
+    _check(chunk, held)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(chunk.key.device):
-        triton_append.append(chunk, state, storage)
+        return triton_append.append(chunk, held, storage)
 
 
-def attend_on_cuda(query: Tensor, chunk: Chunk, state: SiteState, storage: Storage, weighting: Weighting) -> Tensor:
-    """As reference.attend."""
+def attend_on_cuda(
+    query: Tensor, chunk: Chunk, held: SiteState | Pages, storage: Storage, weighting: Weighting
+) -> Tensor:
+    """As reference.attend; or as paged.attend, but for pages that are missing: what is seen must lie in one."""
     if _reference_serves(query, chunk, weighting):
-        return reference.attend(query, chunk, state, storage, weighting)
+        if isinstance(held, Pages):
+            return paged.attend(query, chunk, held, storage, weighting)
+        return reference.attend(query, chunk, held, storage, weighting)
     from kvmix_compile.kernels.gpu import attend as triton_attend
 
-    _check_contiguous(chunk, state)
+    _check(chunk, held)
     with torch.cuda.device(query.device):
-        return triton_attend.attend(query, chunk, state, storage, weighting)
-
-
-def append_paged_on_cuda(chunk: Chunk, pages: Pages, storage: Storage) -> None:
-    """As paged.append, but for pages that are missing: what is packed must lie in one."""
-    if not _triton_serves(chunk):
-        paged.append(chunk, pages, storage)
-        return
-    from kvmix_compile.kernels.gpu import append as triton_append
-
-    _check_pages(chunk, pages)
-    with torch.cuda.device(chunk.key.device):
-        triton_append.append(chunk, pages, storage)
-
-
-def attend_paged_on_cuda(query: Tensor, chunk: Chunk, pages: Pages, storage: Storage, weighting: Weighting) -> Tensor:
-    """As paged.attend, but for pages that are missing: what is seen must lie in one."""
-    if _reference_serves(query, chunk, weighting):
-        return paged.attend(query, chunk, pages, storage, weighting)
-    from kvmix_compile.kernels.gpu import attend as triton_attend
-
-    _check_pages(chunk, pages)
-    with torch.cuda.device(query.device):
-        return triton_attend.attend(query, chunk, pages, storage, weighting)
+        return triton_attend.attend(query, chunk, held, storage, weighting)
 
 
 def _reference_serves(query: Tensor, chunk: Chunk, weighting: Weighting) -> bool:
@@ -86,6 +68,14 @@ def _triton_serves(chunk: Chunk) -> bool:
 @lru_cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def _check(chunk: Chunk, held: SiteState | Pages) -> None:
+    """Raise KVMixError where Triton's kernels cannot read what they are given."""
+    if isinstance(held, Pages):
+        _check_pages(chunk, held)
+    else:
+        _check_contiguous(chunk, held)
 
 
 def _check_contiguous(chunk: Chunk, state: SiteState) -> None:

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from kvmix_compile.calibration import build_calibration
-from kvmix_compile.compiler import CALIBRATION_LENGTH, find_in
+from kvmix_compile.compiler import CALIBRATION_LENGTH, find_in, given_calibration, rows_to_measure
 from kvmix_compile.config import Config
 from kvmix_compile.engines.plan import EngineLayer, EnginePlan
 from kvmix_compile.errors import AllocationError, BudgetError
@@ -25,12 +24,10 @@ from kvmix_compile.passes.allocate.whole_layers import (
     within_budget,
     within_loss,
 )
-from kvmix_compile.passes.capture.ranks import Ranks
 from kvmix_compile.passes.capture.weights import check_weights
 from kvmix_compile.passes.measure.format_losses import check_no_latents, measure_formats
-from kvmix_compile.passes.measure.importance import check_rows, usual_context
+from kvmix_compile.passes.measure.importance import usual_context
 from kvmix_compile.passes.measure.one_path import capture_to_measure
-from kvmix_compile.passes.untouched.untouched import untouched
 from kvmix_compile.progress import progress_bar
 from kvmix_compile.report import Report
 
@@ -130,19 +127,12 @@ def analyze(
     if scales not in get_args(Scales):
         raise AllocationError(f"scales are {' or '.join(get_args(Scales))}, not {scales!r}")
     config = Config(tokenizer=tokenizer, calibration=calibration).checked()
-    given = None
-    if tokenizer is not None or calibration is not None:
-        given = build_calibration(model, config.tokenizer, config.calibration, length=CALIBRATION_LENGTH)
-        check_rows(given.rows)
+    report = Report(type(model).__name__)
+    text = given_calibration(model, report, config)
     check_weights(model)
-    captured = capture_to_measure(model, CALIBRATION_LENGTH)
-    found = find_in(captured, Report(type(model).__name__))
+    found = find_in(capture_to_measure(model, CALIBRATION_LENGTH), report)
     check_no_latents(found.sites)
-    length = min(CALIBRATION_LENGTH, found.captured.longest_context or CALIBRATION_LENGTH)
-    if given is None or given.longest > length:
-        with untouched(model):
-            given = build_calibration(model, config.tokenizer, config.calibration, length=length)
-    rows = [row.to(found.captured.parameter.device) for row in Ranks.of(model).told(given.rows)[0]]
+    rows = rows_to_measure(found, report, config, text)
     with progress_bar("measuring formats", len(rows), progress) as advance:
         layers = measure_formats(
             found.captured, found.sites, rows, (FP8, NVFP4), calibrated=scales == "calibrated", on_row=advance

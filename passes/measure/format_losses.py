@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.format.floats import FloatFormat, fitting_scale
-from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.passes.allocate.whole_layers import LayerLosses
 from kvmix_compile.passes.capture.captured import Captured
 from kvmix_compile.passes.errors import UnsupportedModelError
 from kvmix_compile.passes.match.mixing import running
 from kvmix_compile.passes.match.sites import AttentionSite
 from kvmix_compile.passes.measure.exponents import check_finite
-from kvmix_compile.passes.measure.importance import check_rows
+from kvmix_compile.passes.measure.importance import usable_rows
 from kvmix_compile.passes.measure.products import products_in_float32
 from kvmix_compile.passes.measure.read_again import KeyReaders
 from kvmix_compile.passes.measure.recorder import Recorder
@@ -50,8 +49,7 @@ def measure_formats(
     Raises UnsupportedModelError for latents, CalibrationError where all rows are too short.
     """
     check_no_latents(sites)
-    check_rows(rows)
-    rows = [row for row in rows if row.numel() >= BLOCK_TOKENS]
+    rows = usable_rows(rows)
     recorder, products = Recorder(captured, sites), products_in_float32(captured.model)
     keys = [_Tally(tuple(each for each in formats if each.fits(site.key_dim))) for site in sites]
     values = [_Tally(tuple(each for each in formats if each.fits(site.value_dim))) for site in sites]

@@ -128,13 +128,15 @@ def _site_plan(site: SiteImportance, key: Precision, value: Precision, rotated: 
     )
 
 
-def check_rows(rows: Sequence[Tensor]) -> None:
-    """Raise CalibrationError where all rows are too short to measure anything on."""
-    if all(row.numel() < BLOCK_TOKENS for row in rows):
+def usable_rows(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Those long enough to measure something on. Raises CalibrationError where none is."""
+    usable = [row for row in rows if row.numel() >= BLOCK_TOKENS]
+    if not usable:
         raise CalibrationError(
             f"calibration needs a row of at least {BLOCK_TOKENS} tokens, the block that is quantized together: pass "
             "longer texts"
         )
+    return usable
 
 
 def measure(
@@ -150,8 +152,7 @@ def measure(
 
     The model's weights need no gradient and get none. `on_row` is called after each row.
     """
-    check_rows(rows)
-    rows = [row for row in rows if row.numel() >= BLOCK_TOKENS]
+    rows = usable_rows(rows)
     recorder = Recorder(captured, sites)
     keys = [Tally(candidates_for(site.key_dim, Axis.TOKENS), Axis.TOKENS) for site in sites]
     values = [Tally(candidates_for(site.value_dim, Axis.CHANNELS), Axis.CHANNELS) for site in sites]

@@ -199,6 +199,6 @@ def test_pages_that_triton_cannot_read_are_refused_on_cuda(
     case, pages = paged_case(1, [0, 0])
     wrong = pages._replace(**changed(pages))
     with pytest.raises(KVMixError, match=message):
-        dispatch.append_paged_on_cuda(case.chunk, wrong, LAYOUT.storage)
+        dispatch.append_on_cuda(case.chunk, wrong, LAYOUT.storage)
     with pytest.raises(KVMixError, match=message):
-        dispatch.attend_paged_on_cuda(case.q, case.chunk, wrong, LAYOUT.storage, Weighting(0.25))
+        dispatch.attend_on_cuda(case.q, case.chunk, wrong, LAYOUT.storage, Weighting(0.25))
