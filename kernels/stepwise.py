@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,19 @@ def is_one_piece(query: Tensor, storage: Storage) -> bool:
     return query.shape[2] == 1 or not is_read_otherwise
 
 
+Length = TypeVar("Length", int, Tensor)
+
+
+def slots_before(length: Length, unpacked: int) -> Length:
+    """The slots of a chunk's first piece that come before its tokens, in a row that holds `length`: all tokens of a
+    piece of BLOCK_TOKENS slots find the same blocks packed.
+
+    unpacked: the most tokens that a row holds before any is packed.
+    """
+    # Blocks are packed with the token that finds one more than `unpacked` and whole blocks before it.
+    return (length - unpacked - 1) % BLOCK_TOKENS
+
+
 @dataclass(frozen=True)
 class _Cut:
     """Where the rows of a chunk are cut. Token t of a row, its padding not counted, is slot ``t + before`` of the
@@ -76,11 +90,8 @@ class _Cut:
     @classmethod
     def of(cls, chunk: Chunk, unpacked: int) -> _Cut:
         """unpacked: the most tokens that a row holds before any is packed."""
-        starts, lengths = chunk.starts[:, None], chunk.lengths[:, None]
-        # Blocks are packed with the token that finds one more than `unpacked` and whole blocks before it.
-        before = (lengths - unpacked - 1) % BLOCK_TOKENS
-        longest = chunk.key.shape[2]
-        return cls(starts, lengths, tokens=longest - starts, before=before, longest=longest)
+        starts, lengths, longest = chunk.starts[:, None], chunk.lengths[:, None], chunk.key.shape[2]
+        return cls(starts, lengths, tokens=longest - starts, before=slots_before(lengths, unpacked), longest=longest)
 
     @property
     def pieces(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.format.pages import Pages
@@ -11,8 +12,8 @@ from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 from kvmix_compile.kernels.format.state import packed_blocks
 from kvmix_compile.kernels.format.storage import Storage
 from kvmix_compile.kernels.ops import attend_arguments
+from kvmix_compile.kernels.stepwise import slots_before
 from kvmix_compile.kernels.weighting import Weighting
-from kvmix_vllm.steps import pieces
 
 
 def attend(query: Tensor, chunk: Chunk, pages: Pages, storage: Storage, weighting: Weighting) -> Tensor:
@@ -32,22 +33,24 @@ def attend_exactly(
     if held + chunk.key.shape[2] <= pages.sinks + storage.recent:
         # Nothing is packed yet, or ever.
         return attend(query, chunk, pages, storage, weighting)
-    cuts = pieces(held, chunk.key.shape[2], pages.sinks + storage.recent)
-    device = query.device
-    first, end = torch.tensor(cuts, device=device).unbind(1)
-    # A row for each piece, its padding first; padding is read by nobody, any token will do.
-    starts = BLOCK_TOKENS - (end - first)
-    slot = torch.arange(BLOCK_TOKENS, device=device)
-    token = (end[:, None] - BLOCK_TOKENS + slot).clamp(min=0)
+    before = slots_before(held, pages.sinks + storage.recent)
+    count = -(-(before + chunk.key.shape[2]) // BLOCK_TOKENS)
 
     def cut(tokens: Tensor) -> Tensor:
-        return tokens[0][:, token].transpose(0, 1)
+        # What stands behind the last token is seen by no token, and what is found for it is left out.
+        behind = count * BLOCK_TOKENS - before - tokens.shape[2]
+        return pad(tokens[0], (0, 0, before, behind)).unflatten(1, (count, BLOCK_TOKENS)).transpose(0, 1)
 
-    rows = Chunk(key=cut(chunk.key), value=cut(chunk.value), lengths=held + first, starts=starts)
-    given, extras = attend_arguments(
-        cut(query), rows, _with_chunk(chunk, held, pages, storage, len(cuts)), storage, weighting
+    number = torch.arange(count, device=query.device)
+    rows = Chunk(
+        key=cut(chunk.key),
+        value=cut(chunk.value),
+        lengths=held + (number * BLOCK_TOKENS - before).clamp(min=0),
+        starts=(number == 0) * before,
     )
-    return torch.ops.kvmix.attend_paged(*given, **extras).transpose(1, 2)[slot >= starts[:, None]]
+    with_chunk = _with_chunk(chunk, held, pages, storage, count)
+    attended = attend(cut(query), rows, with_chunk, storage, weighting)
+    return attended[before : before + chunk.key.shape[2]]
 
 
 def _with_chunk(chunk: Chunk, held: int, pages: Pages, storage: Storage, rows: int) -> Pages:
@@ -59,7 +62,7 @@ def _with_chunk(chunk: Chunk, held: int, pages: Pages, storage: Storage, rows: i
     first = pages.sinks + BLOCK_TOKENS * packed_blocks(held, pages.sinks, storage.recent)
     numbers = sorted({*range(-(-min(pages.sinks, end) // size)), *range(first // size, -(-end // size))})
     number = torch.tensor(numbers, device=device)
-    known = torch.nn.functional.pad(pages.raw[0], (0, numbers[-1] + 1), value=-1)[number].clamp(min=0)
+    known = pad(pages.raw[0], (0, numbers[-1] + 1), value=-1)[number].clamp(min=0)
     table = torch.full((numbers[-1] + 1,), -1, dtype=torch.int32, device=device)
     table[number] = torch.arange(len(numbers), dtype=torch.int32, device=device)
     token = torch.arange(held, end, device=device)

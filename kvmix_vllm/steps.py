@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kvmix_compile.kernels.chunk import Chunk
-from kvmix_compile.kernels.format.precision import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,3 @@ def _lines(tokens: Sequence[int], held: Sequence[int], lengths: Tensor, shared_a
             yield Rows(row, end, token, tokens[row], held[row], lengths[row:end], starts[row:end]), follows[row]
         token += sum(tokens[row:end])
         row = end
-
-
-def pieces(held: int, tokens: int, unpacked: int) -> list[tuple[int, int]]:
-    """Where a chunk, of a row that holds `held` tokens before it, is to be cut so that all tokens of a piece find the
-    same blocks packed: first and end of each, from 0.
-
-    unpacked: the most tokens that a row holds before any is packed.
-    """
-    first_cut = (unpacked + 1 - held) % BLOCK_TOKENS
-    cuts = [0, *range(first_cut or BLOCK_TOKENS, tokens, BLOCK_TOKENS), tokens]
-    return list(zip(cuts, cuts[1:], strict=False))

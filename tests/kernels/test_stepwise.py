@@ -11,10 +11,10 @@ from torch import Tensor
 from kvmix_compile.kernels import reference
 from kvmix_compile.kernels.chunk import Chunk
 from kvmix_compile.kernels.cpu import binding
-from kvmix_compile.kernels.format.precision import Precision
+from kvmix_compile.kernels.format.precision import BLOCK_TOKENS, Precision
 from kvmix_compile.kernels.format.shape import SiteShape
-from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout
-from kvmix_compile.kernels.stepwise import Attend, stepwise
+from kvmix_compile.kernels.format.state import ENDLESS, SiteState, StateLayout, packed_blocks
+from kvmix_compile.kernels.stepwise import Attend, slots_before, stepwise
 from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.layouts import drawn_layouts, with_important_keys
 
@@ -130,3 +130,13 @@ def test_what_is_stored_as_it_is_is_read_in_one_piece(layout: StateLayout) -> No
 
     one_text(layout).read(stepwise(counted, reference.append), [50])
     assert calls == [50, 70]
+
+
+@given(held=st.integers(0, 300), tokens=st.integers(1, 300), sinks=st.sampled_from([0, 4, 64]))
+def test_all_tokens_of_a_piece_find_the_same_blocks_packed(held: int, tokens: int, sinks: int) -> None:
+    recent = 40
+    before = slots_before(held, sinks + recent)
+    assert 0 <= before < BLOCK_TOKENS
+    for first in range(-before, tokens, BLOCK_TOKENS):
+        piece = range(max(0, first), min(tokens, first + BLOCK_TOKENS))
+        assert len({packed_blocks(held + token, sinks, recent) for token in piece}) == 1

@@ -1,11 +1,8 @@
-"""The rows of a step, and where a chunk is cut."""
+"""The rows of a step."""
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kvmix_compile.kernels.format.state import packed_blocks
-from kvmix_vllm.steps import Step, pieces
+from kvmix_vllm.steps import Step
 
 
 def step(*rows: tuple[int, int], shared_at: int = 96) -> Step:
@@ -38,13 +35,3 @@ def test_tokens_of_rows_are_found_in_the_step() -> None:
     one, chunk = step((10, 1), (20, 1), (0, 4)).read
     assert one.of(flat).tolist() == [[[[0]], [[1]]], [[[2]], [[3]]]]
     assert chunk.of(flat).tolist() == [[[[4], [6], [8], [10]], [[5], [7], [9], [11]]]]
-
-
-@given(held=st.integers(0, 300), tokens=st.integers(1, 300), sinks=st.sampled_from([0, 4, 64]))
-def test_all_tokens_of_a_piece_find_the_same_blocks_packed(held: int, tokens: int, sinks: int) -> None:
-    recent = 40
-    cuts = pieces(held, tokens, sinks + recent)
-    assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == tokens
-    for first, end in cuts:
-        assert 0 < end - first <= 32
-        assert len({packed_blocks(held + token, sinks, recent) for token in range(first, end)}) == 1
