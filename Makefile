@@ -25,7 +25,7 @@ CLIENTS_VENV ?= .venv-clients
 SERVE_VENV ?= .venv-serve
 # Those with tests that take minutes to compile, which `make test` leaves out.
 COMPILED_TESTS := $(addprefix tests/,kernels/gpu/test_compiled.py kernels/gpu/test_triton_compile.py \
-  distributed/test_compiled_ranks.py)
+  kernels/gpu/test_triton_interpreter.py distributed/test_compiled_ranks.py)
 
 .PHONY: demo test test-compiled test-releases clients serve-test check docs fuzz sweep instructions ptx gpu clean
 

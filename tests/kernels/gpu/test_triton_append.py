@@ -20,7 +20,7 @@ from tests.kernels.append_pair import Pair
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.engine import PagedPair
 from tests.kernels.every_pair import APPENDING, PAGES, fits
-from tests.kernels.gpu.trials import PLACES, check_chosen_append, random_chunk
+from tests.kernels.gpu.trials import PLACES, check_chosen_append, in_long_runs, random_chunk
 from tests.kernels.layouts import IMPORTANT_BITS, drawn_layouts, with_important_keys
 from tests.kernels.page_checks import check_left_out, check_shared_pages
 
@@ -47,6 +47,12 @@ def pair_of(layout: StateLayout, batch: int, dtype: torch.dtype, grows: bool = F
     return Pair(triton_append.append, layout, batch, dtype, DEVICE, grows=grows, least_slots=1)
 
 
+@pytest.mark.parametrize("chosen", covering(APPENDING | PLACES, fits, together=1), ids=named)
+def test_each_choice(chosen: Combination) -> None:
+    check_chosen_append(chosen, DEVICE)
+
+
+@in_long_runs(DEVICE)
 @pytest.mark.parametrize("chosen", covering(APPENDING | PLACES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_append(chosen, DEVICE)

@@ -16,7 +16,14 @@ from kvmix_compile.kernels.weighting import Weighting
 from tests.kernels.attend_cases import Case, cases, weighted
 from tests.kernels.covering import Combination, covering, named
 from tests.kernels.every_pair import ATTENDING, PAGES, fits
-from tests.kernels.gpu.trials import LAUNCHES, PLACES, beyond_half_precision, check_attend, check_chosen_attend
+from tests.kernels.gpu.trials import (
+    LAUNCHES,
+    PLACES,
+    beyond_half_precision,
+    check_attend,
+    check_chosen_attend,
+    in_long_runs,
+)
 from tests.kernels.layouts import IMPORTANT_BITS
 
 triton_attend = pytest.importorskip("kvmix_compile.kernels.gpu.attend")
@@ -37,6 +44,12 @@ def check_both(case: Case) -> None:
         check_attend(case, splits=2, blocks=1, device=DEVICE, from_codes=from_codes)
 
 
+@pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES | PLACES, fits, together=1), ids=named)
+def test_each_choice(chosen: Combination) -> None:
+    check_chosen_attend(chosen, DEVICE)
+
+
+@in_long_runs(DEVICE)
 @pytest.mark.parametrize("chosen", covering(ATTENDING | LAUNCHES | PLACES, fits), ids=named)
 def test_every_two_choices_meet(chosen: Combination) -> None:
     check_chosen_attend(chosen, DEVICE)

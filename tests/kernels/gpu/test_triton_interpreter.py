@@ -25,14 +25,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """The tests of each operation in a process of their own, all at once: the interpreter uses one core."""
+def started(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The tests of each operation that have a mark, or have none, in a process of their own, all at once: the
+    interpreter uses one core.
+    """
     # Triton decides as it is imported, once for a process.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     processes = {}
     for operation in OPERATIONS:
         tests = Path(__file__).with_name(f"test_triton_{operation}.py")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", request.param, str(tests)]
         processes[operation] = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -42,6 +44,7 @@ def started() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("started", ["not choices", pytest.param("choices", marks=pytest.mark.choices)], indirect=True)
 def test_in_the_interpreter(operation: str, started: dict[str, subprocess.Popen[str]]) -> None:
     output, _ = started[operation].communicate()
     assert started[operation].returncode == 0, output[-5000:]

@@ -33,6 +33,11 @@ LAUNCHES: Choices = {
 }
 
 
+def in_long_runs(device: str) -> pytest.MarkDecorator:
+    """A mark for tests that take a minute of Triton's interpreter, and not of a GPU."""
+    return pytest.mark.choices if device == "cpu" else pytest.mark.usefixtures()
+
+
 def check_attend(
     case: Case,
     splits: int,
