@@ -19,7 +19,8 @@ class CacheFormat:
     weights: the fingerprint of those that the keys and values were computed with. carried: what layers carry from token
     to token besides. begins_whole: whether there is room for all first and recent tokens from the beginning, as what is
     compiled for a state's sizes needs it. ranks: the processes whose caches belong together; the plan is of this one's
-    heads.
+    heads. rounds_nothing: whether first and recent tokens stay in the dtype that they are computed in, as in no cache
+    but that of a trial.
     """
 
     plan: Plan
@@ -30,10 +31,13 @@ class CacheFormat:
     carried: tuple[CarriedState, ...] = ()
     begins_whole: bool = False
     ranks: Ranks = Ranks()
+    rounds_nothing: bool = False
 
     @property
     def state_dtypes(self) -> tuple[torch.dtype, ...]:
         """Of each site's first and recent tokens as its state keeps them."""
+        if self.rounds_nothing:
+            return self.dtypes
         pairs = zip(self.plan.layouts(), self.dtypes, strict=True)
         return tuple(layout.unquantized_dtype(dtype) for layout, dtype in pairs)
 

@@ -77,6 +77,14 @@ def test_without_it_the_cut_is_seen() -> None:
     assert same(one_by_one, token_by_token("llama"), rounding=5e-4)
 
 
+def test_positions_are_counted_though_keys_that_are_rounded_to_float16_weigh_more() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data *= 16
+    numbering = applied(model, plan=quantized().kvmix_plan, exact_chunks=True).kvmix_program.numbering
+    assert numbering == quantized().kvmix_program.numbering
+
+
 def test_saved_loaded_and_copied(tmp_path: Path) -> None:
     model = exact("llama")
     past = KVMixCache(model)
