@@ -278,8 +278,9 @@ class CompiledModel(nn.Module):
             return self._run(input_ids, None, position_ids, cache, 0)
 
     def without_past(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The logits of every token, with nothing cached and no more checks than `forward` leaves to be made. Where chunks
-        are exact, nothing is rounded to the dtype that first and recent tokens are kept in.
+        """The logits of every token, with nothing cached and no more checks than `forward` leaves to be made.
+
+        Where chunks are exact, nothing is rounded to the dtype that first and recent tokens are kept in.
         """
         cache = KVMixCache(replace(self.kvmix_program.format, rounds_nothing=True))
         with torch.no_grad():
