@@ -4,7 +4,8 @@
 
 FOLDER holds the model. Requests arrive as a Poisson process, their prompts have the given lengths in turn, and every
 other one begins with what all of these have in common. Each contender has a process of its own, one after the other,
-with the same seed: without a plan, with it, and with it where chunks are not exact.
+with the same seed: without a plan, with it, and with it where chunks are not exact. Where machines are noisy, --runs
+takes these in turn several times, and the median of each figure is reported.
 
 Reported of each: the tokens that fit, by vLLM's own count; the most requests at once, and the most tokens that these
 had read or written; preemptions; tokens written a second, in all and in steps in which no prompt was read or waited;
@@ -79,26 +80,35 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true", help="as vLLM compiles; else eager")
     parser.add_argument("--output", help="a file for what was found, as JSON")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contenders", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--runs", type=int, default=1, help="of each contender")
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.contender:
+    if options.only:
         print(json.dumps(asdict(measure(options))))
         return
-    rows = [_in_a_process(name) for name in CONTENDERS]
+    runs = [[_in_a_process(name) for name in options.contenders] for _ in range(options.runs)]
+    rows = [middle(rows) for rows in zip(*runs, strict=True)]
     for row in rows:
         print(_line(row))
     if options.output:
         made = circumstances("benchmarks.serving", torch.device("cpu"))
-        write_json(Path(options.output), {**made, "vllm": rows[0]["vllm"], "rows": rows})
+        write_json(Path(options.output), {**made, "vllm": rows[0]["vllm"], "rows": rows, "runs": runs})
 
 
 def _in_a_process(contender: str) -> dict[str, Any]:
     """What one found, with the options of this process."""
-    command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--contender", contender]
+    command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--only", contender]
     # In one process: then the engine does nothing between the steps that are asked of it.
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+def middle(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each figure of several runs the median; what is no number is the same in all."""
+    figures = {name for name, value in rows[0].items() if isinstance(value, int | float)}
+    return {name: median(row[name] for row in rows) if name in figures else rows[0][name] for name in rows[0]}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -132,7 +142,7 @@ def measure(options: argparse.Namespace) -> Found:
     """Sends all requests to one contender, in this process."""
     import vllm
 
-    chosen = CONTENDERS[options.contender]
+    chosen = CONTENDERS[options.only]
     llm = vllm.LLM(
         options.folder,
         dtype=options.dtype,
@@ -145,7 +155,7 @@ def measure(options: argparse.Namespace) -> Found:
     )
     config = llm.llm_engine.vllm_config
     sent = requests(options.prompt, options.requests, options.rate, config.model_config.get_vocab_size())
-    found = Found(options.contender, config.cache_config.kv_cache_size_tokens, vllm=vllm.__version__)
+    found = Found(options.only, config.cache_config.kv_cache_size_tokens, vllm=vllm.__version__)
     begin = time.perf_counter()
     _answer(llm, sent, options.tokens, found)
     seconds = time.perf_counter() - begin
