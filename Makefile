@@ -37,8 +37,8 @@ demo: $(READY)
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST)
 
-# Triton kernels compiled for sm_80 and sm_90, and carried out as they are compiled, each choice of options once; and what
-# Inductor compiles in two processes.
+# Triton kernels compiled for sm_80 and sm_90, and carried out as they are compiled, each choice of options once, and in
+# Triton's interpreter, every two of them together; and what Inductor compiles in two processes.
 test-compiled: $(READY)
 	@$(VENV)/bin/python -m pytest -n auto -m choices $(COMPILED_TESTS)
 
