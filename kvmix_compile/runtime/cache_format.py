@@ -1,6 +1,8 @@
 """Cache format: what a model's keys and values are kept as, and whose they are."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +34,13 @@ class CacheFormat:
     begins_whole: bool = False
     ranks: Ranks = Ranks()
     rounds_nothing: bool = False
+
+    @property
+    def of_a_trial(self) -> CacheFormat:
+        """The same of a cache that rounds nothing: what a graph gives of so few tokens that none is packed yet is the
+        model's own, but for the order of sums.
+        """
+        return replace(self, rounds_nothing=True)
 
     @property
     def state_dtypes(self) -> tuple[torch.dtype, ...]:

@@ -23,7 +23,7 @@ from kvmix_compile.passes.allocate.plan import Plan
 from kvmix_compile.passes.capture.single_nodes import StatefulModule
 from kvmix_compile.passes.files import replacing
 from kvmix_compile.passes.graph.plain import PlainNode, as_graph, as_plain
-from kvmix_compile.passes.graph.rounding import difference, tolerance_of
+from kvmix_compile.passes.graph.rounding import TOLERANCE, difference
 from kvmix_compile.passes.rewrite import original
 from kvmix_compile.passes.rewrite.rewrite import Rewritten, constants, over, single_nodes
 from kvmix_compile.passes.untouched.digest import digest
@@ -175,11 +175,10 @@ def _gives_logits_of(program: Program, model: nn.Module) -> bool:
     ids = program.random_ids(length)
     with untouched(model):
         expected = original.whole(model, ids)
-    held, logits = KVMixCache(program.format), []
+    held, logits = KVMixCache(program.format.of_a_trial), []
     for part in ids.split(CHUNKS[0], dim=1):
         every = torch.arange(part.shape[1], device=ids.device)
         inputs = (part, held.seen + every[None], every)
         none = torch.zeros(1, dtype=torch.int64, device=ids.device)
         logits.append(held.run(program.graph, inputs, none, part.shape[1]).float())
-    tolerance = tolerance_of(program.parameter_dtype, *program.format.state_dtypes)
-    return difference(torch.cat(logits, dim=1), expected) <= tolerance
+    return difference(torch.cat(logits, dim=1), expected) <= TOLERANCE[program.parameter_dtype]

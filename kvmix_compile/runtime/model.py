@@ -278,13 +278,11 @@ class CompiledModel(nn.Module):
             return self._run(input_ids, None, position_ids, cache, 0)
 
     def without_past(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The logits of every token, with nothing cached and no more checks than `forward` leaves to be made.
-
-        Where chunks are exact, nothing is rounded to the dtype that first and recent tokens are kept in.
+        """The logits of every token, with nothing cached, as a trial, and no more checks than `forward` leaves to be
+        made.
         """
-        cache = KVMixCache(replace(self.kvmix_program.format, rounds_nothing=True))
         with torch.no_grad():
-            return self._run(input_ids, attention_mask, None, cache, 0)
+            return self._run(input_ids, attention_mask, None, KVMixCache(self.kvmix_program.format.of_a_trial), 0)
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Those that ask for anything. Raises InputError for what no compiled model can do."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvmix_compile.errors import InputError
 from kvmix_compile.kernels.format.state import SiteState
 from kvmix_compile.passes.capture.signature import caching
-from kvmix_compile.passes.graph.rounding import tolerance_of
+from kvmix_compile.passes.graph.rounding import TOLERANCE
 from kvmix_compile.passes.rewrite.stored_form import append_to
 from kvmix_compile.runtime.cache import KVMixCache
 from kvmix_compile.runtime.program import Program
@@ -42,7 +42,7 @@ def find_places(model: Any, forward: Callable[..., Any]) -> Places:
     length = 1 if program.numbering.together else min(TOKENS, program.longest_context or TOKENS)
     ids = program.random_ids(length)
     positions = {"position_ids": torch.arange(length, device=ids.device)[None]} if program.numbering.is_input else {}
-    recording, held = _Recording(), KVMixCache(model)
+    recording, held = _Recording(), KVMixCache(program.format.of_a_trial)
     forward(input_ids=ids, **{program.cache_name: recording}, **caching(forward, True), **positions)
     model.read_ids(ids, held, **positions)
     places: dict[int, list[Place]] = {layer: [] for layer in recording.layers_seen}
@@ -59,8 +59,7 @@ def _nearest(
 ) -> tuple[int, Place]:
     """The layer that caches what a site does, and how. Raises InputError where none does."""
     layout, stored = held.layouts[site], program.own_plan.stored_sites()[site]
-    best, found = tolerance_of(program.parameter_dtype, expected.dtype), None
-    device = program.site_devices[site]
+    best, found, device = TOLERANCE[program.parameter_dtype], None, program.site_devices[site]
     for layer, pair in cached.items():
         for swapped in (False, True):
             key, value = pair[::-1] if swapped else pair

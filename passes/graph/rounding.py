@@ -10,11 +10,6 @@ from kvmix_compile.passes.graph.vocabulary import tensor_of
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.25}
 
 
-def tolerance_of(*dtypes: torch.dtype) -> float:
-    """That of the coarsest of these."""
-    return max(TOLERANCE[dtype] for dtype in dtypes)
-
-
 def coarsest_dtype(graph: fx.Graph) -> torch.dtype:
     """The floating dtype with the fewest digits of all that the graph computes in. Parts of it
     may compute in another than its weights have.
