@@ -23,7 +23,7 @@ RELEASE_TESTS := $(addprefix tests/,repository/test_upstream.py repository/test_
 OLD_VENV := .venv-oldest
 CLIENTS_VENV ?= .venv-clients
 SERVE_VENV ?= .venv-serve
-# Those with tests that take minutes to compile, which `make test` leaves out.
+# Those with tests that take minutes, which `make test` leaves out.
 COMPILED_TESTS := $(addprefix tests/,kernels/gpu/test_compiled.py kernels/gpu/test_triton_compile.py \
   kernels/gpu/test_triton_interpreter.py distributed/test_compiled_ranks.py)
 

@@ -30,27 +30,26 @@ def attend_exactly(
 
     held: the tokens of the row before its chunk.
     """
-    if held + chunk.key.shape[2] <= pages.sinks + storage.recent:
+    tokens, unpacked = query.shape[2], pages.sinks + storage.recent
+    if held + tokens <= unpacked:
         # Nothing is packed yet, or ever.
         return attend(query, chunk, pages, storage, weighting)
-    before = slots_before(held, pages.sinks + storage.recent)
-    count = -(-(before + chunk.key.shape[2]) // BLOCK_TOKENS)
+    before = slots_before(held, unpacked)
+    # What stands behind the last token is seen by no token, and what is found for it is left out.
+    behind = -(before + tokens) % BLOCK_TOKENS
 
-    def cut(tokens: Tensor) -> Tensor:
-        # What stands behind the last token is seen by no token, and what is found for it is left out.
-        behind = count * BLOCK_TOKENS - before - tokens.shape[2]
-        return pad(tokens[0], (0, 0, before, behind)).unflatten(1, (count, BLOCK_TOKENS)).transpose(0, 1)
+    def cut(given: Tensor) -> Tensor:
+        return pad(given[0], (0, 0, before, behind)).unflatten(1, (-1, BLOCK_TOKENS)).transpose(0, 1)
 
-    number = torch.arange(count, device=query.device)
+    first = torch.arange(-before, tokens, BLOCK_TOKENS, device=query.device)
     rows = Chunk(
         key=cut(chunk.key),
         value=cut(chunk.value),
-        lengths=held + (number * BLOCK_TOKENS - before).clamp(min=0),
-        starts=(number == 0) * before,
+        lengths=held + first.clamp(min=0),
+        starts=(-first).clamp(min=0),
     )
-    with_chunk = _with_chunk(chunk, held, pages, storage, count)
-    attended = attend(cut(query), rows, with_chunk, storage, weighting)
-    return attended[before : before + chunk.key.shape[2]]
+    with_chunk = _with_chunk(chunk, held, pages, storage, len(first))
+    return attend(cut(query), rows, with_chunk, storage, weighting)[before : before + tokens]
 
 
 def _with_chunk(chunk: Chunk, held: int, pages: Pages, storage: Storage, rows: int) -> Pages:

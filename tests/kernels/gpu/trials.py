@@ -1,5 +1,6 @@
 """The Triton kernels beside the reference: on a GPU, in Triton's interpreter, or as they are compiled for a chip."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -33,9 +34,9 @@ LAUNCHES: Choices = {
 }
 
 
-def in_long_runs(device: str) -> pytest.MarkDecorator:
-    """A mark for tests that take a minute of Triton's interpreter, and not of a GPU."""
-    return pytest.mark.choices if device == "cpu" else pytest.mark.usefixtures()
+def in_long_runs(device: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks a test that takes a minute of Triton's interpreter, and not of a GPU."""
+    return pytest.mark.choices if device == "cpu" else lambda test: test
 
 
 def check_attend(
