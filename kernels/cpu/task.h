@@ -13,7 +13,7 @@ namespace {
 
 // Up to so many queries it is cheaper to fold scales and zero points into them than to dequantize a block.
 constexpr int FOLDED_QUERIES = 8;
-constexpr int TASK_QUERIES = 64;
+constexpr int TASK_QUERIES = 128;
 constexpr double LOG2_E = 1.4426950408889634;
 // Tokens of a stretch, in tiles of 32, for each FOLDED_QUERIES queries: few enough that a short context still fills
 // some threads, and enough that results to be joined are a small part of what was read.
