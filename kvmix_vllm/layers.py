@@ -22,7 +22,7 @@ from kvmix_vllm.backend import RAW, PagedAttention, PagedBackend
 from kvmix_vllm.pages import Paging, is_packed, paging
 from kvmix_vllm.settings import ServingError, Settings
 from kvmix_vllm.sites import ServedSite, site_of
-from kvmix_vllm.specs import PackedSpec, RawSpec
+from kvmix_vllm.specs import PackedSpec, PackedWindowSpec, RawSpec
 
 
 class RawPages(AttentionLayerBase):
@@ -73,7 +73,9 @@ def specs_of(site: ServedSite, pages: Paging, dtype: torch.dtype) -> tuple[Atten
     """What vLLM is told of a layer, and of its second one, if it has one."""
     layout = site.stored.layout
     raw = RawSpec.of(layout, pages, dtype)
-    return (PackedSpec.of(layout, pages.packed[site.name]), raw) if is_packed(layout) else (raw, None)
+    if not is_packed(layout):
+        return raw, None
+    return (PackedWindowSpec if layout.window else PackedSpec).of(layout, pages.packed[site.name]), raw
 
 
 @lru_cache(maxsize=1)

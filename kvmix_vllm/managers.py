@@ -1,7 +1,8 @@
 """Which pages a request holds, in vLLM's scheduler.
 
-Packed pages are those of all tokens: vLLM's own manager of full attention serves them. Unquantized tokens are another
-matter: sinks stay, recent tokens move on, and what a prompt's chunk packs at once never needs a page of them.
+Packed pages are those of all tokens: vLLM's own manager of full attention serves them. Where layers see a window, a row
+holds what its last chunk packed and what its window saw before that. Unquantized tokens are another matter: sinks stay,
+recent tokens move on, and what a prompt's chunk packs at once never needs a page of them.
 
     pages of a row of 4096 tokens     [ sinks ][ sinks ][ - ][ - ] ..  [ - ][ recent ][ recent ][ recent ][ recent ]
 
@@ -27,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from kvmix_vllm.specs import PackedSpec, RawSpec
+from kvmix_vllm.specs import KeptSpec, PackedSpec, PackedWindowSpec, RawSpec
 
 # Of all blocks, the part that must be free before recent tokens are kept for requests that may never come.
 SPARE_PART = 8
@@ -36,7 +37,7 @@ SPARE_PART = 8
 class RawManager(SingleTypeKVCacheManager):
     """The pages of unquantized tokens, each at its place in a row's table; the null block where there is none."""
 
-    def __init__(self, kv_cache_spec: RawSpec, **options: Any) -> None:
+    def __init__(self, kv_cache_spec: KeptSpec, **options: Any) -> None:
         super().__init__(kv_cache_spec, **options)
         self.kept = kv_cache_spec.kept
         # The first page, behind the sinks, that has not been freed yet.
@@ -57,19 +58,21 @@ class RawManager(SingleTypeKVCacheManager):
     ) -> int:
         """Blocks that allocate_new_blocks will take from the pool, and those that a hit takes back from it."""
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        new = sum(self.kept.is_kept(page, num_tokens) for page in range(held, self.kept.pages(num_tokens)))
-        return new + self._get_num_evictable_blocks(new_computed_blocks)
+        return sum(self._added_pages(held, num_tokens)) + self._get_num_evictable_blocks(new_computed_blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Pages for a row that will have so many tokens: for those that it keeps, and null blocks for the others."""
         blocks = self.req_to_blocks[request_id]
-        places = range(len(blocks), self.kept.pages(num_tokens))
-        needed = [self.kept.is_kept(page, num_tokens) for page in places]
+        needed = self._added_pages(len(blocks), num_tokens)
         taken = iter(self._take(sum(needed)))
         added = [next(taken) if is_needed else self._null_block for is_needed in needed]
         self._added[request_id] = (len(blocks), added)
         blocks.extend(added)
         return added
+
+    def _added_pages(self, held: int, num_tokens: int) -> list[bool]:
+        """For each page of a row of so many tokens behind the `held` first ones, whether a block is taken for it."""
+        return [self.kept.is_kept(page, num_tokens) for page in range(held, self.kept.pages(num_tokens))]
 
     def cache_blocks(
         self,
@@ -142,7 +145,7 @@ class RawManager(SingleTypeKVCacheManager):
         """The pages of the longest row, a multiple of `alignment_tokens`, all of whose sinks and recent tokens are
         there.
         """
-        kept = cast(RawSpec, kv_cache_spec).kept
+        kept = cast(KeptSpec, kv_cache_spec).kept
         hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
@@ -186,7 +189,7 @@ class RawManager(SingleTypeKVCacheManager):
         """Whether each page is of use to a row that begins with this text, whose length `alignment_tokens` divides."""
         if alignment_tokens is None:
             return None
-        kept = cast(RawSpec, kv_cache_spec).kept
+        kept = cast(KeptSpec, kv_cache_spec).kept
 
         def row(page: int) -> int:
             # The shortest that such a page may lie in.
@@ -195,8 +198,16 @@ class RawManager(SingleTypeKVCacheManager):
         return [kept.is_kept(page, row(page)) for page in range(start_block, end_block)]
 
 
+class PackedWindowManager(RawManager):
+    """The packed pages of layers that see a window. A chunk's tokens may see whatever it packs, each in its window."""
+
+    def _added_pages(self, held: int, num_tokens: int) -> list[bool]:
+        return [True] * (self.kept.pages(num_tokens) - held)
+
+
 def register_managers(config: VllmConfig) -> None:
     """Tells vLLM who manages what. Its own specs first: it adds none of them where it finds any."""
     register_all_kvcache_specs(config)
     KVCacheSpecRegistry.register(PackedSpec, FullAttentionManager, uniform_type_base_spec=FullAttentionSpec)
+    KVCacheSpecRegistry.register(PackedWindowSpec, PackedWindowManager, uniform_type_base_spec=PackedWindowSpec)
     KVCacheSpecRegistry.register(RawSpec, RawManager, uniform_type_base_spec=RawSpec)

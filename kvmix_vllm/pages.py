@@ -6,11 +6,14 @@ layers of a group. Here a group is either of packed blocks or of unquantized tok
     a block of unquantized tokens     [ layer 0: 32 tokens of each head | layer 1 | .. ]
     a block of packed blocks          [ layer 0: 6 blocks of 32 tokens of each head | layer 1 | .. ]
 
-Each group has a block table of its own (kernels.format.pages). Both count a row's tokens from its first one. A packed
+Each group has a block table of its own (kernels.format.pages). All count a row's tokens from its first one. A packed
 block is written when sinks and recent tokens are behind it, `skipped` blocks of tokens later than where its tokens lie;
 and there is its place in the table. So once a row has filled a page of the table with tokens, all of that page is
 written, and nothing behind it: whatever begins with the same tokens can share it. The blocks of a page divide
 `skipped`, so that a row's first block begins one of them.
+
+Layers that see a window have packed blocks in a group of their own, a group for each window, with as many blocks in a
+page as suit their number: of these pages a row holds the last ones.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from math import lcm
 
 import torch
@@ -37,10 +41,11 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Kept:
-    """Which of a row's tokens lie unquantized in pages: its first `sinks`, and from `first_recent` on.
+    """Which of a row's places a table has pages for, a place being that of a token: its first `sinks`, and from
+    `first_recent` on.
 
-    page: tokens of a page. recent: as in StateLayout; 0 where nothing is ever packed. window: the most tokens that one
-    attends to where nothing is ever packed; else 0.
+    page: places of a page. recent: as in StateLayout, of unquantized tokens beside packed blocks. window: where the
+    last places alone are kept, so many, with that of the next token; else 0.
     """
 
     page: int
@@ -50,13 +55,13 @@ class Kept:
 
     @classmethod
     def of(cls, layout: StateLayout, page: int) -> Kept:
-        """What a site keeps in pages of so many tokens."""
+        """The tokens that a site keeps unquantized in pages of so many."""
         if is_packed(layout):
             return cls(page, layout.sinks, layout.recent)
         return cls(page, sinks=0, recent=0, window=layout.window)
 
     def first_recent(self, length: int) -> int:
-        """The first token behind the sinks that the next one needs unquantized, in a row of so many."""
+        """The first place behind the sinks that the next token needs, in a row of so many."""
         if self.window:
             return max(0, length - self.window + 1)
         return self.sinks + BLOCK_TOKENS * packed_blocks(length, self.sinks, self.recent)
@@ -108,6 +113,14 @@ class PackedPage:
     def nbytes(self) -> int:
         return self.heads * self.blocks * self.block_bytes + self.padding
 
+    def kept(self, layout: StateLayout) -> Kept | None:
+        """Which of a row's packed blocks there are pages for, each at its place; None: all."""
+        if not layout.window:
+            return None
+        # What the next token sees may begin with the last token of a block.
+        seen = layout.sinks + layout.window + BLOCK_TOKENS - 1
+        return Kept(self.tokens, sinks=0, recent=0, window=seen - BLOCK_TOKENS * skipped_blocks(layout))
+
 
 @dataclass(frozen=True)
 class Paging:
@@ -146,20 +159,44 @@ def paging(layouts: Mapping[str, StateLayout], dtype: torch.dtype) -> Paging:
     if not packed:
         return Paging(BLOCK_TOKENS, {})
     skipped = skipped_blocks(next(iter(packed.values())))
+    fitting = [blocks for blocks in range(1, skipped + 1) if skipped % blocks == 0]
+    windows = list(dict.fromkeys(layout.window for layout in packed.values()))
     choices = [
-        (raw_tokens, blocks) for raw_tokens in RAW_TOKENS for blocks in range(1, skipped + 1) if skipped % blocks == 0
+        (raw_tokens, _with_packed_pages(packed, dtype, dict(zip(windows, blocks, strict=True))))
+        for raw_tokens in RAW_TOKENS
+        for blocks in product(fitting, repeat=len(windows))
     ]
-    raw_tokens, blocks = min(choices, key=lambda choice: _typical_bytes(packed, dtype, *choice))
-    pages = {name: PackedPage(layout.kv_heads, layout.packed_bytes(dtype), blocks) for name, layout in packed.items()}
-    return Paging(raw_tokens, _in_one_group(pages))
+    raw_tokens, groups = min(choices, key=lambda choice: _typical_bytes(packed, dtype, *choice))
+    pages = {name: page for group in groups for name, page in _in_one_group(group).items()}
+    return Paging(raw_tokens, pages)
 
 
-def _typical_bytes(layouts: Mapping[str, StateLayout], dtype: torch.dtype, raw_tokens: int, blocks: int) -> int:
-    """What a text of TYPICAL_TOKENS takes in pages of so many unquantized tokens and packed blocks."""
-    raw = sum(layout.kv_heads * raw_tokens * raw_bytes(layout, dtype) for layout in layouts.values())
-    packed = sum(layout.kv_heads * blocks * layout.packed_bytes(dtype) for layout in layouts.values())
-    raw_pages = Kept.of(next(iter(layouts.values())), raw_tokens).most_pages(TYPICAL_TOKENS)
-    return max(raw, packed) * (raw_pages + -(-TYPICAL_TOKENS // (BLOCK_TOKENS * blocks)))
+def _with_packed_pages(
+    layouts: Mapping[str, StateLayout], dtype: torch.dtype, blocks: Mapping[int, int]
+) -> list[dict[str, PackedPage]]:
+    """Pages of layers, by their names, in groups: of each window, with so many blocks in a page."""
+    return [
+        {
+            name: PackedPage(layout.kv_heads, layout.packed_bytes(dtype), of_each)
+            for name, layout in layouts.items()
+            if layout.window == window
+        }
+        for window, of_each in blocks.items()
+    ]
+
+
+def _typical_bytes(
+    layouts: Mapping[str, StateLayout], dtype: torch.dtype, raw_tokens: int, groups: list[dict[str, PackedPage]]
+) -> int:
+    """What a text of TYPICAL_TOKENS takes in pages of so many unquantized tokens and in those of packed blocks."""
+    sizes = [sum(layout.kv_heads * raw_tokens * raw_bytes(layout, dtype) for layout in layouts.values())]
+    pages = Kept.of(next(iter(layouts.values())), raw_tokens).most_pages(TYPICAL_TOKENS)
+    for group in groups:
+        sizes.append(sum(page.nbytes for page in group.values()))
+        name, page = next(iter(group.items()))
+        kept = page.kept(layouts[name])
+        pages += -(-TYPICAL_TOKENS // page.tokens) if kept is None else kept.most_pages(TYPICAL_TOKENS)
+    return max(sizes) * pages
 
 
 def _in_one_group(pages: dict[str, PackedPage]) -> dict[str, PackedPage]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, iter_layer_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, iter_layer_specs
 
 from kvmix_vllm.backend import RAW
 from kvmix_vllm.settings import ServingError, Settings
-from kvmix_vllm.specs import PackedSpec, RawSpec
+from kvmix_vllm.specs import KeptSpec, PackedSpec, PackedWindowSpec, RawSpec
 
 # Of what the tokens that fit are compared with.
 STOCK_BITS = 16
@@ -25,7 +25,7 @@ def check_groups(config: VllmConfig, allotted: KVCacheConfig) -> None:
     length = config.model_config.max_model_len
     for group in allotted.kv_cache_groups:
         for spec in iter_layer_specs(group.kv_cache_spec):
-            if not isinstance(spec, PackedSpec | RawSpec):
+            if not isinstance(spec, PackedSpec | KeptSpec):
                 raise ServingError(
                     f"kvmix cannot serve {group.layer_names[0]}, whose cache is a {type(spec).__name__}: serve the "
                     "model without a plan"
@@ -47,16 +47,16 @@ def report(config: VllmConfig, settings: Settings, allotted: KVCacheConfig) -> N
     """Logs what is held in which pages, and the tokens that fit, beside those of 16 bits."""
     plan = settings.plan
     for group in allotted.kv_cache_groups:
-        logger.info("kvmix: %s", _described(list(iter_layer_specs(group.kv_cache_spec)), len(group.layer_names)))
-    size = allotted.kv_cache_tensors[0].size
+        logger.info("kvmix: %s", _described(_of_layers(group)))
+    size, length = allotted.kv_cache_tensors[0].size, config.model_config.max_model_len
     tokens, _ = get_kv_cache_capacity(config, allotted)
-    stock = size // _stock_token_bytes(allotted)
+    stock = size * length // _stock_bytes(allotted, length)
     logger.info(
         "kvmix: %.2f stored bits; %d tokens of requests of %d fit into %.2f GB, where %d would at %d bits: "
         "%.2f times as many; chunks are %s",
         plan.storage_bits,
         tokens,
-        config.model_config.max_model_len,
+        length,
         size / 1e9,
         stock,
         STOCK_BITS,
@@ -65,25 +65,38 @@ def report(config: VllmConfig, settings: Settings, allotted: KVCacheConfig) -> N
     )
 
 
-def _described(specs: list[KVCacheSpec], layers: int) -> str:
-    first = specs[0]
+def _of_layers(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
+    """The spec of each layer of a group: of one kind, it has one for all of them."""
+    specs = list(iter_layer_specs(group.kv_cache_spec))
+    return specs if len(specs) == len(group.layer_names) else specs * len(group.layer_names)
+
+
+def _described(specs: list[KVCacheSpec]) -> str:
+    first, layers = specs[0], f"{len(specs)} layers"
     if isinstance(first, RawSpec):
         kept = first.kept
         what = (
             f"the last {kept.window} tokens" if kept.window else f"{kept.sinks} first and {kept.recent} recent tokens"
         )
-        return f"unquantized pages of {first.block_size} tokens hold {what} of {layers} layers"
+        return f"unquantized pages of {first.block_size} tokens hold {what} of {layers}"
     sizes = sum(spec.page_size_bytes for spec in specs)
-    return f"packed pages of {first.block_size} tokens, {sizes} bytes, hold the others of {layers} layers"
+    window = f" that see {first.window} tokens" if isinstance(first, PackedWindowSpec) else ""
+    return f"packed pages of {first.block_size} tokens, {sizes} bytes, hold the others of {layers}{window}"
 
 
-def _stock_token_bytes(allotted: KVCacheConfig) -> int:
-    """Bytes of a token's keys and values at 16 bits, in all layers."""
-    elements = {}
+def _stock_bytes(allotted: KVCacheConfig, length: int) -> int:
+    """Bytes of a request of so many tokens at 16 bits: of layers that see a window, those of as many tokens."""
+    layers: dict[str, int] = {}
     for group in allotted.kv_cache_groups:
-        specs = list(iter_layer_specs(group.kv_cache_spec))
-        # A group of one kind has one spec for all of its layers.
-        specs = specs if len(specs) == len(group.layer_names) else specs * len(group.layer_names)
-        for name, spec in zip(group.layer_names, specs, strict=True):
-            elements[name.removesuffix(RAW)] = spec.num_kv_heads * (spec.head_size + spec.head_size_v)
-    return sum(elements.values()) * STOCK_BITS // 8
+        for name, spec in zip(group.layer_names, _of_layers(group), strict=True):
+            elements = spec.num_kv_heads * (spec.head_size + spec.head_size_v)
+            if not name.endswith(RAW):
+                layers[name] = elements * min(length, _window(spec) or length)
+    return sum(layers.values()) * STOCK_BITS // 8
+
+
+def _window(spec: KVCacheSpec) -> int:
+    """The tokens that a layer sees; 0: all."""
+    if isinstance(spec, PackedWindowSpec):
+        return spec.window
+    return spec.kept.window if isinstance(spec, RawSpec) else 0

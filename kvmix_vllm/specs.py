@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from vllm.config import VllmConfig
@@ -30,18 +30,7 @@ class PackedSpec(FullAttentionSpec):
     @classmethod
     def of(cls, layout: StateLayout, page: PackedPage) -> Self:
         """One layer's."""
-        return cls(
-            block_size=page.tokens,
-            num_kv_heads=page.heads,
-            head_size=layout.key_dim,
-            head_size_v=layout.value_dim,
-            dtype=PAGE_DTYPE,
-            tokens_per_state=BLOCK_TOKENS,
-            state_content_bytes=page.block_bytes,
-            page_size_padded=page.nbytes if page.padding else None,
-            block_stride_alignment=ALIGNMENT,
-            skipped_pages=skipped_blocks(layout) // page.blocks,
-        )
+        return cls(**_of_packed(layout, page))
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -51,13 +40,45 @@ class PackedSpec(FullAttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawSpec(AttentionSpec):
-    """Pages of unquantized tokens: those that a row keeps so, and no others.
+class KeptSpec(AttentionSpec):
+    """Pages of some of a row's places, and of no others."""
+
+    kept: Kept
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Of a request of the longest text, which grows a token at a time."""
+        return self.kept.most_pages(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
+        """Whether all of these are of one kind, and keep the same."""
+        return all(type(spec) is type(self) and spec.kept == self.kept for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWindowSpec(KeptSpec):
+    """Pages of packed blocks of a layer that sees a window.
+
+    skipped_pages: as in PackedSpec. window: the tokens that one sees.
+    """
+
+    skipped_pages: int
+    window: int
+
+    @classmethod
+    def of(cls, layout: StateLayout, page: PackedPage) -> Self:
+        """One layer's."""
+        kept = page.kept(layout)
+        assert kept is not None
+        return cls(**_of_packed(layout, page), kept=kept, window=layout.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSpec(KeptSpec):
+    """Pages of unquantized tokens: those that a row keeps so.
 
     shared_tokens: as in Paging.
     """
 
-    kept: Kept
     shared_tokens: int
 
     @classmethod
@@ -75,10 +96,18 @@ class RawSpec(AttentionSpec):
             shared_tokens=pages.shared_tokens,
         )
 
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Of a request of the longest text, which grows a token at a time."""
-        return self.kept.most_pages(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
-    def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
-        """Whether all of these keep the same tokens."""
-        return all(isinstance(spec, RawSpec) and spec.kept == self.kept for spec in kv_cache_specs.values())
+def _of_packed(layout: StateLayout, page: PackedPage) -> dict[str, Any]:
+    """What the specs of one layer's packed pages have in common."""
+    return {
+        "block_size": page.tokens,
+        "num_kv_heads": page.heads,
+        "head_size": layout.key_dim,
+        "head_size_v": layout.value_dim,
+        "dtype": PAGE_DTYPE,
+        "tokens_per_state": BLOCK_TOKENS,
+        "state_content_bytes": page.block_bytes,
+        "page_size_padded": page.nbytes if page.padding else None,
+        "block_stride_alignment": ALIGNMENT,
+        "skipped_pages": skipped_blocks(layout) // page.blocks,
+    }

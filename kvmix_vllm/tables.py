@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvmix_vllm.settings import ServingError
-from kvmix_vllm.specs import PackedSpec
+from kvmix_vllm.specs import PackedSpec, PackedWindowSpec
 from kvmix_vllm.steps import Step
 
 # vLLM's, which holds nothing.
@@ -21,7 +21,7 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True)
 class PackedTable:
-    """pages: int32 [rows, pages], from the one on that a row's first block begins."""
+    """pages: int32 [rows, pages], from the one on that a row's first block begins; negative where there is none."""
 
     pages: Tensor
 
@@ -54,9 +54,10 @@ class TableBuilder(AttentionMetadataBuilder[Any]):
         if common_attn_metadata.causal is not True:
             raise ServingError("kvmix serves causal attention alone: serve this model without a plan")
         pages = common_attn_metadata.block_table_tensor
-        if isinstance(self.kv_cache_spec, PackedSpec):
-            return PackedTable(pages[:, self.kv_cache_spec.skipped_pages :].contiguous())
-        return RawTable(pages.masked_fill(pages == NULL_BLOCK, -1), self._step(common_attn_metadata))
+        held = pages.masked_fill(pages == NULL_BLOCK, -1)
+        if isinstance(self.kv_cache_spec, PackedSpec | PackedWindowSpec):
+            return PackedTable(held[:, self.kv_cache_spec.skipped_pages :].contiguous())
+        return RawTable(held, self._step(common_attn_metadata))
 
     def _step(self, common: CommonAttentionMetadata) -> Step:
         starts = common.query_start_loc_cpu.tolist()

@@ -78,12 +78,10 @@ def _own_classes(model: Any) -> dict[str, str]:
 @contextmanager
 def _saying(config: PreTrainedConfig, said: dict[str, Any]) -> Iterator[None]:
     held = vars(config)
-    method = getattr(held.get(ATTRIBUTE), "quant_method", METHOD)
-    if method != METHOD:
+    if (method := _method(held.get(ATTRIBUTE))) != METHOD:
         raise InputError(
-            "save_pretrained cannot keep the plan, as config.json says how the weights are quantized "
-            f"({getattr(method, 'value', method)}): save the original model, and the plan beside it with "
-            "model.kvmix_plan.save(..)"
+            f"save_pretrained cannot keep the plan, as config.json says how the weights are quantized ({method}): save "
+            "the original model, and the plan beside it with model.kvmix_plan.save(..)"
         )
     before = {name: held[name] for name in said if name in held}
     held.update(said)
@@ -93,3 +91,12 @@ def _saying(config: PreTrainedConfig, said: dict[str, Any]) -> Iterator[None]:
         for name in said:
             del held[name]
         held.update(before)
+
+
+def _method(said: Any) -> str:
+    """What a configuration calls the way in which its model is compressed: ours, where it says nothing."""
+    if said is None:
+        return METHOD
+    # Of a config.json that was only read, it is a dictionary.
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method) or "of no name")

@@ -115,10 +115,23 @@ def test_a_model_with_slopes(tmp_path: Path) -> None:
     assert max(largest_difference(other, one) for one in found) < 1e-3
 
 
-def test_a_window_that_is_packed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_window_that_is_packed(name: str, tmp_path: Path) -> None:
+    """In all layers, or beside one that sees all: rows of several windows, in chunks, found again and written on."""
+    other = Toy(name, tmp_path, {"sliding_window": 90}).save()
+    with engine(other, max_num_batched_tokens=150) as llm:
+        found = written(llm, [ids(tokens, seed) for tokens, seed in ((200, 1), (400, 2), (60, 3), (200, 1))], tokens=60)
+        again = written(llm, [ids(200, 1), [*ids(400, 2), *ids(30, 4)]])
+    assert max(largest_difference(other, one) for one in (*found, *again)) < ROUNDING
+    assert [one.num_cached_tokens for one in again] == [192, 384]
+
+
+def test_of_a_window_that_is_packed_no_more_is_held_than_it_is(tmp_path: Path) -> None:
+    """In fewer blocks than whole texts would take."""
     other = Toy("mistral", tmp_path, {"sliding_window": 90}).save()
-    with engine(other) as llm:
-        found = written(llm, [ids(200, seed) for seed in (1, 2, 1)])
+    with engine(other, num_gpu_blocks_override=60, max_num_seqs=4, enable_prefix_caching=False) as llm:
+        found = written(llm, [ids(300, seed) for seed in range(4)], tokens=150)
+        assert counted(llm, "vllm:num_preemptions") == 0
     assert max(largest_difference(other, one) for one in found) < ROUNDING
 
 

@@ -18,16 +18,20 @@ from vllm.v1.request import Request
 from kvmix_compile.kernels.format.state import packed_blocks
 from kvmix_vllm.managers import register_managers
 from kvmix_vllm.pages import paging
-from kvmix_vllm.specs import PackedSpec, RawSpec
+from kvmix_vllm.specs import PackedSpec, PackedWindowSpec, RawSpec
 from tests.serving.layouts import layout
 
-PAGES = paging({"one": layout()}, torch.bfloat16)
+WINDOW = 400
+LAYOUTS = {"one": layout(), "windowed": layout(window=WINDOW)}
+PAGES = paging(LAYOUTS, torch.bfloat16)
 RAW, PACKED, SHARED = PAGES.raw_tokens, PAGES.packed["one"].tokens, PAGES.shared_tokens
 HASHED = min(RAW, PACKED)
+OF_WINDOW = PAGES.packed["windowed"].kept(LAYOUTS["windowed"])
+assert OF_WINDOW is not None
 
 
 class Cache:
-    """A pool of so many blocks, and the requests that hold some."""
+    """A pool of so many blocks, and the requests that hold some: of layers that see all, and of one with a window."""
 
     def __init__(self, blocks: int = 1000) -> None:
         config = VllmConfig()
@@ -35,10 +39,11 @@ class Cache:
             register_managers(config)
         init_none_hash(sha256)
         groups = [
-            KVCacheGroupSpec(["one"], PackedSpec.of(layout(), PAGES.packed["one"])),
-            KVCacheGroupSpec(["one.raw"], RawSpec.of(layout(), PAGES, torch.bfloat16)),
+            KVCacheGroupSpec(["one"], PackedSpec.of(LAYOUTS["one"], PAGES.packed["one"])),
+            KVCacheGroupSpec(["windowed"], PackedWindowSpec.of(LAYOUTS["windowed"], PAGES.packed["windowed"])),
+            KVCacheGroupSpec(["one.raw"], RawSpec.of(LAYOUTS["one"], PAGES, torch.bfloat16)),
         ]
-        self.kept = groups[1].kv_cache_spec.kept
+        self.kept = groups[2].kv_cache_spec.kept
         self.manager = KVCacheManager(
             KVCacheConfig(
                 num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups, prefix_cache_retention_interval=0
@@ -84,11 +89,15 @@ class Cache:
 
     def tables(self, request: Request) -> tuple[list[int], list[int]]:
         """Its block tables: of packed pages and of others; 0 where there is none."""
-        packed, raw = self.manager.get_block_ids(request.request_id)
+        packed, _, raw = self.manager.get_block_ids(request.request_id)
         return packed, raw
 
+    def of_window(self, request: Request) -> list[int]:
+        """Its block table of packed pages of the layer with a window."""
+        return self.manager.get_block_ids(request.request_id)[1]
+
     def held(self, request: Request) -> int:
-        return sum(bool(block) for table in self.tables(request) for block in table)
+        return sum(bool(block) for table in self.manager.get_block_ids(request.request_id) for block in table)
 
 
 @pytest.fixture
@@ -106,6 +115,8 @@ def check_kept(cache: Cache, request: Request) -> None:
     packed, raw = cache.tables(request)
     assert all(raw[page] for page in range(cache.kept.pages(length)) if cache.kept.is_kept(page, length))
     assert all(packed) and len(packed) * PACKED >= length
+    of_window = cache.of_window(request)
+    assert all(of_window[page] for page in OF_WINDOW.recent_pages(length))
 
 
 @pytest.mark.parametrize("chunk", [64, 500, 2048, 4096])
@@ -115,7 +126,7 @@ def test_a_prompt_holds_sinks_and_recent_tokens_alone(cache: Cache, chunk: int) 
     check_kept(cache, request)
     assert cache.write(request, 5)
     check_kept(cache, request)
-    assert cache.held(request) <= cache.kept.most_pages(4097) + -(-4097 // PACKED)
+    assert cache.held(request) <= cache.kept.most_pages(4097) + OF_WINDOW.most_pages(4097) + -(-4097 // PACKED)
 
 
 def test_a_row_that_is_written_holds_no_more_with_time(cache: Cache) -> None:
@@ -126,6 +137,17 @@ def test_a_row_that_is_written_holds_no_more_with_time(cache: Cache) -> None:
         check_kept(cache, request)
         _, raw = cache.tables(request)
         assert sum(map(bool, raw)) <= cache.kept.most_pages(request.num_computed_tokens)
+        assert sum(map(bool, cache.of_window(request))) <= OF_WINDOW.most_pages(request.num_computed_tokens)
+
+
+def test_a_chunk_has_all_pages_that_its_tokens_see(cache: Cache) -> None:
+    request = cache.request("one", ids(3000))
+    cache.begin(request, 1000)
+    assert all(cache.of_window(request))
+    assert cache.step(request, 1500)
+    table = cache.of_window(request)
+    first = OF_WINDOW.recent_pages(1000)[0]
+    assert not any(table[:first]) and all(table[first : OF_WINDOW.pages(2500)])
 
 
 def test_all_blocks_come_back(cache: Cache) -> None:
@@ -168,8 +190,8 @@ def test_what_prompts_have_in_common_is_found_from_the_third_on(cache: Cache) ->
     first, second, third = (
         cache.read(cache.request(str(number), [*ids(500), *ids(300, number)]), 2048) for number in (1, 2, 3)
     )
-    # Sinks alone are found at once.
-    assert (first, second, third) == (0, 64, 500 // SHARED * SHARED)
+    # Sinks alone are found at once, where they end with a page.
+    assert (first, second, third) == (0, 64 // SHARED * SHARED, 500 // SHARED * SHARED)
 
 
 def test_other_tokens_are_not_found(cache: Cache) -> None:
@@ -216,6 +238,8 @@ def test_every_row_has_what_it_reads(cuts: list[int], common: int, others: list[
         packed, raw = cache.tables(request)
         assert all(raw[page] for page in range(cache.kept.pages(length)) if cache.kept.is_kept(page, length))
         assert packed_blocks(length, cache.kept.sinks, cache.kept.recent) * 32 <= len(packed) * PACKED
+        of_window = cache.of_window(request)
+        assert all(of_window[page] for page in OF_WINDOW.recent_pages(length))
         for cut in [*cuts[1:], 10_000]:
             if left := request.num_tokens - request.num_computed_tokens:
                 assert cache.step(request, min(cut, left))
