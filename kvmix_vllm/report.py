@@ -30,7 +30,7 @@ def check_groups(config: VllmConfig, allotted: KVCacheConfig) -> None:
                     f"kvmix cannot serve {group.layer_names[0]}, whose cache is a {type(spec).__name__}: serve the "
                     "model without a plan"
                 )
-        most += _most_pages(next(iter(iter_layer_specs(group.kv_cache_spec))), length)
+        most += _most_pages(next(iter(iter_layer_specs(group.kv_cache_spec))), length, config.max_in_flight_tokens)
     # vLLM keeps a block that holds nothing.
     if most >= allotted.num_blocks:
         raise ServingError(
@@ -39,8 +39,14 @@ def check_groups(config: VllmConfig, allotted: KVCacheConfig) -> None:
         )
 
 
-def _most_pages(spec: KVCacheSpec, length: int) -> int:
-    return spec.kept.most_pages_of_chunk(length) if isinstance(spec, RawSpec) else -(-length // spec.block_size)
+def _most_pages(spec: KVCacheSpec, length: int, chunk: int) -> int:
+    """Pages that a request takes at most which is read in chunks of so many tokens."""
+    if isinstance(spec, RawSpec):
+        return spec.kept.most_pages_of_chunk(length)
+    whole = -(-length // spec.block_size)
+    if isinstance(spec, PackedWindowSpec):
+        return min(whole, spec.kept.most_pages(length) + spec.kept.pages(chunk))
+    return whole
 
 
 def report(config: VllmConfig, settings: Settings, allotted: KVCacheConfig) -> None:

@@ -148,6 +148,7 @@ def test_a_chunk_has_all_pages_that_its_tokens_see(cache: Cache) -> None:
     table = cache.of_window(request)
     first = OF_WINDOW.recent_pages(1000)[0]
     assert not any(table[:first]) and all(table[first : OF_WINDOW.pages(2500)])
+    assert sum(map(bool, table)) <= OF_WINDOW.most_pages(2500) + OF_WINDOW.pages(1500)
 
 
 def test_all_blocks_come_back(cache: Cache) -> None:
