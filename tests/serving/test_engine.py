@@ -11,7 +11,15 @@ pytest.importorskip("vllm")
 
 import kvmix_compile
 from kvmix_compile.errors import KVMixError
-from tests.serving.toy import ROUNDING, Toy, engine, ids, largest_difference, written
+from tests.serving.toy import (
+    ROUNDING,
+    Toy,
+    engine,
+    ids,
+    largest_difference,
+    largest_difference_in_prompt,
+    written,
+)
 
 # Of which the longest request takes 28, and one of 300 tokens 16.
 BLOCKS = 46
@@ -41,8 +49,7 @@ def test_the_plan_uses_all_that_a_plan_can_say(toy: Toy) -> None:
 @pytest.mark.parametrize("tokens", [1, 30, 37, 64, 65, 200])
 def test_a_prompt_in_chunks_is_read_as_it_is_stored(toy: Toy, llm: Any, tokens: int) -> None:
     (found,) = written(llm, [ids(tokens, tokens)], prompt_logprobs=0)
-    said = torch.tensor([next(iter(each.values())).logprob for each in found.prompt_logprobs[1:]])
-    assert tokens == 1 or (said - toy.log_probabilities(ids(tokens, tokens))).abs().max() < ROUNDING
+    assert tokens == 1 or largest_difference_in_prompt(toy, found) < ROUNDING
     assert largest_difference(toy, found) < ROUNDING
 
 
@@ -99,9 +106,10 @@ def test_models_with_windows(name: str, tmp_path: Path) -> None:
     """Layers of which nothing is ever packed, beside others or alone."""
     other = Toy(name, tmp_path).save()
     with engine(other) as llm:
-        found = written(llm, [ids(150, seed) for seed in (1, 2, 1)])
+        found = written(llm, [ids(150, seed) for seed in (1, 2, 1)], prompt_logprobs=0)
         again = written(llm, [ids(150, 1)])
     assert max(largest_difference(other, one) for one in (*found, *again)) < ROUNDING
+    assert max(largest_difference_in_prompt(other, one) for one in found) < ROUNDING
     assert again[0].num_cached_tokens > 0
 
 
@@ -120,9 +128,11 @@ def test_a_window_that_is_packed(name: str, tmp_path: Path) -> None:
     """In all layers, or beside one that sees all: rows of several windows, in chunks, found again and written on."""
     other = Toy(name, tmp_path, {"sliding_window": 90}).save()
     with engine(other, max_num_batched_tokens=150) as llm:
-        found = written(llm, [ids(tokens, seed) for tokens, seed in ((200, 1), (400, 2), (60, 3), (200, 1))], tokens=60)
+        texts = [ids(tokens, seed) for tokens, seed in ((200, 1), (400, 2), (60, 3), (200, 1))]
+        found = written(llm, texts, tokens=60, prompt_logprobs=0)
         again = written(llm, [ids(200, 1), [*ids(400, 2), *ids(30, 4)]])
     assert max(largest_difference(other, one) for one in (*found, *again)) < ROUNDING
+    assert max(largest_difference_in_prompt(other, one) for one in found) < ROUNDING
     assert [one.num_cached_tokens for one in again] == [192, 384]
 
 

@@ -132,3 +132,11 @@ def largest_difference(toy: Toy, found: Any, twin: Any = None) -> float:
         own = toy.log_probabilities(text, twin)[-len(said) :]
         largest = max(largest, (torch.tensor(said) - own).abs().max().item())
     return largest
+
+
+def largest_difference_in_prompt(toy: Toy, found: Any) -> float:
+    """The same of the prompt's tokens, asked for with `prompt_logprobs`. Where a toy is sure of what it writes, not
+    even a mistake changes that.
+    """
+    said = [next(iter(step.values())).logprob for step in found.prompt_logprobs[1:]]
+    return (torch.tensor(said) - toy.log_probabilities(list(found.prompt_token_ids))).abs().amax().item()
