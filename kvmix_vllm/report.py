@@ -92,13 +92,13 @@ def _described(specs: list[KVCacheSpec]) -> str:
 
 def _stock_bytes(allotted: KVCacheConfig, length: int) -> int:
     """Bytes of a request of so many tokens at 16 bits: of layers that see a window, those of as many tokens."""
-    layers: dict[str, int] = {}
+    elements = 0
     for group in allotted.kv_cache_groups:
         for name, spec in zip(group.layer_names, _of_layers(group), strict=True):
-            elements = spec.num_kv_heads * (spec.head_size + spec.head_size_v)
             if not name.endswith(RAW):
-                layers[name] = elements * min(length, _window(spec) or length)
-    return sum(layers.values()) * STOCK_BITS // 8
+                tokens = min(length, _window(spec) or length)
+                elements += tokens * spec.num_kv_heads * (spec.head_size + spec.head_size_v)
+    return elements * STOCK_BITS // 8
 
 
 def _window(spec: KVCacheSpec) -> int:

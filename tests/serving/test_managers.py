@@ -1,5 +1,7 @@
 """Pages that requests hold in vLLM's scheduler, with vLLM's own manager of the whole cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,29 +23,32 @@ from kvmix_vllm.pages import paging
 from kvmix_vllm.specs import PackedSpec, PackedWindowSpec, RawSpec
 from tests.serving.layouts import layout
 
-WINDOW = 400
-LAYOUTS = {"one": layout(), "windowed": layout(window=WINDOW)}
-PAGES = paging(LAYOUTS, torch.bfloat16)
+PAGES = paging({"one": layout()}, torch.bfloat16)
 RAW, PACKED, SHARED = PAGES.raw_tokens, PAGES.packed["one"].tokens, PAGES.shared_tokens
 HASHED = min(RAW, PACKED)
-OF_WINDOW = PAGES.packed["windowed"].kept(LAYOUTS["windowed"])
-assert OF_WINDOW is not None
+# Of a layer beside it, which sees a window.
+WINDOWED = layout(window=400)
+WINDOWED_PAGE = replace(PAGES.packed["one"], blocks=1)
+OF_WINDOW = WINDOWED_PAGE.kept(WINDOWED)
+assert OF_WINDOW is not None and WINDOWED_PAGE.tokens % HASHED == SHARED % WINDOWED_PAGE.tokens == 0
 
 
 class Cache:
-    """A pool of so many blocks, and the requests that hold some: of layers that see all, and of one with a window."""
+    """A pool of so many blocks, and the requests that hold some. windowed: of a layer that sees a window, too."""
 
-    def __init__(self, blocks: int = 1000) -> None:
+    def __init__(self, blocks: int = 1000, windowed: bool = False) -> None:
         config = VllmConfig()
         with set_current_vllm_config(config):
             register_managers(config)
         init_none_hash(sha256)
         groups = [
-            KVCacheGroupSpec(["one"], PackedSpec.of(LAYOUTS["one"], PAGES.packed["one"])),
-            KVCacheGroupSpec(["windowed"], PackedWindowSpec.of(LAYOUTS["windowed"], PAGES.packed["windowed"])),
-            KVCacheGroupSpec(["one.raw"], RawSpec.of(LAYOUTS["one"], PAGES, torch.bfloat16)),
+            KVCacheGroupSpec(["one"], PackedSpec.of(layout(), PAGES.packed["one"])),
+            KVCacheGroupSpec(["one.raw"], RawSpec.of(layout(), PAGES, torch.bfloat16)),
         ]
-        self.kept = groups[2].kv_cache_spec.kept
+        self.kept = groups[1].kv_cache_spec.kept
+        self.windowed = windowed
+        if windowed:
+            groups.append(KVCacheGroupSpec(["windowed"], PackedWindowSpec.of(WINDOWED, WINDOWED_PAGE)))
         self.manager = KVCacheManager(
             KVCacheConfig(
                 num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups, prefix_cache_retention_interval=0
@@ -89,20 +94,20 @@ class Cache:
 
     def tables(self, request: Request) -> tuple[list[int], list[int]]:
         """Its block tables: of packed pages and of others; 0 where there is none."""
-        packed, _, raw = self.manager.get_block_ids(request.request_id)
+        packed, raw, *_ = self.manager.get_block_ids(request.request_id)
         return packed, raw
 
     def of_window(self, request: Request) -> list[int]:
         """Its block table of packed pages of the layer with a window."""
-        return self.manager.get_block_ids(request.request_id)[1]
+        return self.manager.get_block_ids(request.request_id)[2]
 
     def held(self, request: Request) -> int:
         return sum(bool(block) for table in self.manager.get_block_ids(request.request_id) for block in table)
 
 
-@pytest.fixture
-def cache() -> Cache:
-    return Cache()
+@pytest.fixture(params=[False, True], ids=["", "windowed"])
+def cache(request: pytest.FixtureRequest) -> Cache:
+    return Cache(windowed=request.param)
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -115,8 +120,14 @@ def check_kept(cache: Cache, request: Request) -> None:
     packed, raw = cache.tables(request)
     assert all(raw[page] for page in range(cache.kept.pages(length)) if cache.kept.is_kept(page, length))
     assert all(packed) and len(packed) * PACKED >= length
-    of_window = cache.of_window(request)
-    assert all(of_window[page] for page in OF_WINDOW.recent_pages(length))
+    check_window(cache, request, length)
+
+
+def check_window(cache: Cache, request: Request, length: int) -> None:
+    """The packed pages that the token behind so many sees in the window, where there is one."""
+    if cache.windowed:
+        table = cache.of_window(request)
+        assert all(table[page] for page in OF_WINDOW.recent_pages(length))
 
 
 @pytest.mark.parametrize("chunk", [64, 500, 2048, 4096])
@@ -126,7 +137,8 @@ def test_a_prompt_holds_sinks_and_recent_tokens_alone(cache: Cache, chunk: int) 
     check_kept(cache, request)
     assert cache.write(request, 5)
     check_kept(cache, request)
-    assert cache.held(request) <= cache.kept.most_pages(4097) + OF_WINDOW.most_pages(4097) + -(-4097 // PACKED)
+    of_window = OF_WINDOW.most_pages(4097) if cache.windowed else 0
+    assert cache.held(request) <= cache.kept.most_pages(4097) + of_window + -(-4097 // PACKED)
 
 
 def test_a_row_that_is_written_holds_no_more_with_time(cache: Cache) -> None:
@@ -137,10 +149,12 @@ def test_a_row_that_is_written_holds_no_more_with_time(cache: Cache) -> None:
         check_kept(cache, request)
         _, raw = cache.tables(request)
         assert sum(map(bool, raw)) <= cache.kept.most_pages(request.num_computed_tokens)
-        assert sum(map(bool, cache.of_window(request))) <= OF_WINDOW.most_pages(request.num_computed_tokens)
+        if cache.windowed:
+            assert sum(map(bool, cache.of_window(request))) <= OF_WINDOW.most_pages(request.num_computed_tokens)
 
 
-def test_a_chunk_has_all_pages_that_its_tokens_see(cache: Cache) -> None:
+def test_a_chunk_has_all_pages_that_its_tokens_see() -> None:
+    cache = Cache(windowed=True)
     request = cache.request("one", ids(3000))
     cache.begin(request, 1000)
     assert all(cache.of_window(request))
@@ -191,8 +205,8 @@ def test_what_prompts_have_in_common_is_found_from_the_third_on(cache: Cache) ->
     first, second, third = (
         cache.read(cache.request(str(number), [*ids(500), *ids(300, number)]), 2048) for number in (1, 2, 3)
     )
-    # Sinks alone are found at once, where they end with a page.
-    assert (first, second, third) == (0, 64 // SHARED * SHARED, 500 // SHARED * SHARED)
+    # Sinks alone are found at once.
+    assert (first, second, third) == (0, 64, 500 // SHARED * SHARED)
 
 
 def test_other_tokens_are_not_found(cache: Cache) -> None:
@@ -230,17 +244,17 @@ def test_a_row_waits_where_there_is_no_page(cache: Cache) -> None:
     cuts=st.lists(st.integers(1, 300), min_size=1, max_size=8),
     common=st.integers(0, 600),
     others=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    windowed=st.booleans(),
 )
-def test_every_row_has_what_it_reads(cuts: list[int], common: int, others: list[int]) -> None:
-    cache = Cache(blocks=400)
+def test_every_row_has_what_it_reads(cuts: list[int], common: int, others: list[int], windowed: bool) -> None:
+    cache = Cache(blocks=400, windowed=windowed)
     for number, rest in enumerate(others):
         request = cache.request(str(number), [*ids(common), *ids(rest, number + 1)])
         length = cache.begin(request, cuts[0])
         packed, raw = cache.tables(request)
         assert all(raw[page] for page in range(cache.kept.pages(length)) if cache.kept.is_kept(page, length))
         assert packed_blocks(length, cache.kept.sinks, cache.kept.recent) * 32 <= len(packed) * PACKED
-        of_window = cache.of_window(request)
-        assert all(of_window[page] for page in OF_WINDOW.recent_pages(length))
+        check_window(cache, request, length)
         for cut in [*cuts[1:], 10_000]:
             if left := request.num_tokens - request.num_computed_tokens:
                 assert cache.step(request, min(cut, left))
